@@ -1,0 +1,3 @@
+"""lsiq: experiments in post-training quantisation of large language models."""
+
+__version__ = "0.1.0"

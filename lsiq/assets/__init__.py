@@ -1,0 +1,18 @@
+"""What comes with the package: two small trained models, their tokenizer, and text to calibrate and evaluate on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent
+TEXT = ASSETS / "text"
+
+
+def bundled_model(name: str) -> Path:
+    """The folder of a bundled model: `tiny-llama` or `tiny-opt`."""
+    return ASSETS / name
+
+
+def bundled_text(split: str) -> list[Path]:
+    """The pieces of a split, `calibration` (100) or `evaluation` (24), in a fixed order."""
+    return sorted((TEXT / split).rglob("*.txt"))

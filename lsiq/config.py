@@ -1,0 +1,222 @@
+"""The configuration of one run, as checked settings, and the name that a run gets from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import AfterValidator, Field
+
+from lsiq.calib.corpora import CORPORA
+from lsiq.errors import ConfigError
+from lsiq.formats.activation import Activation
+from lsiq.formats.integer import Integer
+from lsiq.methods.base import Method
+from lsiq.settings import build, fill, settings
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", description="letters, digits and . _ + -")]
+
+
+def _corpus(name: str) -> str:
+    if name not in CORPORA:
+        raise ValueError(f"no such corpus (there are {', '.join(CORPORA)})")
+    return name
+
+
+Corpus = Annotated[str, AfterValidator(_corpus), Field(description="a corpus by name; file reads a path of yours")]
+
+
+@settings
+class ModelSettings:
+    """Which weights a run quantises. `path` wins over `bundled`, `bundled` over `hub`."""
+
+    name: Name = Field(description="how records and tables call the model")
+    path: str | None = Field(None, description="a folder with config.json and safetensors weights")
+    bundled: Literal["tiny-llama", "tiny-opt"] | None = Field(None, description="tiny-llama or tiny-opt")
+    hub: str | None = Field(None, description="a repository of the Hugging Face hub, owner/name")
+    revision: str = Field("main", description="a branch, tag or commit of the hub repository")
+    weights: Literal["checkpoint", "random"] = Field(
+        "checkpoint", description="checkpoint, or random: the true shape without a download, for speed and memory"
+    )
+    architecture: dict[str, Any] | None = Field(None, description="transformers configuration used by weights=random")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto (float32 on a CPU, half precision on a GPU), float32, bfloat16 or float16"
+    )
+    seqlen: int = Field(ge=8, description="tokens per window for calibration and evaluation, at least 8")
+    allow_pickle: bool = Field(False, description="true reads .bin files (weights only) where no safetensors exist")
+    published: dict[str, float] = Field(default_factory=dict, description="float perplexities by corpus@seqlen")
+
+    def __post_init__(self) -> None:
+        if self.weights == "random" and self.architecture is None and self.path is None and self.bundled is None:
+            raise ValueError(
+                "weights=random: needs model.architecture or a model.path whose config.json gives the shape"
+            )
+        if self.weights == "checkpoint" and not (self.path or self.bundled or self.hub):
+            raise ValueError("path=null: no checkpoint is named; set model.path, or choose a model with a hub entry")
+
+
+@settings
+class QuantSettings:
+    """The number formats of the linears in every block."""
+
+    weight: Integer
+    activation: Activation
+
+    @property
+    def name(self) -> str:
+        """The field's name of the setting, such as w4a16g128; made from the formats, so an override cannot belie it."""
+        if self.weight.bits == 16 and self.activation.bits == 16:
+            return "fp16"
+        return f"w{self.weight.bits}a{self.activation.bits}{self.weight.suffix}"
+
+
+@settings
+class CalibSettings:
+    """The tokens that methods learn from."""
+
+    corpus: Corpus | None = Field(description="a corpus by name, or null for methods that need no data")
+    path: str | None = Field(None, description="the text to read for corpus=file, or a local copy of a hub corpus")
+    fields: list[str] = Field(["text"], min_length=1, description="the fields of a jsonl line that hold text")
+    samples: int = Field(128, ge=1, le=1_000_000, description="sequences drawn, at least 1")
+    seqlen: int = Field(ge=8, description="tokens per sequence, at least 8")
+    batch: int = Field(8, ge=1, description="sequences that pass through a block at once, at least 1")
+
+    def __post_init__(self) -> None:
+        if self.corpus == "file" and self.path is None:
+            raise ValueError("path=null: corpus=file reads a text of yours; give calib.path=FILE (txt, txt.xz, jsonl)")
+
+
+@settings
+class EvalSettings:
+    """What is measured on the float and the quantised model."""
+
+    corpora: list[Corpus] = Field(description="corpora by name, or an empty list to measure nothing")
+    path: str | None = Field(None, description="the text to read for the corpus named file")
+    local: dict[str, str] = Field(default_factory=dict, description="local copies of hub corpora, by corpus name")
+    fields: list[str] = Field(["text"], min_length=1, description="the fields of a jsonl line that hold text")
+    seqlen: int = Field(ge=8, description="tokens per window, at least 8")
+    batch: int = Field(8, ge=1, description="windows that pass through a block at once, at least 1")
+    windows: int | None = Field(None, ge=1, description="measure only the first windows; null measures all")
+
+    def __post_init__(self) -> None:
+        if "file" in self.corpora and self.path is None:
+            raise ValueError("path=null: eval=file reads a text of yours; give eval.path=FILE (txt, txt.xz, jsonl)")
+        for name in self.local:
+            if name not in self.corpora:
+                raise ValueError(f"local.{name}={self.local[name]}: {name} is not among eval.corpora={self.corpora}")
+
+
+@settings
+class TrackerSettings:
+    """Where the story of a run is told besides its record."""
+
+    kind: Literal["wandb", "none"] = Field("wandb", description="wandb or none")
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto (online when logged in, else offline), online, offline or disabled"
+    )
+    project: str = Field("lsiq", min_length=1, description="the project that runs are filed under")
+    group: str | None = Field(None, description="the study a run belongs to")
+    tags: list[str] = Field(default_factory=list, description="a list of words")
+
+
+@settings
+class PathSettings:
+    runs: str = Field("runs", min_length=1, description="the folder that holds one folder per run")
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("no such device")
+    return value
+
+
+@settings
+class RunConfig:
+    """Everything that decides what one run does."""
+
+    model: ModelSettings
+    quant: QuantSettings
+    method: Method
+    calib: CalibSettings
+    eval: EvalSettings
+    tracker: TrackerSettings
+    paths: PathSettings
+    seed: int = Field(0, ge=0, lt=2**63, description="a whole number from 0")
+    device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda or cuda:N")
+    force: bool = Field(False, description="true or false")
+    trace: bool = Field(False, description="true or false")
+
+    def __post_init__(self) -> None:
+        if self.calib.corpus is None and self.method.needs:
+            raise ValueError(
+                f"calib.corpus=null: method {self.method.name} needs calibration tokens; "
+                "choose calib=bundled or calib=file"
+            )
+
+
+_PARTS: dict[str, type] = {
+    "model": ModelSettings,
+    "quant": QuantSettings,
+    "calib": CalibSettings,
+    "eval": EvalSettings,
+    "tracker": TrackerSettings,
+    "paths": PathSettings,
+}
+
+
+def parse(cfg: DictConfig) -> RunConfig:
+    """Check a composed configuration and return it as settings.
+
+    Raises:
+        ConfigError: a key, value or combination that cannot run; the message names it by its full path.
+    """
+    plain = plain_config(cfg)
+    values: dict[str, Any] = {}
+    for key, node in plain.items():
+        built = build(node, key)
+        if key in _PARTS and not isinstance(built, dict):
+            raise ConfigError(f"{key}={built}: a group of settings is expected; choose a file of conf/{key}/")
+        values[key] = fill(_PARTS[key], built, key) if key in _PARTS else built
+    if not isinstance(values.get("method"), Method):
+        raise ConfigError(f"method={plain.get('method')}: not a method; choose a file of conf/method/")
+    return fill(RunConfig, values)
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """Return `cfg` as plain data, interpolations resolved.
+
+    A local checkpoint takes its folder's name unless it was given one, so that records do not carry the name of the
+    model whose group file happened to be the default.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    model = plain.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        model.update(bundled=None, hub=None, published={})
+        model["name"] = (
+            re.sub(r"[^A-Za-z0-9._+-]+", "-", model["path"].rstrip("/").rpartition("/")[2]).lstrip("-._+") or "local"
+        )
+    return {str(key): value for key, value in plain.items()}
+
+
+# How and where a run is carried out, against what it is.
+_NOT_IDENTITY = ("tracker", "paths", "force", "trace")
+
+
+def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Name a run: model, format, method, seed and a hash of all settings and input files that decide its numbers.
+
+    Args:
+        config: the checked settings.
+        plain: the same configuration as plain data.
+        inputs: content hashes of the files it reads, by key, so that a changed text or checkpoint is another run.
+    """
+    identity = {key: value for key, value in plain.items() if key not in _NOT_IDENTITY}
+    identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
+    text = json.dumps({"config": identity, "inputs": dict(inputs)}, sort_keys=True, default=str)
+    digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+    return f"{config.model.name}_{config.quant.name}_{config.method.name}_s{config.seed}_{digest}"

@@ -1,0 +1,127 @@
+"""The errors a user sees: one line each, naming the key, the value, the rule and the way out.
+
+Everything raised on purpose is an `LsiqError`. The entry point prints its message without a traceback; any other
+exception is a defect of the package and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class LsiqError(Exception):
+    """Base of every error that is the user's to mend; `str()` of it is one line."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
+
+
+class ConfigError(LsiqError):
+    """A setting is unknown, misspelt, of the wrong type or out of range."""
+
+
+class InputError(LsiqError):
+    """A checkpoint, text or record cannot be used: missing, corrupt, too short, unsupported."""
+
+
+class NumericalError(LsiqError):
+    """A computation left the numbers that can be trusted."""
+
+
+class OutputError(LsiqError):
+    """A result cannot be written where the configuration says."""
+
+
+def explain_hydra(error: Exception, known: dict[str, list[str]]) -> str:
+    """One line for an error that hydra or omegaconf raised while composing.
+
+    Args:
+        error: the exception; its cause usually carries the rule that was broken.
+        known: the choices by config group, to name what may be written instead.
+    """
+    lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
+    text = " ".join(line for line in lines if not line.startswith(("full_key", "object_type", "reference_type")))
+    if found := re.search(r"Could not override '([\w.@/-]+)'", text):
+        key = found[1]
+        group = key.split(".")[0]
+        hint = f"python run.py {group}=… --cfg job shows the keys of {group}" if group in known else top_level_hint()
+        return f"{key}: no such setting; {hint}"
+    if found := re.search(r"Could not find '([\w./-]+)/([^']*)'", text):
+        group, choice = found[1], found[2]
+        return f"{group}={choice}: no such choice; use one of {', '.join(known.get(group, []))}"
+    if found := re.search(r"Could not append to config\. An item is already at '([\w.]+)'", text):
+        return f"+{found[1]}: the key exists already; leave out the + to change it"
+    if "parsing override" in text or "mismatched input" in text or "no viable alternative" in text:
+        return f"{text}; an override reads key=value, and a value with blanks or commas stands in quotes"
+    if found := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        return f"{found[1]} has no value; give it as {found[1]}=…"
+    return text
+
+
+def top_level_hint() -> str:
+    return "python run.py --help lists the groups and keys"
+
+
+@contextlib.contextmanager
+def one_line(multirun: bool) -> Iterator[None]:
+    """End a job that failed by the user's error with one line; in a sweep the other jobs go on.
+
+    Hydra would print a line of its own before it hands the error on.
+    """
+    try:
+        yield
+    except LsiqError as error:
+        if _wants_trace():
+            raise
+        if not multirun:
+            sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        raise
+
+
+def _wants_trace() -> bool:
+    return any(word.startswith("debug=") or word == "trace=true" for word in sys.argv)
+
+
+@contextlib.contextmanager
+def reporting(conf: Path) -> Iterator[None]:
+    """Turn errors that are the user's to mend into one line on stderr and an exit status other than 0.
+
+    `debug=…` or `trace=true` on the command line keeps the traceback.
+
+    Args:
+        conf: the folder of configuration groups, to name what may be chosen.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra hands its errors on instead of printing several lines
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (LsiqError, HydraException, OmegaConfBaseException) as error:
+        if _wants_trace():
+            raise
+        message = str(error) if isinstance(error, LsiqError) else explain_hydra(error, _choices(conf))
+        sys.exit(f"error: {message}")
+    except ValueError as error:
+        if "Config group override" not in str(error) or _wants_trace():
+            raise
+        groups = ", ".join(_choices(conf))
+        sys.exit(
+            f"error: {error}: an override reads group=choice or key=value, and of a group ({groups}) only a choice"
+        )
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command starts the run again")
+
+
+def _choices(conf: Path) -> dict[str, list[str]]:
+    return {
+        group.name: sorted(file.stem for file in group.glob("*.yaml"))
+        for group in sorted(conf.iterdir())
+        if group.is_dir()
+    }

@@ -1,0 +1,172 @@
+"""The story of one run: load, draw tokens, quantise block by block, evaluate."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lsiq.calib.corpora import read_corpus
+from lsiq.calib.tokens import cut_windows, draw_windows, random_windows, token_hash
+from lsiq.config import RunConfig
+from lsiq.errors import ConfigError
+from lsiq.evals.perplexity import perplexity
+from lsiq.memory import peak_bytes, reset_peak
+from lsiq.models.loading import Model, load
+from lsiq.quantize import BlockReport, check_formats, quantize
+from lsiq.results import Record
+from lsiq.store import BlockStore
+from lsiq.track.base import Tracker, make_tracker
+from lsiq.track.console import stage
+
+T = TypeVar("T")
+
+
+def carry_out(
+    config: RunConfig, plain: Mapping[str, Any], checkpoint: Path | None, folder: Path, record: Record
+) -> None:
+    """Do the run and write what it finds into `record`."""
+    reset_peak()
+    start = time.perf_counter()
+    device = find_device(config.device)
+    record.machine = describe(device)
+    torch.manual_seed(config.seed)
+
+    model = timed(record, "load", lambda: load(config.model, checkpoint, device, config.seed))
+    check_formats(model, config.quant)
+    check_lengths(model, config)
+    calibration = timed(record, "tokens", lambda: calibration_tokens(config, model))
+    windows = timed(record, "tokens", lambda: evaluation_windows(config, model))
+    if calibration is not None:
+        samples, seqlen = calibration.shape
+        record.calibration = {"samples": samples, "seqlen": seqlen, "tokens": token_hash(calibration)}
+
+    with make_tracker(config, plain, record.run_id, folder) as tracker:
+        store = BlockStore(folder / "blocks")
+        timed(record, "quantize", lambda: quantize_model(config, model, calibration, store, record, tracker))
+        timed(record, "evaluate", lambda: evaluate(config, model, windows, store, record, tracker))
+        record.seconds["total"] = time.perf_counter() - start
+        record.peak_bytes = peak_bytes()
+        tracker.finish(record)
+
+
+def quantize_model(
+    config: RunConfig, model: Model, tokens: Tensor | None, store: BlockStore, record: Record, tracker: Tracker
+) -> None:
+    """Fill `store` with the quantised blocks, and the record with a row for each."""
+    if config.quant.name == "fp16":
+        return  # the float model under the same protocol
+    store.clear()
+    reports: list[BlockReport] = []
+    with stage("quantize", model.depth) as progress:
+        for report in quantize(
+            model, config.method, config.quant, tokens, config.calib.batch, config.seed, store, tracker.log
+        ):
+            reports.append(report)
+            row = block_row(report)
+            record.blocks.append(row)
+            tracker.log({f"block/{key}": row[key] for key in ("index", "error", "seconds") if row[key] is not None})
+            progress.advance("" if report.error is None else f"error {report.error:.3g}")
+    weights = sum(report.weights for report in reports)
+    record.average_bits = sum(report.stored_bits for report in reports) / weights
+
+
+def block_row(report: BlockReport) -> dict[str, Any]:
+    return {
+        "index": report.index,
+        "seconds": report.seconds,
+        "error": report.error,
+        "average_bits": report.stored_bits / report.weights,
+        "metrics": dict(report.metrics),
+    }
+
+
+def evaluate(
+    config: RunConfig, model: Model, windows: Mapping[str, Tensor], store: BlockStore, record: Record, tracker: Tracker
+) -> None:
+    """Measure the float and the quantised model on every corpus."""
+    for corpus, tokens in windows.items():
+        key = f"{corpus}@{tokens.shape[1]}"
+        is_float = config.quant.name == "fp16"
+        with stage(f"{corpus}", model.depth * (1 if is_float else 2)) as progress:
+            reference = perplexity(model, tokens, config.eval.batch, None, progress.advance)
+            found = reference if is_float else perplexity(model, tokens, config.eval.batch, store, progress.advance)
+        record.metrics[f"float/ppl/{key}"] = reference.value
+        record.metrics[f"ppl/{key}"] = found.value
+        record.metrics[f"excess/{key}"] = found.loss - reference.loss
+        record.protocol[f"ppl/{key}"] = {
+            "windows": found.windows,
+            "predicted_tokens": found.tokens,
+            "tokens": token_hash(tokens),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+        tracker.log({name: value for name, value in record.metrics.items() if name.endswith(key)})
+
+
+def calibration_tokens(config: RunConfig, model: Model) -> Tensor | None:
+    """Draw the calibration windows `(samples, seqlen)`; None for `calib=none`."""
+    calib = config.calib
+    if calib.corpus is None:
+        return None
+    if calib.corpus == "random":
+        return random_windows(model.config.vocab_size, calib.samples, calib.seqlen, config.seed)
+    text = read_corpus(calib.corpus, "calibration", calib.path, calib.fields)
+    name = calib.path or calib.corpus
+    return draw_windows(text, model.tokenizer, calib.samples, calib.seqlen, config.seed, name)
+
+
+def evaluation_windows(config: RunConfig, model: Model) -> dict[str, Tensor]:
+    """Cut the evaluation windows `(N, seqlen)` of every corpus."""
+    cut: dict[str, Tensor] = {}
+    for corpus in config.eval.corpora:
+        if corpus == "random":
+            cut[corpus] = random_windows(model.config.vocab_size, config.eval.windows or 16, config.eval.seqlen, 1)
+            continue
+        path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
+        text = read_corpus(corpus, "evaluation", path, config.eval.fields)
+        cut[corpus] = cut_windows(text, model.tokenizer, config.eval.seqlen, path or corpus)[: config.eval.windows]
+    return cut
+
+
+def check_lengths(model: Model, config: RunConfig) -> None:
+    """Raise ConfigError where a window is longer than the positions the model knows."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    lengths = {"calib.seqlen": config.calib.seqlen} if config.calib.corpus is not None else {}
+    lengths |= {"eval.seqlen": config.eval.seqlen} if config.eval.corpora else {}
+    for key, seqlen in lengths.items():
+        if limit is not None and seqlen > limit:
+            raise ConfigError(f"{key}={seqlen}: the model has {limit} positions; use at most {limit}")
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device that `name` stands for; ConfigError where this machine has none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs; use device=cpu or auto")
+    return device
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What the numbers were computed on."""
+    described: dict[str, Any] = {"device": device.type, "threads": torch.get_num_threads(), "system": platform.system()}
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def timed(record: Record, stage_name: str, action: Callable[[], T]) -> T:
+    """Run `action` and add its wall time to the record."""
+    start = time.perf_counter()
+    try:
+        return action()
+    finally:
+        record.seconds[stage_name] = record.seconds.get(stage_name, 0.0) + time.perf_counter() - start
+        assert math.isfinite(record.seconds[stage_name])

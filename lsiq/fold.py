@@ -1,0 +1,63 @@
+"""Folding a channel scale between a producer and its consumers, so that the float function stays the same.
+
+For channels `x` that a producer writes and linears read, `x / s` and `W diag(s)` cancel. SmoothQuant, AWQ and LET all
+fold through here, while they learn and when they are done, so both are the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lsiq.models.spec import Group
+
+
+def fold_scale(weights: Mapping[str, Tensor], group: Group, scale: Tensor, head_dim: int) -> dict[str, Tensor]:
+    """Return the tensors of a block that change when the group's channels are divided by `scale`.
+
+    Args:
+        weights: the block's tensors by dotted name.
+        group: who writes and who reads the channels.
+        scale: `(channels,)`, positive; the channels are what the producer writes.
+        head_dim: channels per attention head.
+
+    The producer's weight and bias are divided, each consumer's columns multiplied.
+    """
+    weight = weights[f"{group.producer}.weight"]
+    changed = {f"{group.producer}.weight": weight / (scale if weight.dim() == 1 else scale[:, None])}
+    if (bias := weights.get(f"{group.producer}.bias")) is not None:
+        changed[f"{group.producer}.bias"] = bias / scale
+    for consumer in group.consumers:
+        weight = weights[f"{consumer}.weight"]
+        changed[f"{consumer}.weight"] = weight * spread(scale, weight.shape[1], head_dim)
+    return changed
+
+
+def fold_shift(weights: Mapping[str, Tensor], group: Group, shift: Tensor, head_dim: int) -> dict[str, Tensor]:
+    """Return the tensors that change when `shift (channels,)` is subtracted from the group's channels.
+
+    The producer's bias takes `-shift`, each consumer's bias `+ W shift`; both must have biases.
+    """
+    changed = {f"{group.producer}.bias": weights[f"{group.producer}.bias"] - shift}
+    for consumer in group.consumers:
+        weight = weights[f"{consumer}.weight"]
+        changed[f"{consumer}.bias"] = weights[f"{consumer}.bias"] + weight @ spread(shift, weight.shape[1], head_dim)
+    return changed
+
+
+def spread(channels: Tensor, width: int, head_dim: int) -> Tensor:
+    """Repeat what belongs to the producer's channels for every consumer input: `(channels,) -> (width,)`.
+
+    Under grouped-query attention a value head serves `width / channels` query heads in a row; elsewhere both are equal.
+    """
+    if len(channels) == width:
+        return channels
+    return channels.view(-1, head_dim).repeat_interleave(width // len(channels), dim=0).flatten()
+
+
+def gather(inputs: Tensor, channels: int, head_dim: int) -> Tensor:
+    """The largest of what several consumer inputs say of one producer channel: `(width,) -> (channels,)`."""
+    if len(inputs) == channels:
+        return inputs
+    return inputs.view(channels // head_dim, -1, head_dim).amax(1).flatten()

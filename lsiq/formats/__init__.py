@@ -1,0 +1,1 @@
+"""Number formats: how a weight or an activation is put on a grid."""

@@ -1,0 +1,37 @@
+"""Peak memory of this process and of its GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
+
+def reset_peak() -> None:
+    """Count peaks from here, where the system allows it, so that jobs of one sweep do not inherit each other's."""
+    with contextlib.suppress(OSError):  # Linux only; elsewhere the peak of the whole process is reported
+        Path("/proc/self/clear_refs").write_text("5")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> dict[str, int]:
+    """Return the peak resident bytes of the host and, where a GPU is used, the peak allocated bytes of the device."""
+    peaks = {"host": _host_peak()}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        peaks["device"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def _host_peak() -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,70 @@
+"""What every method is: settings with one function, block in, result out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lsiq.config import QuantSettings
+    from lsiq.formats.tensor import QuantizedTensor
+    from lsiq.models.block import Block
+
+Need = Literal["inputs", "targets"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may look at besides the block and the formats.
+
+    Attributes:
+        inputs: `(N, T, d)`, what the quantised model feeds the block; None unless the method needs it.
+        targets: `(N, T, d)`, what the float block makes of the float stream; None unless the method needs it.
+        generator: seeded for this run and block; the only source of chance.
+        batch: sequences that pass through the block at once.
+        log: takes named numbers of one step or epoch, for the tracker.
+    """
+
+    inputs: Tensor | None
+    targets: Tensor | None
+    generator: torch.Generator
+    batch: int
+    log: Callable[[Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What a method made of a block.
+
+    Attributes:
+        weights: by dotted name of the linear's weight, its codes.
+        floats: by dotted name, norms and biases that were folded into; replaces the block's own.
+        metrics: numbers worth a row in the record.
+    """
+
+    weights: Mapping[str, QuantizedTensor]
+    floats: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Settings that can quantise a block. They import without torch, so that wrong ones are refused at once."""
+
+    @property
+    def name(self) -> str:
+        """What records and tables call the method."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Which streams must be in the context."""
+        ...
+
+    def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
+        """Return codes for every linear of `block`; neither the block nor the context is changed."""
+        ...

@@ -1,0 +1,83 @@
+"""One transformer block as a function of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lsiq.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from lsiq.methods.base import BlockResult
+
+BlockFunction = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Block:
+    """An immutable view of one transformer block.
+
+    Attributes:
+        module: the untouched layer of transformers, on the meta device: structure without weights.
+        spec: what is known of its family.
+        index: its place in the model, from 0.
+        weights: by dotted name inside the block, float32 on the compute device.
+        kwargs: the keyword arguments that the model passes to every block (mask, positions, rotary embedding), at
+            batch 1; they broadcast over any batch.
+        dtype: the precision in which the block runs.
+    """
+
+    module: nn.Module
+    spec: ModelSpec
+    index: int
+    weights: Mapping[str, Tensor]
+    kwargs: Mapping[str, Any]
+    dtype: torch.dtype
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Dotted names of the weights to quantise, in the order in which a token meets them."""
+        return tuple(f"{name}.weight" for name in self.spec.linears)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.module.get_submodule(self.spec.query.rpartition(".")[0]).head_dim  # type: ignore[return-value]
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> BlockFunction:
+        """Return the block as a function `(batch, T, d) -> (batch, T, d)` in which `weights` replace the block's own.
+
+        Differentiable in the weights. Nothing is written: the layer of transformers runs through `functional_call`.
+        """
+        cast = {name: weight.to(self.dtype) for name, weight in {**self.weights, **weights}.items()}
+
+        def run(hidden: Tensor) -> Tensor:
+            return functional_call(self.module, cast, (hidden,), dict(self.kwargs))
+
+        return run
+
+    def with_result(self, result: BlockResult) -> BlockFunction:
+        """Return the block with the weights that a result stands for."""
+        return self.with_weights(result_weights(result, self.weights))
+
+
+def result_weights(result: BlockResult, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Decode a result to the weights it stands for, on the device of `like`."""
+    device = next(iter(like.values())).device
+    decoded = {name: tensor.decode().to(device) for name, tensor in result.weights.items()}
+    return decoded | {name: tensor.to(device) for name, tensor in result.floats.items()}
+
+
+@torch.no_grad()
+def run_stream(block: BlockFunction, stream: Tensor, batch: int, device: torch.device) -> Tensor:
+    """Return the block's outputs for a stream `(N, T, d)` kept on the CPU, `batch` sequences at a time."""
+    out = torch.empty_like(stream)
+    for start in range(0, len(stream), batch):
+        part = slice(start, start + batch)
+        out[part] = block(stream[part].to(device, non_blocking=True)).to(stream.device)
+    return out

@@ -1,0 +1,95 @@
+"""Checkpoints read lazily: one tensor at a time, by name, from memory-mapped files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lsiq.errors import InputError
+from lsiq.models.folder import weight_files
+
+
+class Checkpoint(Protocol):
+    """Named tensors of known shape; reading one reads nothing else."""
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        """Return the tensor on the CPU, in the dtype it is stored in; InputError if missing or of another shape."""
+        ...
+
+
+class FileCheckpoint:
+    """Tensors of safetensors files, or of pickled files that hold nothing but tensors."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._tensors = tensors
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        # Checkpoints written from the bare base model leave its prefix out; transformers accepts both, and so do we.
+        stored = name if name in self._tensors else name.removeprefix("model.")
+        if stored not in self._tensors:
+            raise InputError(f"{self.folder}: the checkpoint has no tensor {name}; it is incomplete, fetch it again")
+        try:
+            tensor = self._tensors[stored]()
+        except Exception as error:  # safetensors raises its own kind for each way a file can be damaged
+            raise InputError(f"{self.folder}: {name} cannot be read ({error}); fetch the checkpoint again") from error
+        if tensor.shape != shape:
+            raise InputError(
+                f"{self.folder}: {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}; "
+                "the files do not belong together"
+            )
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise InputError(f"{self.folder}: {name} is {tensor.dtype}, not a float weight; give the float checkpoint")
+        if not tensor.isfinite().all():
+            raise InputError(f"{self.folder}: {name} holds values that are not finite; fetch the checkpoint again")
+        return tensor
+
+
+class RandomCheckpoint:
+    """Random weights of the asked shapes: each tensor depends on the seed and its own name alone."""
+
+    def __init__(self, seed: int, std: float = 0.02) -> None:
+        self._seed, self._std = seed, std
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        if len(shape) == 1:
+            return torch.ones(shape) if "norm" in name and name.endswith("weight") else torch.zeros(shape)
+        return torch.empty(shape, dtype=torch.float16).normal_(0.0, self._std, generator=generator)
+
+
+def open_checkpoint(folder: Path, allow_pickle: bool) -> FileCheckpoint:
+    """Open the weights of `folder` without reading them.
+
+    Raises:
+        InputError: no weights, a damaged file, or pickled weights that were not asked for.
+    """
+    tensors: dict[str, Any] = {}
+    for file in weight_files(folder, allow_pickle):
+        try:
+            tensors.update(_open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file))
+        except InputError:
+            raise
+        except Exception as error:  # each library has its own exceptions for a damaged file
+            raise InputError(f"{file}: cannot be read ({error}); fetch it again") from error
+    return FileCheckpoint(folder, tensors)
+
+
+def _open_safetensors(file: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    opened = safe_open(file, framework="pt", device="cpu")
+    return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _open_pickle(file: Path) -> dict[str, Any]:
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"{file}: does not hold a plain state dict; convert it to safetensors")
+    return {name: lambda tensor=tensor: tensor for name, tensor in state.items()}

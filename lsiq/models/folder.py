@@ -1,0 +1,127 @@
+"""Where a checkpoint lies, which files hold its weights, and whether it is still the same. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lsiq.assets import bundled_model
+from lsiq.errors import InputError
+from lsiq.models.hub import fetch_snapshot
+
+if TYPE_CHECKING:
+    from lsiq.config import ModelSettings
+
+_TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"]
+
+
+def find_folder(settings: ModelSettings) -> Path | None:
+    """Return the checkpoint folder of `settings`, fetched if need be; None for random weights of a given shape.
+
+    Raises:
+        InputError: no such folder, or neither cache nor hub has the repository.
+    """
+    if settings.path is not None:
+        folder = Path(settings.path).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"model.path={settings.path}: no such folder; give a folder with config.json and weights")
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"model.path={settings.path}: holds no config.json; give a folder in the transformers layout"
+            )
+        return folder
+    if settings.bundled is not None:
+        return bundled_model(settings.bundled)
+    if settings.weights == "random":
+        return None
+    assert settings.hub is not None  # the settings see to it
+    weights = ["*.safetensors", "*.safetensors.index.json"]
+    if settings.allow_pickle:
+        weights += ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+    way_out = (
+        "log in or go online, put the files into the cache, or give a local checkpoint with model.path=DIR "
+        "(model.weights=random runs the true shape without one)"
+    )
+    return fetch_snapshot(
+        settings.hub,
+        settings.revision,
+        ["config.json", "generation_config.json", *_TOKENIZER_FILES, *weights],
+        lambda folder: _complete(folder, settings.allow_pickle),
+        way_out,
+    )
+
+
+def _complete(folder: Path, allow_pickle: bool) -> bool:
+    try:
+        return (folder / "config.json").is_file() and bool(weight_files(folder, allow_pickle))
+    except InputError:
+        return False
+
+
+def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """Return the files that hold the weights of a checkpoint folder.
+
+    Raises:
+        InputError: there are none, an index names a file that is missing, or only pickled ones exist and
+            `allow_pickle` is false.
+    """
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (folder / index).is_file():
+            files = _indexed(folder, index)
+        elif (folder / single).is_file():
+            files = [folder / single]
+        else:
+            continue
+        if single.endswith(".bin") and not allow_pickle:
+            raise InputError(
+                f"{folder}: the weights are pickled ({files[0].name}), which may carry code; "
+                "convert them to safetensors, or set model.allow_pickle=true to load them with weights_only"
+            )
+        return files
+    raise InputError(f"{folder}: no model.safetensors and no index of one; give a folder that holds a checkpoint")
+
+
+def _indexed(folder: Path, index: str) -> list[Path]:
+    try:
+        names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / index}: not a weight index ({error}); fetch the checkpoint again") from error
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(
+                f"{folder / index}: names a file outside the folder ({name}); do not trust this checkpoint"
+            )
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: the shard {name} is missing; fetch the checkpoint again")
+    return [folder / name for name in names]
+
+
+def fingerprint(folder: Path, allow_pickle: bool) -> str:
+    """A hash that changes when the checkpoint does: config, headers, sizes and evenly spread samples of the data.
+
+    Small checkpoints are hashed whole; a large one costs 64 short reads a shard, so that a finished run is recognised
+    at once. Needs no torch.
+    """
+    digest = hashlib.blake2b(digest_size=10)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    for file in weight_files(folder, allow_pickle):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            if size <= 64 * 2**20:
+                digest.update(stream.read())
+                continue
+            header = stream.read(8)
+            digest.update(stream.read(min(struct.unpack("<Q", header)[0], 2**24)))
+            for part in range(64):
+                stream.seek(size * part // 64)
+                digest.update(stream.read(2**14))
+    return digest.hexdigest()

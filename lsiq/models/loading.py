@@ -1,0 +1,198 @@
+"""Loading: from the settings of a model to its skeleton, its lazily read weights and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lsiq.assets import bundled_model
+from lsiq.errors import InputError
+from lsiq.models.block import Block
+from lsiq.models.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
+from lsiq.models.spec import ModelSpec, check_supported, find_spec
+
+if TYPE_CHECKING:
+    from lsiq.config import ModelSettings
+
+
+class _FirstBlockReached(Exception):  # noqa: N818 (not an error: it ends a forward pass early)
+    def __init__(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        self.hidden, self.kwargs = hidden, kwargs
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model whose blocks are read from the checkpoint one at a time.
+
+    Attributes:
+        config: the transformers configuration.
+        spec: what is known of the family.
+        skeleton: the transformers model; embeddings, final norm and head are real, the blocks stay on the meta device.
+        checkpoint: where weights are read from.
+        tokenizer: of transformers.
+        device, dtype: where and in which precision blocks run.
+    """
+
+    config: Any
+    spec: ModelSpec
+    skeleton: nn.Module
+    checkpoint: Checkpoint
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len(self._blocks)
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return self.skeleton.get_submodule(self.spec.blocks)  # type: ignore[return-value]
+
+    def block(self, index: int, kwargs: Mapping[str, Any]) -> Block:
+        """Read one block's weights onto the device; `kwargs` come from `embed`."""
+        module = self._blocks[index]
+        weights = {
+            name: self.checkpoint.read(f"{self.spec.blocks}.{index}.{name}", parameter.shape).to(
+                self.device, torch.float32
+            )
+            for name, parameter in module.named_parameters()
+        }
+        return Block(module, self.spec, index, weights, kwargs, self.dtype)
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor, batch: int) -> tuple[Tensor, dict[str, Any]]:
+        """Return what enters the first block, `(N, T, d)` on the CPU, and the blocks' keyword arguments at batch 1.
+
+        Args:
+            tokens: `(N, T)` token ids.
+            batch: sequences embedded at once.
+        """
+        _, kwargs = self._reach_first_block(tokens[:1])
+        parts = [self._reach_first_block(part)[0].cpu() for part in tokens.split(batch)]
+        hidden = torch.cat(parts)
+        return (hidden.pin_memory() if self.device.type == "cuda" else hidden), kwargs
+
+    def _reach_first_block(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            raise _FirstBlockReached(
+                hidden, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
+            )
+
+        handle = self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.skeleton(input_ids=tokens.to(self.device), use_cache=False)
+        except _FirstBlockReached as reached:
+            return reached.hidden, reached.kwargs
+        finally:
+            handle.remove()
+        raise AssertionError("the model ran without entering its first block")
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits `(batch, T, vocabulary)` in float32 of what left the last block."""
+        base = self.skeleton.get_submodule(self.spec.blocks.rpartition(".")[0])
+        hidden = hidden.to(self.device)
+        for name in ("norm", "final_layer_norm", "project_out"):
+            if isinstance(module := getattr(base, name, None), nn.Module):
+                hidden = module(hidden)
+        return self.skeleton.get_output_embeddings()(hidden).float()  # type: ignore[operator]
+
+
+def load(settings: ModelSettings, folder: Path | None, device: torch.device, seed: int) -> Model:
+    """Return the model of `settings` with its blocks still on disk.
+
+    Raises:
+        InputError: an unsupported family, a damaged or incomplete checkpoint, a tokenizer that does not load.
+    """
+    config = _config(settings, folder)
+    where = str(folder or settings.name)
+    spec = find_spec(config.model_type, where)
+    check_supported(config, spec, where)
+    checkpoint: Checkpoint
+    if settings.weights == "random" or folder is None:
+        checkpoint = RandomCheckpoint(seed)
+    else:
+        checkpoint = open_checkpoint(folder, settings.allow_pickle)
+    dtype = _dtype(settings.dtype, device, config)
+    return Model(
+        config, spec, _skeleton(config, spec, checkpoint, device, dtype), checkpoint, _tokenizer(folder), device, dtype
+    )
+
+
+def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
+    """`auto`: float32 on a CPU; on a GPU bfloat16 for models trained in it, which float16 may overflow, else float16."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if config.dtype == torch.bfloat16 else torch.float16
+
+
+def _config(settings: ModelSettings, folder: Path | None) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        if folder is not None:
+            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+                raise InputError(
+                    f"{folder / 'config.json'}: names no model_type; give a checkpoint in the transformers layout"
+                )
+            find_spec(raw["model_type"], str(folder))  # before transformers, whose message lists every architecture
+        else:
+            raw = dict(settings.architecture or {})
+        return AutoConfig.for_model(**raw)
+    except InputError:
+        raise
+    except Exception as error:  # transformers checks configurations with errors of many kinds
+        raise InputError(f"{folder or settings.name}: config.json cannot be used ({error}); fetch it again") from error
+
+
+def _tokenizer(folder: Path | None) -> Any:
+    """Load the tokenizer beside the weights; a shape without a checkpoint borrows the bundled one."""
+    from transformers import AutoTokenizer
+
+    where = folder or bundled_model("tiny-llama")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on other classes of tokenizer
+            return AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise InputError(
+            f"{where}: the tokenizer cannot be loaded ({error}); put its files beside the weights"
+        ) from error
+
+
+def _skeleton(
+    config: Any, spec: ModelSpec, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Build the model without weights, then give real ones to all that lies outside the blocks."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    state = {
+        name: checkpoint.read(name, parameter.shape).to(device, dtype)
+        for name, parameter in skeleton.named_parameters()  # tied parameters appear once, under their first name
+        if not name.startswith(f"{spec.blocks}.")
+    }
+    skeleton.load_state_dict(state, strict=False, assign=True)
+    skeleton.tie_weights()
+    # Buffers such as rotary frequencies are in no checkpoint: they are computed when their module is made.
+    for name, module in list(skeleton.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            parent, _, child = name.rpartition(".")
+            setattr(skeleton.get_submodule(parent), child, type(module)(config=config).to(device))
+    for parameter in skeleton.parameters():
+        parameter.requires_grad_(False)
+    return skeleton

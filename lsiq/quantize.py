@@ -1,0 +1,123 @@
+"""The block loop: the one place where a model's weights are replaced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lsiq.errors import NumericalError
+from lsiq.methods.base import BlockResult, Context, Method
+from lsiq.models.block import Block, run_stream
+from lsiq.models.loading import Model
+from lsiq.store import BlockStore
+
+if TYPE_CHECKING:
+    from lsiq.config import QuantSettings
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One finished block.
+
+    Attributes:
+        index: its place, from 0.
+        seconds: wall time of the method on it, streams included.
+        error: mean squared difference of the two streams after the block over the float stream's mean square; None
+            without calibration data.
+        stored_bits: bits of its quantised linears; `weights` is how many original weights they have.
+        metrics: what the method reported.
+    """
+
+    index: int
+    seconds: float
+    error: float | None
+    stored_bits: int
+    weights: int
+    metrics: Mapping[str, float]
+
+
+def check_formats(model: Model, quant: QuantSettings) -> None:
+    """Raise ConfigError before anything long starts if a format does not fit the shape of a linear."""
+    block = model.skeleton.get_submodule(f"{model.spec.blocks}.0")
+    for name in model.spec.linears:
+        quant.weight.check(block.get_submodule(name).in_features, name)  # type: ignore[arg-type]
+
+
+def quantize(
+    model: Model,
+    method: Method,
+    quant: QuantSettings,
+    tokens: Tensor | None,
+    batch: int,
+    seed: int,
+    store: BlockStore,
+    log: Callable[[Mapping[str, float]], None],
+) -> Iterator[BlockReport]:
+    """Quantise the model block by block into `store`, yielding a report after each.
+
+    Two streams run along: the float stream is what the float model feeds each block, the quantised stream what the
+    already quantised blocks feed it.
+
+    Args:
+        tokens: `(N, T)` calibration tokens, or None for a method that needs none.
+        batch: sequences that pass through a block at once.
+    """
+    hidden, kwargs = model.embed(torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens, batch)
+    floats = hidden if tokens is not None else None
+    quantised = floats
+    for index in range(model.depth):
+        start = time.perf_counter()
+        block = model.block(index, kwargs)
+        targets = None if floats is None else run_stream(block.with_weights({}), floats, batch, model.device)
+        context = Context(
+            inputs=quantised if "inputs" in method.needs else None,
+            targets=targets if "targets" in method.needs else None,
+            generator=torch.Generator().manual_seed(seed * 100_003 + index),
+            batch=batch,
+            log=log,
+        )
+        result = method.quantize_block(block, quant, context)
+        _check(result, block)
+        store.write(index, result)
+        error = None
+        if quantised is not None and targets is not None:
+            quantised = run_stream(block.with_result(result), quantised, batch, model.device)
+            error = _relative_error(quantised, targets, index)
+            floats = targets
+        yield BlockReport(
+            index,
+            time.perf_counter() - start,
+            error,
+            sum(weight.stored_bits for weight in result.weights.values()),
+            sum(weight.codes.numel() for weight in result.weights.values()),
+            dict(result.metrics),
+        )
+
+
+def _check(result: BlockResult, block: Block) -> None:
+    """A result must cover every linear of the block and nothing else, in the right shapes."""
+    if set(result.weights) != set(block.linears):
+        raise AssertionError(f"block {block.index}: the method returned {sorted(result.weights)}, not {block.linears}")
+    for name, weight in result.weights.items():
+        if weight.codes.shape != block.weights[name].shape:
+            raise AssertionError(f"block {block.index}: {name} came back as {tuple(weight.codes.shape)}")
+
+
+def _relative_error(quantised: Tensor, targets: Tensor, index: int) -> float:
+    # Sequence by sequence: streams of large models are tens of gigabytes.
+    difference = power = 0.0
+    for q, t in zip(quantised, targets, strict=True):
+        t = t.float()
+        difference += (q.float() - t).square().mean().item()
+        power += t.square().mean().item()
+    error = difference / max(power, 1e-30)
+    if not error < float("inf"):  # NaN included
+        raise NumericalError(
+            f"block {index}: its outputs are not finite; try model.dtype=float32 or model.dtype=bfloat16"
+        )
+    return error

@@ -1,0 +1,128 @@
+"""Records: one small JSON file per run, the truth that tables, notebooks and trackers are drawn from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lsiq.errors import OutputError
+
+SCHEMA = 1
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "hydra-core", "datasets", "wandb")
+
+
+@dataclass
+class Record:
+    """What one run did and found.
+
+    Attributes:
+        run_id: also the name of its folder.
+        status: running, finished, failed or interrupted.
+        created: start, UTC, ISO 8601.
+        config: the resolved configuration.
+        inputs: content hashes of checkpoint and texts, by key.
+        metrics: numbers by key, such as `ppl/bundled@512` and, of the float model, `float/ppl/bundled@512`.
+        protocol: by metric key, how it was measured: windows, tokens, hash of the tokens.
+        calibration: samples, sequence length and token hash.
+        average_bits: bits per original weight of the quantised linears, scales and zero points counted.
+        seconds: wall time by stage and in all.
+        peak_bytes: of host and device memory.
+        blocks: one entry per block.
+        versions, commit, clean, command, machine: where the numbers come from; `clean` is None outside a checkout.
+        error: why it did not finish.
+    """
+
+    run_id: str
+    status: str
+    created: str
+    config: dict[str, Any]
+    seed: int
+    inputs: dict[str, str]
+    schema: int = SCHEMA
+    metrics: dict[str, float] = field(default_factory=dict)
+    protocol: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    average_bits: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    clean: bool | None = None
+    command: str = ""
+    machine: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def objective(self) -> float | None:
+        """The number that a search minimises: the first perplexity of the quantised model."""
+        return next((value for key, value in self.metrics.items() if key.startswith("ppl/")), None)
+
+
+def write_record(record: Record, folder: Path) -> Path:
+    """Write `folder/record.json`; the file appears whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    path = folder / "record.json"
+    partial = folder / f".record.{os.getpid()}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(asdict(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"paths.runs: {folder} cannot be written ({error.strerror}); set paths.runs=DIR") from error
+    return path
+
+
+def read_record(folder: Path) -> Record | None:
+    """Return the record in `folder`, or None where there is none that this version can read."""
+    try:
+        values = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        return Record(**values) if values.get("schema") == SCHEMA else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version(), "lsiq": importlib.metadata.version("lsiq")}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def source_state() -> tuple[str | None, bool | None]:
+    """The commit of the checkout that this package lies in, and whether its tracked files are unchanged."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None, None  # installed as a wheel, perhaps into somebody else's checkout
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return commit.stdout.strip(), not status.stdout.strip()
+
+
+def command_line() -> str:
+    """The command as it was typed, without the folder that the program lies in."""
+    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

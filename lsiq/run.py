@@ -1,0 +1,83 @@
+"""One run, from a composed configuration to its record."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from lsiq.config import RunConfig, parse, plain_config, run_id
+from lsiq.errors import InputError, LsiqError
+from lsiq.models.folder import find_folder, fingerprint
+from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
+from lsiq.track.console import say, show_record
+
+
+def run(cfg: DictConfig) -> Record:
+    """Carry out the run that `cfg` describes, or return its record where it has been carried out before.
+
+    Raises:
+        LsiqError: one line that says what to change; a record with status `failed` keeps it if work had begun.
+    """
+    config, plain = parse(cfg), plain_config(cfg)
+    checkpoint = find_folder(config.model)
+    inputs = identify_inputs(config, checkpoint)
+    identity = run_id(config, plain, inputs)
+    folder = Path(config.paths.runs) / identity
+    found = read_record(folder)
+    if found is not None and found.status == "finished" and not config.force:
+        say(f"found {folder / 'record.json'} (force=true runs it again)")
+        show_record(found)
+        return found
+
+    record = Record(
+        run_id=identity,
+        status="running",
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        config=plain,
+        seed=config.seed,
+        inputs=inputs,
+        versions=versions(),
+        command=command_line(),
+    )
+    record.commit, record.clean = source_state()
+    write_record(record, folder)
+    try:
+        from lsiq.experiment import carry_out  # torch and transformers: only now that there is work for them
+
+        carry_out(config, plain, checkpoint, folder, record)
+        record.status = "finished"
+    except BaseException as error:
+        record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        record.error = str(error) if isinstance(error, LsiqError) else f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        path = write_record(record, folder)
+    show_record(record)
+    say(f"record: {path}")
+    return record
+
+
+def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str]:
+    """Return content hashes of everything a run reads from files, by the key that names the file."""
+    inputs = {}
+    if checkpoint is not None and config.model.weights == "checkpoint":
+        inputs["model"] = fingerprint(checkpoint, config.model.allow_pickle)
+    paths = {"calib.path": config.calib.path, "eval.path": config.eval.path}
+    paths |= {f"eval.local.{name}": path for name, path in config.eval.local.items()}
+    for key, path in paths.items():
+        if path is not None:
+            inputs[key] = _hash_file(key, Path(path).expanduser())
+    return inputs
+
+
+def _hash_file(key: str, path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"{key}={path}: no such file; give the path of a text, relative to where you run")
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=10)).hexdigest()
+    except OSError as error:
+        raise InputError(f"{key}={path}: cannot be read ({error.strerror}); check its permissions") from error

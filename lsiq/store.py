@@ -1,0 +1,76 @@
+"""Finished blocks on disk: what is evaluated, exported or taken up again is what was written here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from lsiq.errors import InputError, OutputError
+from lsiq.formats.integer import Integer
+from lsiq.formats.tensor import QuantizedTensor
+from lsiq.methods.base import BlockResult
+
+
+class BlockStore:
+    """A folder with one safetensors file per finished block.
+
+    Codes stand as uint8, scales and zero points in float32, folded norms and biases in float32; the formats stand in
+    the file's metadata.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def clear(self) -> None:
+        """Leave an empty folder behind."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def write(self, index: int, result: BlockResult) -> None:
+        """Store a block; the file appears whole or not at all."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        formats: dict[str, dict[str, object]] = {}
+        for name, weight in result.weights.items():
+            formats[name] = {field: getattr(weight.format, field) for field in ("bits", "group", "symmetric", "scale")}
+            for part, tensor in (("codes", weight.codes), ("scale", weight.scale), ("zero", weight.zero)):
+                tensors[f"{name}:{part}"] = tensor.cpu().contiguous()
+        tensors |= {f"{name}:float": tensor.float().cpu().contiguous() for name, tensor in result.floats.items()}
+        metadata = {"formats": json.dumps(formats), "metrics": json.dumps(dict(result.metrics))}
+        partial = self._file(index).with_suffix(".partial")
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            os.replace(partial, self._file(index))
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(
+                f"{self._file(index)}: cannot be written ({error.strerror}); free space or set paths.runs"
+            ) from error
+
+    def read(self, index: int) -> BlockResult:
+        """Return a stored block, on the CPU; InputError when it is missing or damaged."""
+        from safetensors import safe_open
+
+        try:
+            with safe_open(self._file(index), framework="pt", device="cpu") as file:
+                metadata: Mapping[str, str] = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            weights = {
+                name: QuantizedTensor(
+                    tensors[f"{name}:codes"], tensors[f"{name}:scale"], tensors[f"{name}:zero"], Integer(**fmt)
+                )
+                for name, fmt in json.loads(metadata["formats"]).items()
+            }
+        except Exception as error:  # safetensors and json each raise their own kinds
+            raise InputError(f"{self._file(index)}: cannot be read ({error}); run again with force=true") from error
+        floats = {name.removesuffix(":float"): tensor for name, tensor in tensors.items() if name.endswith(":float")}
+        return BlockResult(weights, floats, json.loads(metadata["metrics"]))
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"block_{index:03d}.safetensors"

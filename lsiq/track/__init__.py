@@ -1,0 +1,1 @@
+"""Tracking: the terminal and the trackers that mirror a run's record."""

@@ -1,0 +1,55 @@
+"""What a tracker is, and the choice of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from lsiq.config import RunConfig
+    from lsiq.results import Record
+
+
+class Tracker(Protocol):
+    """Mirrors a run while it lasts. A tracker that fails costs a warning, never the run."""
+
+    def __enter__(self) -> Tracker: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Add one row of named numbers."""
+        ...
+
+    def finish(self, record: Record) -> None:
+        """Show the finished record."""
+        ...
+
+
+class NoTracker:
+    """Keeps nothing; the record is written all the same."""
+
+    def __enter__(self) -> NoTracker:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        return None
+
+    def log(self, values: Mapping[str, float]) -> None:
+        del values
+
+    def finish(self, record: Record) -> None:
+        del record
+
+
+def make_tracker(config: RunConfig, plain: Mapping[str, Any], run_id: str, folder: Path) -> Tracker:
+    """Return the tracker that the settings ask for."""
+    if config.tracker.kind == "none" or config.tracker.mode == "disabled":
+        return NoTracker()
+    from lsiq.track.wandb import WandbTracker
+
+    return WandbTracker(config, plain, run_id, folder)

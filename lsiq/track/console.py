@@ -1,0 +1,84 @@
+"""The terminal: a line that moves while a run lasts, and the table it ends with."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lsiq.memory import peak_bytes
+
+if TYPE_CHECKING:
+    from lsiq.results import Record
+
+# Results go to stdout, the story to stderr, so that a table can be piped.
+OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+STORY = Console(stderr=True, highlight=False)
+
+
+def warn(message: str) -> None:
+    STORY.print(f"[yellow]warning:[/] {message}")
+
+
+def say(message: str) -> None:
+    STORY.print(message)
+
+
+class Stage:
+    """The progress of one stage; on a terminal a moving bar, elsewhere a line from time to time."""
+
+    def __init__(self, progress: Progress, task: TaskID, name: str, total: int) -> None:
+        self._progress, self._task, self._name, self._total = progress, task, name, total
+        self._done, self._start, self._said = 0, time.perf_counter(), time.perf_counter()
+
+    def advance(self, note: str = "") -> None:
+        """One more step is done; `note` says what came of it."""
+        self._done += 1
+        note = f"{note}  peak {gib(max(peak_bytes().values()))}".strip()
+        self._progress.update(self._task, advance=1, note=note)
+        now = time.perf_counter()
+        # Logs of batch jobs: the first and last step, and at most one line in ten seconds between.
+        if not STORY.is_terminal and (self._done in (1, self._total) or now - self._said > 10):
+            self._said = now
+            left = (now - self._start) / self._done * (self._total - self._done)
+            STORY.print(f"{self._name} {self._done}/{self._total}  {note}  {left:.0f} s left", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def stage(name: str, total: int) -> Iterator[Stage]:
+    """Show the progress of `total` steps under `name`."""
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=STORY, transient=False, disable=not STORY.is_terminal) as progress:
+        yield Stage(progress, progress.add_task(name, total=total, note=""), name, total)
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def show_record(record: Record) -> None:
+    """Print the table a run ends with: corpus, float, quantised, bits, seconds, peak memory."""
+    model, method = record.config["model"]["name"], record.run_id.split("_")[2]
+    table = Table(title=f"{model}  {record.run_id.split('_')[1]}  {method}  seed {record.seed}", title_justify="left")
+    for column in ("corpus", "float", method, "excess", "avg bits", "seconds", "peak memory"):
+        table.add_column(column, justify="left" if column == "corpus" else "right", no_wrap=True)
+    bits = "—" if record.average_bits is None else f"{record.average_bits:.3f}"
+    cost = (bits, f"{record.seconds['total']:.1f}", gib(max(record.peak_bytes.values())))
+    keys = [key.removeprefix("ppl/") for key in record.metrics if key.startswith("ppl/")]
+    for key in keys or ["(nothing measured)"]:
+        numbers = [record.metrics.get(name) for name in (f"float/ppl/{key}", f"ppl/{key}", f"excess/{key}")]
+        table.add_row(key, *("—" if n is None else f"{n:.4f}" if n < 1e4 else f"{n:.4g}" for n in numbers), *cost)
+        cost = ("", "", "")
+    OUT.print(table)

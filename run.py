@@ -1,0 +1,22 @@
+"""Run, compare and reproduce post-training quantisation: `python run.py --help`."""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from lsiq.errors import one_line, reporting
+from lsiq.run import run
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def main(cfg: DictConfig) -> float | None:
+    with one_line(multirun=HydraConfig.get().mode == RunMode.MULTIRUN):
+        return run(cfg).objective
+
+
+if __name__ == "__main__":
+    with reporting(Path(__file__).parent / "conf"):
+        main()

@@ -1,0 +1,205 @@
+"""Forty ways to be wrong: each is one error line that names key or file, rule and way out, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import CONF
+
+RUN = CONF.parent / "run.py"
+
+
+def call(*arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    start = time.perf_counter()
+    environment = os.environ | {"HF_HOME": str(cwd / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(RUN), *arguments], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
+    return done, time.perf_counter() - start
+
+
+# Answered from the configuration alone.
+CONFIG_ERRORS = {
+    "unknown-key": (["quant.weight.bts=3"], ["quant.weight.bts", "no such setting"]),
+    "unknown-top-level-key": (["sede=1"], ["sede", "no such setting"]),
+    "added-key": (["+quant.new=3"], ["quant.new=3", "weight, activation"]),
+    "added-nested-key": (["+quant.weight.bit=3"], ["quant.weight.bit=3", "did you mean bits"]),
+    "added-existing-key": (["+seed=3"], ["seed"]),
+    "unknown-choice": (["quant=w5a16"], ["quant=w5a16", "w4a16g128"]),
+    "unknown-model": (["model=opt-6.8b"], ["model=opt-6.8b", "opt-6.7b"]),
+    "unknown-method": (["method=magic"], ["method=magic", "rtn"]),
+    "unknown-group": (["quantize=w4a16"], ["quantize", "no such setting"]),
+    "bits-too-large": (["quant.weight.bits=17"], ["quant.weight.bits=17", "2 to 8"]),
+    "bits-between": (["quant.weight.bits=9"], ["quant.weight.bits=9", "16"]),
+    "bits-too-small": (["quant.weight.bits=1"], ["quant.weight.bits=1", "2 to 8"]),
+    "bits-not-a-number": (["quant.weight.bits=four"], ["quant.weight.bits=four", "integer"]),
+    "group-zero": (["quant.weight.group=0"], ["quant.weight.group=0"]),
+    "group-negative": (["quant.weight.group=-128"], ["quant.weight.group=-128"]),
+    "wrong-bool": (["quant.weight.symmetric=perhaps"], ["quant.weight.symmetric=perhaps"]),
+    "wrong-scale": (["quant.weight.scale=float8"], ["quant.weight.scale=float8", "float16"]),
+    "target-outside": (["method._target_=os.system"], ["os.system", "lsiq"]),
+    "target-not-settings": (["method._target_=lsiq.run.run"], ["lsiq.run.run", "not a settings class"]),
+    "target-missing": (["method._target_=lsiq.methods.magic.Magic"], ["lsiq.methods.magic.Magic", "no such class"]),
+    "target-of-another-kind": (["method._target_=lsiq.config.PathSettings"], ["method", "not a method"]),
+    "negative-seed": (["seed=-1"], ["seed=-1"]),
+    "no-samples": (["calib.samples=0"], ["calib.samples=0", "at least 1"]),
+    "short-windows": (["eval.seqlen=2"], ["eval.seqlen=2", "at least 8"]),
+    "unknown-corpus": (["eval.corpora=[wikitext3]"], ["eval.corpora", "wikitext2"]),
+    "file-without-path": (["calib=file"], ["calib.path=null", "calib.path=FILE"]),
+    "eval-file-without-path": (["eval=file"], ["eval.path=null", "eval.path=FILE"]),
+    "unknown-device": (["device=tpu"], ["device=tpu", "cuda"]),
+    "unknown-dtype": (["model.dtype=int8"], ["model.dtype=int8", "bfloat16"]),
+    "unknown-weights": (["model.weights=none"], ["model.weights=none", "random"]),
+    "tracker-mode": (["tracker.mode=loud"], ["tracker.mode=loud", "offline"]),
+    "group-as-value": (["quant=null"], ["quant", "group=choice"]),
+    "missing-folder": (["model.path=/nowhere/at/all"], ["model.path=/nowhere/at/all", "no such folder"]),
+    "missing-text": (["calib=file", "calib.path=/nowhere.txt"], ["calib.path=/nowhere.txt", "no such file"]),
+    "empty-override": (["=3"], ["key=value"]),
+    "local-not-measured": (["+eval.local.c4=/nowhere"], ["eval.local.c4", "not among"]),
+    "no-hub": (["model=opt-125m"], ["facebook/opt-125m", "model.path", "cache"]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIG_ERRORS))
+def test_a_wrong_configuration_is_one_line_within_a_second(name: str, tmp_path: Path) -> None:
+    arguments, wanted = CONFIG_ERRORS[name]
+    done, seconds = call(*arguments, cwd=tmp_path)
+    assert_one_line(done, wanted)
+    # A second on an idle machine (measured: 0.6 s); three leave room for a busy one.
+    assert seconds < 3.0
+    assert not (tmp_path / "runs").exists()
+
+
+def empty_text(folder: Path) -> list[str]:
+    (folder / "empty.txt").write_text("  \n\n")
+    return ["calib=file", "calib.path=empty.txt"]
+
+
+def short_text(folder: Path) -> list[str]:
+    (folder / "short.txt").write_text("Not much to read.")
+    return ["eval=file", "eval.path=short.txt"]
+
+
+def binary_text(folder: Path) -> list[str]:
+    (folder / "image.txt").write_bytes(bytes(range(256)) * 20)
+    return ["calib=file", "calib.path=image.txt"]
+
+
+def damaged_xz(folder: Path) -> list[str]:
+    (folder / "text.txt.xz").write_bytes(lzma.compress(b"Some text. " * 9000)[:100])
+    return ["eval=file", "eval.path=text.txt.xz"]
+
+
+def wrong_field(folder: Path) -> list[str]:
+    (folder / "text.jsonl").write_text(json.dumps({"body": "words"}) + "\n")
+    return ["eval=file", "eval.path=text.jsonl"]
+
+
+def broken_json(folder: Path) -> list[str]:
+    (folder / "text.jsonl").write_text('{"text": "words"}\n{"text": \n')
+    return ["eval=file", "eval.path=text.jsonl"]
+
+
+def truncated_weights(folder: Path, checkpoint: Path) -> list[str]:
+    copy = shutil.copytree(checkpoint, folder / "model")
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-999])
+    return ["model.path=model"]
+
+
+def no_config(folder: Path, checkpoint: Path) -> list[str]:
+    (shutil.copytree(checkpoint, folder / "model") / "config.json").unlink()
+    return ["model.path=model"]
+
+
+def broken_config(folder: Path, checkpoint: Path) -> list[str]:
+    (shutil.copytree(checkpoint, folder / "model") / "config.json").write_text("{")
+    return ["model.path=model"]
+
+
+def no_weights(folder: Path, checkpoint: Path) -> list[str]:
+    (shutil.copytree(checkpoint, folder / "model") / "model.safetensors").unlink()
+    return ["model.path=model"]
+
+
+def no_tokenizer(folder: Path, checkpoint: Path) -> list[str]:
+    (shutil.copytree(checkpoint, folder / "model") / "tokenizer.json").unlink()
+    return ["model.path=model"]
+
+
+def other_family(folder: Path, checkpoint: Path) -> list[str]:
+    copy = shutil.copytree(checkpoint, folder / "model")
+    (copy / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    return ["model.path=model"]
+
+
+INPUT_ERRORS: dict[str, tuple[Callable[..., list[str]], list[str]]] = {
+    "empty-text": (empty_text, ["empty.txt", "empty"]),
+    "short-text": (short_text, ["short.txt", "eval.seqlen=512"]),
+    "binary-text": (binary_text, ["image.txt", "UTF-8"]),
+    "damaged-xz": (damaged_xz, ["text.txt.xz"]),
+    "wrong-field": (wrong_field, ["text.jsonl", "text"]),
+    "broken-json": (broken_json, ["text.jsonl", "line 2"]),
+    "truncated-weights": (truncated_weights, ["model.safetensors", "cannot be read"]),
+    "no-config": (no_config, ["config.json"]),
+    "broken-config": (broken_config, ["config.json"]),
+    "no-weights": (no_weights, ["model.safetensors"]),
+    "no-tokenizer": (no_tokenizer, ["tokenizer"]),
+    "other-family": (other_family, ["gpt2", "llama"]),
+    "windows-too-long": (lambda _: ["eval.seqlen=4096"], ["eval.seqlen=4096", "1024"]),
+    "group-that-does-not-divide": (lambda _: ["quant.weight.group=100"], ["quant.weight.group=100", "384", "128"]),
+    "no-such-gpu": (lambda _: ["device=cuda:9"], ["device=cuda:9"]),
+    "runs-is-a-file": (lambda folder: [f"paths.runs={(folder / 'taken').write_text('x') and 'taken'}"], ["paths.runs"]),
+    "hub-corpus-offline": (lambda _: ["eval=wikitext2"], ["Salesforce/wikitext", "eval.local.wikitext2"]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(INPUT_ERRORS))
+def test_a_wrong_input_is_one_line_before_anything_long(
+    name: str, tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
+    prepare, wanted = INPUT_ERRORS[name]
+    takes_checkpoint = prepare.__code__.co_argcount == 2
+    arguments = prepare(tmp_path, checkpoints["llama"]) if takes_checkpoint else prepare(tmp_path)
+    done, _ = call("tracker=none", *arguments, cwd=tmp_path)
+    assert_one_line(done, wanted)
+
+
+def test_debug_asks_for_the_traceback(tmp_path: Path) -> None:
+    done, _ = call("seed=-1", "debug=trace", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_in_a_sweep_a_wrong_job_does_not_stop_the_others(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    done, _ = call(
+        "-m",
+        "quant.weight.group=40,32",
+        f"model.path={checkpoints['llama']}",
+        "calib=none",
+        "eval=none",
+        "tracker=none",
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    statuses = sorted(json.loads(file.read_text())["status"] for file in tmp_path.glob("runs/*/record.json"))
+    assert statuses == ["failed", "finished"]
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], wanted: list[str]) -> None:
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for part in wanted:
+        assert part in lines[0], lines[0]

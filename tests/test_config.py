@@ -1,0 +1,86 @@
+"""Every configuration file composes to settings, and wrong ones are answered without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CONF, compose_run
+
+from lsiq.config import parse, plain_config, run_id
+from lsiq.errors import ConfigError
+
+FILES = sorted(
+    (file.parent.name, file.stem) for group in CONF.iterdir() if group.is_dir() for file in group.glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize(("group", "choice"), FILES, ids=lambda part: part)
+def test_every_file_composes_to_checked_settings(group: str, choice: str, text_file: Path) -> None:
+    prefix = "+" if group in ("experiment", "debug") else ""
+    overrides = [f"{group}={choice}"]
+    if choice == "file":
+        overrides.append(f"{group}.path={text_file}")
+    config = parse(compose_run(*overrides))
+    assert config.model.seqlen >= 8, prefix
+
+
+@pytest.mark.parametrize(("group", "choice"), FILES, ids=lambda part: part)
+def test_every_file_begins_with_what_it_is(group: str, choice: str) -> None:
+    lines = (CONF / group / f"{choice}.yaml").read_text().splitlines()
+    first = lines[1] if lines[0].startswith("# @package") else lines[0]
+    assert first.startswith("# ")
+    assert len(first) > 20
+
+
+def test_quant_files_are_called_what_they_are() -> None:
+    for file in (CONF / "quant").glob("*.yaml"):
+        assert parse(compose_run(f"quant={file.stem}")).quant.name == file.stem
+
+
+def test_settings_are_checked_without_importing_torch() -> None:
+    code = (
+        "import sys; sys.argv=['run.py']\n"
+        "import lsiq.run\n"
+        "from hydra import compose, initialize_config_dir\n"
+        f"with initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
+        "    from pathlib import Path\n"
+        f"    for file in sorted(Path({str(CONF)!r}, 'method').glob('*.yaml')):\n"
+        "        lsiq.run.parse(compose('config', overrides=[f'method={file.stem}']))\n"
+        "assert not {'torch', 'transformers', 'wandb', 'datasets'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_is_named_by_what_decides_its_numbers() -> None:
+    def name(*overrides: str, **inputs: str) -> str:
+        cfg = compose_run(*overrides)
+        return run_id(parse(cfg), plain_config(cfg), inputs)
+
+    base = name()
+    assert base.startswith("tiny-llama_w3a16g128_")
+    for same in ("tracker=none", "paths.runs=/elsewhere", "force=true", "trace=true", "tracker.group=study"):
+        assert name(same) == base, same
+    for other in ("seed=1", "quant.weight.bits=2", "calib.samples=3", "eval.seqlen=256", "model=tiny-opt"):
+        assert name(other) != base, other
+    assert name(model="another checkpoint") != base
+
+
+def test_an_override_cannot_belie_the_name() -> None:
+    assert parse(compose_run("quant=w4a16g128", "quant.weight.bits=2")).quant.name == "w2a16g128"
+    assert parse(compose_run("quant.weight.symmetric=true")).quant.name == "w3a16g128-sym"
+
+
+def test_a_local_checkpoint_takes_its_folders_name() -> None:
+    config = parse(compose_run("model.path=/data/my models/opt 1b/"))
+    assert config.model.name == "opt-1b"
+    assert config.model.bundled is None
+
+
+def test_methods_that_need_data_are_refused_without() -> None:
+    config = parse(compose_run("method=rtn", "calib=none"))
+    assert config.calib.corpus is None
+    with pytest.raises(ConfigError, match="no such setting"):
+        parse(compose_run("+method.alpha=3"))
