@@ -95,8 +95,10 @@ def evaluate(
         key = f"{corpus}@{tokens.shape[1]}"
         is_float = config.quant.name == "fp16"
         with stage(f"{corpus}", model.depth * (1 if is_float else 2)) as progress:
-            reference = perplexity(model, tokens, config.eval.batch, None, progress.advance)
-            found = reference if is_float else perplexity(model, tokens, config.eval.batch, store, progress.advance)
+            reference = perplexity(model, tokens, config.eval.batch, progress.advance)
+            found = reference
+            if not is_float:
+                found = perplexity(model, tokens, config.eval.batch, progress.advance, store, config.quant.activation)
         record.metrics[f"float/ppl/{key}"] = reference.value
         record.metrics[f"ppl/{key}"] = found.value
         record.metrics[f"excess/{key}"] = found.loss - reference.loss

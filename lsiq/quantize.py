@@ -86,7 +86,7 @@ def quantize(
         store.write(index, result)
         error = None
         if quantised is not None and targets is not None:
-            quantised = run_stream(block.with_result(result), quantised, batch, model.device)
+            quantised = run_stream(block.with_result(result, quant.activation), quantised, batch, model.device)
             error = _relative_error(quantised, targets, index)
             floats = targets
         yield BlockReport(

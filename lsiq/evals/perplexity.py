@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import NumericalError
+from lsiq.formats.activation import Activation
 from lsiq.models.block import BlockFunction, run_stream
 from lsiq.models.loading import Model
 from lsiq.store import BlockStore
@@ -37,9 +38,16 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(
-    model: Model, windows: Tensor, batch: int, store: BlockStore | None, advance: Callable[[], None]
+    model: Model,
+    windows: Tensor,
+    batch: int,
+    advance: Callable[[], None],
+    store: BlockStore | None = None,
+    activation: Activation | None = None,
 ) -> Perplexity:
-    """Measure the float model, or with `store` the quantised one, on `windows (N, T)` of token ids.
+    """Measure the model on `windows (N, T)` of token ids: the float model, or with `store` the quantised one.
+
+    `activation` is the format of the quantised model's activations.
 
     Each window is read on its own; its first token is context only, the others are predicted. The loss is averaged
     over all predicted tokens and exponentiated. Only one block is on the device at a time.
@@ -52,7 +60,9 @@ def perplexity(
     hidden, kwargs = model.embed(windows, batch)
     for index in range(model.depth):
         block = model.block(index, kwargs)
-        function: BlockFunction = block.with_weights({}) if store is None else block.with_result(store.read(index))
+        function: BlockFunction = (
+            block.with_weights({}) if store is None else block.with_result(store.read(index), activation)
+        )
         hidden = run_stream(function, hidden, batch, model.device)
         advance()
     total = 0.0

@@ -1,24 +1,62 @@
-"""The format of the activations that enter a linear."""
+"""The format of the activations that enter the linears of a block, and of queries, keys and values."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from lsiq.formats.integer import MAX_SCALE, MIN_SCALE, round_through
 from lsiq.settings import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @settings
 class Activation:
-    """Dynamic integers of `bits` bits, their range taken from each token or from the whole tensor."""
+    """Dynamic integers of `bits` bits: the range is the minimum and maximum (zero included) of what is rounded.
+
+    The formula is that of `Integer`; the range is taken from each token's channels, or from the whole tensor. In
+    attention the channels of a token are those of one head. The softmax output stays in float unless `softmax` asks
+    otherwise: it lies in 0 … 1 and is quantised with that fixed range.
+
+    Source: OmniQuant (arXiv 2308.13137, section 4.1 and its code): per token, dynamic, queries, keys and values too.
+    """
 
     bits: int = Field(16, ge=4, le=16, description="4 to 8 bits per activation, or 16 to leave them in float")
     per: Literal["token", "tensor"] = Field("token", description="token or tensor")
     symmetric: bool = Field(False, description="true or false")
+    attention: bool = Field(True, description="true quantises queries, keys and values as well")
+    softmax: bool = Field(False, description="true quantises the attention weights as well")
 
     def __post_init__(self) -> None:
         if 8 < self.bits < 16:
             raise ValueError(
                 f"bits={self.bits}: nothing lies between 8 and 16; use 4 to 8, or 16 for float activations"
             )
+
+    @property
+    def active(self) -> bool:
+        return self.bits < 16
+
+    def fake(self, x: Tensor) -> Tensor:
+        """Return `x (…, channels)` on its grid, in its own dtype; rounding lets gradients straight through."""
+        if not self.active:
+            return x
+        dims = (-1,) if self.per == "token" else tuple(range(x.dim()))
+        wide = x.float()  # the range of half precision is too small for the scale of a quiet token
+        lo, hi = wide.amin(dims, keepdim=True).clamp(max=0), wide.amax(dims, keepdim=True).clamp(min=0)
+        levels = 2**self.bits - 1
+        if self.symmetric:
+            half = 2 ** (self.bits - 1)
+            scale = ((-lo).maximum(hi) / (half - 1)).clamp(MIN_SCALE, MAX_SCALE)
+            return (round_through(wide / scale).clamp(-half, half - 1) * scale).to(x.dtype)
+        scale = ((hi - lo) / levels).clamp(MIN_SCALE, MAX_SCALE)
+        zero = round_through(-lo / scale)
+        return (((round_through(wide / scale) + zero).clamp(0, levels) - zero) * scale).to(x.dtype)
+
+    def fake_softmax(self, weights: Tensor) -> Tensor:
+        """Return attention weights in 0 … 1 on the fixed grid of `bits` bits."""
+        levels = 2**self.bits - 1
+        return round_through(weights * levels) / levels

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lsiq.formats.activation import Activation
+from lsiq.models.attention import activations
 from lsiq.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -49,21 +51,23 @@ class Block:
         """Channels per attention head."""
         return self.module.get_submodule(self.spec.query.rpartition(".")[0]).head_dim  # type: ignore[return-value]
 
-    def with_weights(self, weights: Mapping[str, Tensor]) -> BlockFunction:
+    def with_weights(self, weights: Mapping[str, Tensor], activation: Activation | None = None) -> BlockFunction:
         """Return the block as a function `(batch, T, d) -> (batch, T, d)` in which `weights` replace the block's own.
 
+        With `activation`, the inputs of the linears and queries, keys and values are put into that format.
         Differentiable in the weights. Nothing is written: the layer of transformers runs through `functional_call`.
         """
         cast = {name: weight.to(self.dtype) for name, weight in {**self.weights, **weights}.items()}
 
         def run(hidden: Tensor) -> Tensor:
-            return functional_call(self.module, cast, (hidden,), dict(self.kwargs))
+            with activations(self.module, self.spec.linears, activation):
+                return functional_call(self.module, cast, (hidden,), dict(self.kwargs))
 
         return run
 
-    def with_result(self, result: BlockResult) -> BlockFunction:
+    def with_result(self, result: BlockResult, activation: Activation | None = None) -> BlockFunction:
         """Return the block with the weights that a result stands for."""
-        return self.with_weights(result_weights(result, self.weights))
+        return self.with_weights(result_weights(result, self.weights), activation)
 
 
 def result_weights(result: BlockResult, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lsiq.assets import bundled_model
 from lsiq.errors import InputError
+from lsiq.models.attention import NAME
 from lsiq.models.block import Block
 from lsiq.models.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
 from lsiq.models.spec import ModelSpec, check_supported, find_spec
@@ -130,7 +131,7 @@ def load(settings: ModelSettings, folder: Path | None, device: torch.device, see
 
 
 def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
-    """`auto`: float32 on a CPU; on a GPU bfloat16 for models trained in it, which float16 may overflow, else float16."""
+    """`auto`: float32 on a CPU; on a GPU bfloat16 for models trained in it (float16 may overflow), else float16."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
@@ -180,7 +181,7 @@ def _skeleton(
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=NAME).eval()
     state = {
         name: checkpoint.read(name, parameter.shape).to(device, dtype)
         for name, parameter in skeleton.named_parameters()  # tied parameters appear once, under their first name

@@ -1,0 +1,96 @@
+"""What a method may ask of the inputs of each linear: gathered in one pass over the stream, batch by batch.
+
+All of it is a sum or a maximum over tokens, so it does not depend on how the stream is cut into batches beyond the
+order of summation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lsiq.models.block import Block
+
+Update = Callable[[str, Tensor], None]
+
+
+@torch.no_grad()
+def visit_inputs(
+    block: Block,
+    weights: Mapping[str, Tensor],
+    inputs: Tensor,
+    batch: int,
+    linears: Sequence[str],
+    update: Update,
+) -> None:
+    """Run a stream `(N, T, d)` through the block and show `update` the inputs of some linears.
+
+    Args:
+        weights: replace the block's own, as in `Block.with_weights`.
+        linears: dotted names of linears, without `.weight`. Of linears that share an input only the first is shown.
+        update: takes the linear's name and its inputs `(tokens, in)` in float32.
+    """
+    device = next(iter(block.weights.values())).device
+    shown: list[Tensor] = []
+
+    def show(name: str) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not any(args[0] is seen for seen in shown):
+                shown.append(args[0])
+                update(name, args[0].flatten(0, -2).float())
+
+        return hook
+
+    handles = [block.module.get_submodule(name).register_forward_pre_hook(show(name)) for name in linears]
+    function = block.with_weights(weights)
+    try:
+        for part in inputs.split(batch):
+            function(part.to(device))
+            shown.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def abs_max(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:
+    """Return the largest |input| per channel `(in,)`, by linear of the float block; linears of a stage share one."""
+    found: dict[str, Tensor] = {}
+
+    def update(name: str, x: Tensor) -> None:
+        largest = x.abs().amax(0)
+        found[name] = largest if name not in found else found[name].maximum(largest)
+
+    return _by_stage(block, inputs, batch, update, found)
+
+
+def extremes(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:
+    """Return the smallest and the largest input per channel, stacked as `(2, in)`, by linear."""
+    found: dict[str, Tensor] = {}
+
+    def update(name: str, x: Tensor) -> None:
+        lo, hi = x.amin(0), x.amax(0)
+        if name in found:
+            lo, hi = lo.minimum(found[name][0]), hi.maximum(found[name][1])
+        found[name] = torch.stack([lo, hi])
+
+    return _by_stage(block, inputs, batch, update, found)
+
+
+def mean_abs(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:
+    """Return the mean |input| per channel `(in,)`, by linear; summed in float64, so batching does not show."""
+    found: dict[str, Tensor] = {}
+
+    def update(name: str, x: Tensor) -> None:
+        total = x.abs().sum(0, dtype=torch.float64)
+        found[name] = total if name not in found else found[name] + total
+
+    tokens = inputs.shape[0] * inputs.shape[1]
+    return {name: (total / tokens).float() for name, total in _by_stage(block, inputs, batch, update, found).items()}
+
+
+def _by_stage(block: Block, inputs: Tensor, batch: int, update: Update, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fill `found` for the first linear of each stage and let the others of the stage share it."""
+    visit_inputs(block, {}, inputs, batch, [stage[0] for stage in block.spec.stages], update)
+    return {name: found[stage[0]] for stage in block.spec.stages for name in stage}
