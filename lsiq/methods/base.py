@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -68,3 +68,15 @@ class Method(Protocol):
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
         """Return codes for every linear of `block`; neither the block nor the context is changed."""
         ...
+
+
+def quantize_prepared(
+    method: Method, block: Block, changed: Mapping[str, Tensor], quant: QuantSettings, context: Context
+) -> BlockResult:
+    """Let `method` quantise the block after some of its tensors were changed, and keep what is not a linear as floats.
+
+    This is how methods compose: one that prepares weights (SmoothQuant, AWQ) hands them to the one in its `then`.
+    """
+    result = method.quantize_block(replace(block, weights={**block.weights, **changed}), quant, context)
+    floats = {name: tensor for name, tensor in changed.items() if name not in block.linears}
+    return replace(result, floats=floats | dict(result.floats))
