@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas
 import torch
 from torch import Tensor
 
@@ -73,6 +74,8 @@ def quantize_model(
             record.blocks.append(row)
             tracker.log({f"block/{key}": row[key] for key in ("index", "error", "seconds") if row[key] is not None})
             progress.advance("" if report.error is None else f"error {report.error:.3g}")
+    if rows := [row for report in reports for row in report.trace]:
+        pandas.DataFrame(rows).to_parquet(store.folder.parent / "trajectory.parquet", index=False)
     weights = sum(report.weights for report in reports)
     record.average_bits = sum(report.stored_bits for report in reports) / weights
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class BlockReport:
             without calibration data.
         stored_bits: bits of its quantised linears; `weights` is how many original weights they have.
         metrics: what the method reported.
+        trace: the rows of its trajectory.
     """
 
     index: int
@@ -39,6 +40,7 @@ class BlockReport:
     stored_bits: int
     weights: int
     metrics: Mapping[str, float]
+    trace: Sequence[Mapping[str, Any]]
 
 
 def check_formats(model: Model, quant: QuantSettings) -> None:
@@ -96,6 +98,7 @@ def quantize(
             sum(weight.stored_bits for weight in result.weights.values()),
             sum(weight.codes.numel() for weight in result.weights.values()),
             dict(result.metrics),
+            result.trace,
         )
 
 

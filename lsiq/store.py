@@ -19,8 +19,8 @@ from lsiq.methods.base import BlockResult
 class BlockStore:
     """A folder with one safetensors file per finished block.
 
-    Codes stand as uint8, scales and zero points in float32, folded norms and biases in float32; the formats stand in
-    the file's metadata.
+    Codes stand as uint8, scales and zero points in float32, folded norms and biases in float32, learned parameters as
+    they are; the formats stand in the file's metadata.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,6 +42,7 @@ class BlockStore:
             for part, tensor in (("codes", weight.codes), ("scale", weight.scale), ("zero", weight.zero)):
                 tensors[f"{name}:{part}"] = tensor.cpu().contiguous()
         tensors |= {f"{name}:float": tensor.float().cpu().contiguous() for name, tensor in result.floats.items()}
+        tensors |= {f"{name}:state": tensor.cpu().contiguous() for name, tensor in result.state.items()}
         metadata = {"formats": json.dumps(formats), "metrics": json.dumps(dict(result.metrics))}
         partial = self._file(index).with_suffix(".partial")
         try:
@@ -70,7 +71,8 @@ class BlockStore:
         except Exception as error:  # safetensors and json each raise their own kinds
             raise InputError(f"{self._file(index)}: cannot be read ({error}); run again with force=true") from error
         floats = {name.removesuffix(":float"): tensor for name, tensor in tensors.items() if name.endswith(":float")}
-        return BlockResult(weights, floats, json.loads(metadata["metrics"]))
+        state = {name.removesuffix(":state"): tensor for name, tensor in tensors.items() if name.endswith(":state")}
+        return BlockResult(weights, floats, json.loads(metadata["metrics"]), state)
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block_{index:03d}.safetensors"

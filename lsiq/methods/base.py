@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +44,15 @@ class BlockResult:
         weights: by dotted name of the linear's weight, its codes.
         floats: by dotted name, norms and biases that were folded into; replaces the block's own.
         metrics: numbers worth a row in the record.
+        state: learned parameters worth keeping, by part and name.
+        trace: rows of what happened while learning, for the run's trajectory table.
     """
 
     weights: Mapping[str, QuantizedTensor]
     floats: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    trace: Sequence[Mapping[str, Any]] = ()
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,7 @@ class Block:
         kwargs: the keyword arguments that the model passes to every block (mask, positions, rotary embedding), at
             batch 1; they broadcast over any batch.
         dtype: the precision in which the block runs.
+        unfoldable: why scales cannot be folded into its norms; None where they can.
     """
 
     module: nn.Module
@@ -40,6 +41,7 @@ class Block:
     weights: Mapping[str, Tensor]
     kwargs: Mapping[str, Any]
     dtype: torch.dtype
+    unfoldable: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -50,6 +52,16 @@ class Block:
     def head_dim(self) -> int:
         """Channels per attention head."""
         return self.module.get_submodule(self.spec.query.rpartition(".")[0]).head_dim  # type: ignore[return-value]
+
+    def in_dtype(self, dtype: torch.dtype) -> Block:
+        """Return the block running in another precision, rotary embeddings and float masks included."""
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cast(item) for item in value)
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return replace(self, dtype=dtype, kwargs={name: cast(value) for name, value in self.kwargs.items()})
 
     def with_weights(self, weights: Mapping[str, Tensor], activation: Activation | None = None) -> BlockFunction:
         """Return the block as a function `(batch, T, d) -> (batch, T, d)` in which `weights` replace the block's own.

@@ -67,7 +67,8 @@ class Model:
             )
             for name, parameter in module.named_parameters()
         }
-        return Block(module, self.spec, index, weights, kwargs, self.dtype)
+        unfoldable = self.spec.why_not_foldable(self.config)
+        return Block(module, self.spec, index, weights, kwargs, self.dtype, unfoldable)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, batch: int) -> tuple[Tensor, dict[str, Any]]:

@@ -1,0 +1,125 @@
+"""Learned methods: LWC, LET, LSI and their kin are one learner with different parts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from lsiq.methods.base import BlockResult, Context, Need
+from lsiq.parts.base import Part
+from lsiq.settings import settings
+
+if TYPE_CHECKING:
+    from lsiq.config import QuantSettings
+    from lsiq.models.block import Block
+
+
+@settings
+class Training:
+    """How the parts of a method are trained: AdamW without decay, one learning rate per part."""
+
+    epochs: int = Field(20, ge=0, description="passes over the calibration samples for each block, at least 0")
+    batch: int = Field(8, ge=1, description="sequences per step, at least 1")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="the learning rates' course: constant, linear or cosine (both to 0)"
+    )
+    schedule: Literal["joint", "staged"] = Field(
+        "joint", description="joint, or staged: the parts named in late stand still for the first wait epochs"
+    )
+    late: list[str] = Field(["singular", "random"], description="names of the parts that a staged schedule starts late")
+    wait: int = Field(0, ge=0, description="epochs before the late parts of a staged schedule move")
+    aug_loss: bool = Field(False, description="true adds the loss against the float block on the quantised stream")
+    keep: Literal["last", "best"] = Field(
+        "last", description="last iterate, or best by calibration loss after an epoch, start included"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the block while it is trained: auto (the model's), float32, bfloat16 or float16"
+    )
+    retries: int = Field(3, ge=0, description="tries at half the rates after a loss that is not finite")
+    seconds: float | None = Field(
+        None, gt=0, description="stop a block after the epoch that passes this; null for none"
+    )
+
+    def __post_init__(self) -> None:
+        if self.schedule == "staged" and not 0 < self.wait < max(self.epochs, 1):
+            raise ValueError(
+                f"wait={self.wait}: a staged schedule needs 1 to epochs-1={self.epochs - 1} epochs to wait"
+            )
+
+    def steps(self, samples: int) -> int:
+        """Optimizer steps per block."""
+        return max(1, self.epochs * math.ceil(samples / self.batch))
+
+    def rate_factor(self, done: float) -> float:
+        """What the learning rates are multiplied by when `done` (0 … 1) of the steps are behind."""
+        if self.decay == "linear":
+            return 1 - done
+        return (1 + math.cos(math.pi * done)) / 2 if self.decay == "cosine" else 1.0
+
+    def in_precision(self, block: Block) -> Block:
+        """Return the block running in the precision it is trained in."""
+        import torch
+
+        return block if self.precision == "auto" else block.in_dtype(getattr(torch, self.precision))
+
+
+@settings
+class Learned:
+    """Train the parameters of some parts block by block, then round.
+
+    The parts act in their order on the float weights of a block; the result is put on the grid. OmniQuant is
+    `equivalent` and `clip`; LSI adds `singular` in front of them.
+    """
+
+    label: str = Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$", description="the method's name in records and tables")
+    parts: list[Any] = Field(description="a list of parts, in the order in which they act")
+    training: Training = Field(description="how the parts are trained")
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if not isinstance(part, Part):
+                raise ValueError(f"parts: {part} is not a part; see the files of conf/method/")
+        names = [part.name for part in self.parts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"parts: {', '.join(names)} names one part twice; each may stand once")
+        if self.training.schedule == "staged" and not set(names) & set(self.training.late):
+            raise ValueError(f"training.late={self.training.late}: the method has only {', '.join(names)}")
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"inputs", "targets"})
+
+    def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
+        import torch
+
+        from lsiq.learn import apply_parts, learn
+        from lsiq.merge import merge
+        from lsiq.trajectory import trace
+
+        parts = tuple(self.parts)
+        learned = learn(parts, self.training, block, quant, context)
+        with torch.no_grad():
+            result = merge(apply_parts(parts, learned.states, block), block, quant)
+            rows = trace(parts, learned, block, quant, result)
+        epochs = max(1, len(learned.epochs))
+        metrics = {
+            "steps": float(learned.steps),
+            "retries": float(learned.retries),
+            "epoch_seconds": learned.seconds / epochs,
+            "weight_path_share": learned.weight_seconds / max(learned.seconds, 1e-9),
+        }
+        if learned.epochs:
+            metrics |= {"loss_first": learned.epochs[0].loss, "loss_last": learned.epochs[-1].loss}
+        state = {
+            f"{part.name}:{name}": tensor
+            for part, held in zip(parts, learned.states, strict=True)
+            for name, tensor in held.parameters.items()
+        }
+        return replace(result, metrics=metrics, state=state, trace=rows)

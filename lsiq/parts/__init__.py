@@ -1,0 +1,1 @@
+"""Parts of a learned method: small pure maps on a draft of a block's weights, each with parameters of its own."""

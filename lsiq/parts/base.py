@@ -1,0 +1,79 @@
+"""What a part is, and the draft that parts work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lsiq.config import QuantSettings
+    from lsiq.methods.base import Context
+    from lsiq.models.block import Block
+
+Tensors = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A block's float tensors on their way to the grid.
+
+    Attributes:
+        weights: every tensor of the block by dotted name, as changed so far.
+        clip: by name of a linear's weight, the factors `(low, high)`, each `(out, groups, 1)`, that shrink the range
+            of its grid; a linear that is not named keeps its full range.
+    """
+
+    weights: Tensors
+    clip: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PartState:
+    """What a part holds for one block.
+
+    Attributes:
+        parameters: trained; start at values that leave the draft as it is, or at the part's own start.
+        constants: fixed once made, such as singular vectors.
+    """
+
+    parameters: dict[str, Tensor]
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Part(Protocol):
+    """Settings of one part; `apply` is pure, so what is trained is what is stored."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def lr(self) -> float: ...
+
+    def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
+        """Return the parameters and constants for a block, on its device."""
+        ...
+
+    def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
+        """Return the changed draft; differentiable in the parameters."""
+        ...
+
+
+def quantized_ranges(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point `(out, groups, 1)` of a linear's grid under the draft's clipping."""
+    lo, hi = quant.weight.extremes(draft.weights[name])
+    if name in draft.clip:
+        low, high = draft.clip[name]
+        lo, hi = low * lo, high * hi
+    return quant.weight.fit(lo, hi)
+
+
+def rounded(draft: Draft, linears: tuple[str, ...], quant: QuantSettings) -> dict[str, Tensor]:
+    """Return every tensor of the draft, its linears on their grids; gradients pass straight through the rounding."""
+    if quant.weight.bits == 16:
+        return dict(draft.weights)
+    on_grid = {name: quant.weight.fake(draft.weights[name], *quantized_ranges(draft, name, quant)) for name in linears}
+    return {**draft.weights, **on_grid}

@@ -1,0 +1,149 @@
+"""Equivalent (LET): learnable scales and shifts between linears and what feeds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from lsiq.errors import InputError
+from lsiq.fold import fold_scale, fold_shift, gather
+from lsiq.models.spec import Group
+from lsiq.parts.base import Draft, PartState
+from lsiq.settings import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lsiq.config import QuantSettings
+    from lsiq.methods.base import Context
+    from lsiq.models.block import Block
+
+Pair = Literal["norm", "value", "query_key"]
+
+
+@settings
+class Equivalent:
+    """Learnable equivalent transformation: `x → (x - δ) / s` in the producer, `W → W diag(s)`, `b → b + W δ`.
+
+    Pairs: norm → (q, k, v), norm → (fc1 | gate, up), value → output projection, query ↔ key. The last linear of the
+    feed-forward part has no partner. All are exact in float: a value scale is shared by the query heads that read the
+    value head, and under a rotary embedding the two channels of a rotated pair share their query-key scale.
+
+    The scale starts at `max|x|^α / max|W|^(1-α)`, the query-key scale at 1, the shift at the middle of the range.
+
+    Source: OmniQuant (arXiv 2308.13137, section 3.3).
+    Deviations: the logarithm of the scale is learned, so that it stays positive without clamping; and the value pair is
+    folded as the linear pair it is, where OmniQuant's public code trains another function than it stores on OPT.
+    """
+
+    lr: float = Field(5e-3, gt=0, description="learning rate of log-scales and shifts, above 0")
+    alpha: float = Field(0.5, ge=0, le=1, description="how much of the range moves into the weights, 0 to 1")
+    pairs: list[Pair] = Field(["norm", "value", "query_key"], description="a list of norm, value and query_key")
+    shift: Literal["auto", "always", "never"] = Field(
+        "auto", description="auto (where there are biases and activations are quantised), always or never"
+    )
+    start_from: Literal["all", "first"] = Field(
+        "all", description="all consumers' weights or only the first one's, for the starting scale"
+    )
+    weight_only_families: list[str] | None = Field(
+        None, description="model types that take this part when activations stay in float; null means all"
+    )
+
+    @property
+    def name(self) -> str:
+        return "equivalent"
+
+    def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
+        from lsiq.calib.statistics import extremes
+
+        if not self._used(block, quant):
+            return PartState({})
+        if block.unfoldable:
+            raise InputError(f"method: the part equivalent folds scales into norms, but {block.unfoldable}")
+        assert context.inputs is not None  # the method asks for them
+        ranges = extremes(block, context.inputs, context.batch)
+        parameters: dict[str, Tensor] = {}
+        for group in self._groups(block):
+            key = group.producer
+            width = block.weights[f"{group.consumers[0]}.weight"].shape[1]
+            channels = block.weights[f"{key}.weight"].shape[0]
+            lo, hi = (gather(side, channels, block.head_dim) for side in _signed(ranges[group.consumers[0]], width))
+            shift = (hi - lo) / 2 if self._shifts(group, block, quant) else None
+            if shift is not None:
+                parameters[f"{key}:shift"] = shift
+            reach = hi.maximum(lo) if shift is None else (hi + lo) / 2
+            parameters[f"{key}:log_scale"] = self._start_scale(block, group, reach).log()
+        if "query_key" in self.pairs and not _normalises_queries(block):
+            keys = block.weights[f"{block.spec.key}.weight"]
+            pairs = 2 if "position_embeddings" in block.kwargs else 1
+            parameters["query_key:log_scale"] = keys.new_zeros(keys.shape[0] // block.head_dim, block.head_dim // pairs)
+        return PartState(parameters)
+
+    def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
+        weights = dict(draft.weights)
+        for group in self._groups(block):
+            if (shift := state.parameters.get(f"{group.producer}:shift")) is not None:
+                weights |= fold_shift(weights, group, shift, block.head_dim)
+            if (log_scale := state.parameters.get(f"{group.producer}:log_scale")) is not None:
+                weights |= fold_scale(weights, group, log_scale.exp(), block.head_dim)
+        if (log_scale := state.parameters.get("query_key:log_scale")) is not None:
+            weights |= _fold_query_key(weights, block, log_scale.exp())
+        return Draft(weights, draft.clip)
+
+    def _used(self, block: Block, quant: QuantSettings) -> bool:
+        families = self.weight_only_families
+        return quant.activation.active or families is None or block.spec.model_type in families
+
+    def _groups(self, block: Block) -> Iterator[Group]:
+        return (group for group in block.spec.groups if group.kind in self.pairs)
+
+    def _shifts(self, group: Group, block: Block, quant: QuantSettings) -> bool:
+        biases = all(f"{name}.bias" in block.weights for name in (group.producer, *group.consumers))
+        wanted = self.shift == "always" or (self.shift == "auto" and quant.activation.active)
+        return wanted and biases
+
+    def _start_scale(self, block: Block, group: Group, reach: Tensor) -> Tensor:
+        consumers: Sequence[str] = group.consumers if self.start_from == "all" else group.consumers[:1]
+        columns = [block.weights[f"{name}.weight"].abs().amax(0) for name in consumers]
+        largest = columns[0]
+        for column in columns[1:]:
+            largest = largest.maximum(column)
+        return smoothing_scale(reach, gather(largest, len(reach), block.head_dim), self.alpha)
+
+
+def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """Return `max|x|^α / max|W|^(1-α)` per channel; 1 for channels that are dead on either side.
+
+    Source: SmoothQuant (arXiv 2211.10438, equation 4).
+    """
+    scale = inputs.clamp(min=1e-5) ** alpha / weights.clamp(min=1e-5) ** (1 - alpha)
+    dead = (inputs < 1e-5) | (weights < 1e-5)
+    return scale.clamp(1e-4, 1e4).masked_fill(dead, 1.0)
+
+
+def _signed(ranges: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """How far the inputs reach below and above zero, `(-lo, hi)`, each `(width,)`."""
+    assert ranges.shape == (2, width)
+    return -ranges[0], ranges[1]
+
+
+def _normalises_queries(block: Block) -> bool:
+    """Qwen3 normalises queries and keys after their projections, which undoes any scale of theirs."""
+    return any("q_norm" in name for name in block.weights)
+
+
+def _fold_query_key(weights: dict[str, Tensor], block: Block, scale: Tensor) -> dict[str, Tensor]:
+    """Divide queries and multiply keys by `scale (key heads, head_dim or half of it)`; their products stay the same."""
+    if scale.shape[1] < block.head_dim:
+        scale = scale.repeat(1, 2)  # rotate_half pairs channel i with i + head_dim / 2
+    changed: dict[str, Tensor] = {}
+    for name, per_head in ((block.spec.query, 1 / scale), (block.spec.key, scale)):
+        weight = weights[f"{name}.weight"]
+        heads = weight.shape[0] // block.head_dim
+        rows = per_head.repeat_interleave(heads // scale.shape[0], 0).flatten()
+        changed[f"{name}.weight"] = weight * rows[:, None]
+        if (bias := weights.get(f"{name}.bias")) is not None:
+            changed[f"{name}.bias"] = bias * rows
+    return changed
