@@ -100,6 +100,7 @@ class EvalSettings:
     fields: list[str] = Field(["text"], min_length=1, description="the fields of a jsonl line that hold text")
     seqlen: int = Field(ge=8, description="tokens per window, at least 8")
     batch: int = Field(8, ge=1, description="windows that pass through a block at once, at least 1")
+    rtn: bool = Field(True, description="true measures round-to-nearest beside the method")
     windows: int | None = Field(None, ge=1, description="measure only the first windows; null measures all")
 
     def __post_init__(self) -> None:

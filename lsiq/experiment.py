@@ -17,8 +17,10 @@ from lsiq.calib.corpora import read_corpus
 from lsiq.calib.tokens import cut_windows, draw_windows, random_windows, token_hash
 from lsiq.config import RunConfig
 from lsiq.errors import ConfigError
-from lsiq.evals.perplexity import perplexity
+from lsiq.evals.perplexity import Perplexity, perplexity
+from lsiq.formats.tensor import quantize as quantize_weight
 from lsiq.memory import peak_bytes, reset_peak
+from lsiq.models.block import Block, BlockFunction
 from lsiq.models.loading import Model, load
 from lsiq.quantize import BlockReport, check_formats, quantize
 from lsiq.results import Record
@@ -93,25 +95,43 @@ def block_row(report: BlockReport) -> dict[str, Any]:
 def evaluate(
     config: RunConfig, model: Model, windows: Mapping[str, Tensor], store: BlockStore, record: Record, tracker: Tracker
 ) -> None:
-    """Measure the float and the quantised model on every corpus."""
+    """Measure the float model, round-to-nearest and the quantised model on every corpus."""
+    models = models_to_measure(config, store)
     for corpus, tokens in windows.items():
         key = f"{corpus}@{tokens.shape[1]}"
-        is_float = config.quant.name == "fp16"
-        with stage(f"{corpus}", model.depth * (1 if is_float else 2)) as progress:
-            reference = perplexity(model, tokens, config.eval.batch, progress.advance)
-            found = reference
-            if not is_float:
-                found = perplexity(model, tokens, config.eval.batch, progress.advance, store, config.quant.activation)
-        record.metrics[f"float/ppl/{key}"] = reference.value
-        record.metrics[f"ppl/{key}"] = found.value
-        record.metrics[f"excess/{key}"] = found.loss - reference.loss
+        found: dict[str, Perplexity] = {}
+        with stage(corpus, model.depth * len(models)) as progress:
+            for prefix, function_of in models.items():
+                found[prefix] = perplexity(model, tokens, config.eval.batch, function_of, progress.advance)
+        found.setdefault("", found["float/"])
+        for prefix, measured in found.items():
+            record.metrics[f"{prefix}ppl/{key}"] = measured.value
+            if prefix != "float/":
+                record.metrics[f"{prefix}excess/{key}"] = measured.loss - found["float/"].loss
         record.protocol[f"ppl/{key}"] = {
-            "windows": found.windows,
-            "predicted_tokens": found.tokens,
+            "windows": found[""].windows,
+            "predicted_tokens": found[""].tokens,
             "tokens": token_hash(tokens),
             "dtype": str(model.dtype).removeprefix("torch."),
         }
         tracker.log({name: value for name, value in record.metrics.items() if name.endswith(key)})
+
+
+def models_to_measure(config: RunConfig, store: BlockStore) -> dict[str, Callable[[Block], BlockFunction]]:
+    """Return, by the prefix of their metrics, the functions that turn a float block into the measured one."""
+    activation = config.quant.activation
+
+    def round_to_nearest(block: Block) -> BlockFunction:
+        rounded = {name: quantize_weight(block.weights[name], config.quant.weight, name) for name in block.linears}
+        return block.with_weights({name: weight.decode() for name, weight in rounded.items()}, activation)
+
+    models: dict[str, Callable[[Block], BlockFunction]] = {"float/": lambda block: block.with_weights({})}
+    if config.quant.name == "fp16":
+        return models
+    if config.eval.rtn and config.method.name != "rtn":
+        models["rtn/"] = round_to_nearest
+    models[""] = lambda block: block.with_result(store.read(block.index), activation)
+    return models
 
 
 def calibration_tokens(config: RunConfig, model: Model) -> Tensor | None:

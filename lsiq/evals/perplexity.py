@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import NumericalError
-from lsiq.formats.activation import Activation
-from lsiq.models.block import BlockFunction, run_stream
+from lsiq.models.block import Block, BlockFunction, run_stream
 from lsiq.models.loading import Model
-from lsiq.store import BlockStore
 
 # Tokens whose logits are held at once: 2048 × 128k pieces × 4 bytes is 1 GiB.
 _LOGIT_TOKENS = 2048
@@ -41,16 +39,14 @@ def perplexity(
     model: Model,
     windows: Tensor,
     batch: int,
+    function_of: Callable[[Block], BlockFunction],
     advance: Callable[[], None],
-    store: BlockStore | None = None,
-    activation: Activation | None = None,
 ) -> Perplexity:
-    """Measure the model on `windows (N, T)` of token ids: the float model, or with `store` the quantised one.
-
-    `activation` is the format of the quantised model's activations.
+    """Measure, on `windows (N, T)` of token ids, the model whose blocks `function_of` makes of the float ones.
 
     Each window is read on its own; its first token is context only, the others are predicted. The loss is averaged
-    over all predicted tokens and exponentiated. Only one block is on the device at a time.
+    over all predicted tokens and exponentiated. Only one block is on the device at a time; `advance` is called after
+    each.
 
     Source: the protocol of GPTQ and OmniQuant.
 
@@ -59,11 +55,7 @@ def perplexity(
     """
     hidden, kwargs = model.embed(windows, batch)
     for index in range(model.depth):
-        block = model.block(index, kwargs)
-        function: BlockFunction = (
-            block.with_weights({}) if store is None else block.with_result(store.read(index), activation)
-        )
-        hidden = run_stream(function, hidden, batch, model.device)
+        hidden = run_stream(function_of(model.block(index, kwargs)), hidden, batch, model.device)
         advance()
     total = 0.0
     rows = max(1, _LOGIT_TOKENS // windows.shape[1])
@@ -75,9 +67,6 @@ def perplexity(
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     loss = total / tokens
     if not math.isfinite(loss):
-        which = "float" if store is None else "quantised"
-        raise NumericalError(
-            f"the loss of the {which} model is {loss}; try model.dtype=float32 or model.dtype=bfloat16"
-        )
+        raise NumericalError(f"the loss of the model is {loss}; try model.dtype=float32 or model.dtype=bfloat16")
     value = math.exp(loss) if loss < 700 else math.inf
     return Perplexity(value, loss, tokens, windows.shape[0])

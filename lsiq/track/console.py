@@ -72,13 +72,17 @@ def show_record(record: Record) -> None:
     """Print the table a run ends with: corpus, float, quantised, bits, seconds, peak memory."""
     model, method = record.config["model"]["name"], record.run_id.split("_")[2]
     table = Table(title=f"{model}  {record.run_id.split('_')[1]}  {method}  seed {record.seed}", title_justify="left")
-    for column in ("corpus", "float", method, "excess", "avg bits", "seconds", "peak memory"):
+    has_rtn = any(key.startswith("rtn/") for key in record.metrics)
+    shown = ["float", "rtn", method] if has_rtn else ["float", method]
+    for column in ("corpus", *shown, "excess", "avg bits", "seconds", "peak memory"):
         table.add_column(column, justify="left" if column == "corpus" else "right", no_wrap=True)
     bits = "—" if record.average_bits is None else f"{record.average_bits:.3f}"
     cost = (bits, f"{record.seconds['total']:.1f}", gib(max(record.peak_bytes.values())))
     keys = [key.removeprefix("ppl/") for key in record.metrics if key.startswith("ppl/")]
     for key in keys or ["(nothing measured)"]:
-        numbers = [record.metrics.get(name) for name in (f"float/ppl/{key}", f"ppl/{key}", f"excess/{key}")]
+        prefixes = ["float/", "rtn/", ""] if has_rtn else ["float/", ""]
+        numbers = [record.metrics.get(f"{prefix}ppl/{key}") for prefix in prefixes]
+        numbers.append(record.metrics.get(f"excess/{key}"))
         table.add_row(key, *("—" if n is None else f"{n:.4f}" if n < 1e4 else f"{n:.4g}" for n in numbers), *cost)
         cost = ("", "", "")
     OUT.print(table)
