@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import NumericalError
-from lsiq.methods.base import BlockResult, Context, Method
+from lsiq.methods.base import Ahead, BlockResult, Context, Method
 from lsiq.models.block import Block, run_stream
 from lsiq.models.loading import Model
 from lsiq.store import BlockStore
@@ -82,6 +82,8 @@ def quantize(
             generator=torch.Generator().manual_seed(seed * 100_003 + index),
             batch=batch,
             log=log,
+            tokens=tokens,
+            ahead=Ahead(model.depth, lambda later: model.block(later, kwargs), model.logits),
         )
         result = method.quantize_block(block, quant, context)
         _check(result, block)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lsiq import __version__
 from lsiq.errors import OutputError
 
 SCHEMA = 1
@@ -94,7 +95,7 @@ def read_record(folder: Path) -> Record | None:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version(), "lsiq": importlib.metadata.version("lsiq")}
+    found = {"python": platform.python_version(), "lsiq": __version__}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from lsiq.config import RunConfig, parse, plain_config, run_id
 from lsiq.errors import InputError, LsiqError
+from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
 from lsiq.track.console import say, show_record
@@ -22,6 +24,7 @@ def run(cfg: DictConfig) -> Record:
         LsiqError: one line that says what to change; a record with status `failed` keeps it if work had begun.
     """
     config, plain = parse(cfg), plain_config(cfg)
+    config = find_parent(config)
     checkpoint = find_folder(config.model)
     inputs = identify_inputs(config, checkpoint)
     identity = run_id(config, plain, inputs)
@@ -60,6 +63,25 @@ def run(cfg: DictConfig) -> Record:
     return record
 
 
+def find_parent(config: RunConfig) -> RunConfig:
+    """Return the settings with `method.run`, where the method starts from a finished run, as that run's folder."""
+    if not isinstance(config.method, FineTune):
+        return config
+    named = config.method.run
+    for folder in (Path(config.paths.runs) / named, Path(named)):
+        found = read_record(folder)
+        if found is None:
+            continue
+        if found.status != "finished" or not (folder / "blocks").is_dir():
+            raise InputError(
+                f"method.run={named}: that run is {found.status} or left no blocks; run it to its end first"
+            )
+        return replace(config, method=replace(config.method, run=str(folder)))
+    raise InputError(
+        f"method.run={named}: no record there; give a run id below paths.runs={config.paths.runs} or a folder"
+    )
+
+
 def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str]:
     """Return content hashes of everything a run reads from files, by the key that names the file."""
     inputs = {}
@@ -67,6 +89,8 @@ def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str
         inputs["model"] = fingerprint(checkpoint, config.model.allow_pickle)
     paths = {"calib.path": config.calib.path, "eval.path": config.eval.path}
     paths |= {f"eval.local.{name}": path for name, path in config.eval.local.items()}
+    if isinstance(config.method, FineTune):
+        inputs["method.run"] = Path(config.method.run).name  # a run's id already stands for all that made it
     for key, path in paths.items():
         if path is not None:
             inputs[key] = _hash_file(key, Path(path).expanduser())

@@ -13,6 +13,9 @@ def bundled_model(name: str) -> Path:
     return ASSETS / name
 
 
-def bundled_text(split: str) -> list[Path]:
-    """The pieces of a split, `calibration` (100) or `evaluation` (24), in a fixed order."""
-    return sorted((TEXT / split).rglob("*.txt"))
+KINDS = ("science", "history", "craft", "stories")
+
+
+def bundled_text(split: str, kind: str | None = None) -> list[Path]:
+    """The pieces of a split, `calibration` (100) or `evaluation` (24), of one kind or of all, in a fixed order."""
+    return sorted((TEXT / split / (kind or "")).rglob("*.txt"))

@@ -172,7 +172,8 @@ class Run:
         torch.manual_seed(plan.seed)
         self.plan, self.out, self.step, self.seconds = plan, out, 0, 0.0
         self.limit = 60 * plan.minutes
-        self.model = build_model(plan.family, vocab).to(device)
+        self.model = build_model(plan.family, vocab)
+        nn.Module.to(self.model, device)  # transformers' own `to` is typed for itself only
         self.optimizer = make_optimizer(self.model, plan.lr)
         # Only what fixes the data order and the shapes: the budgets and the rate may change between two calls.
         fixed = {name: getattr(plan, name) for name in ("family", "batch", "seqlen", "seed")}
@@ -262,8 +263,8 @@ def train(run: Run, windows: Windows, valid: np.ndarray | None, compiled: bool) 
         mean = total.item() / since  # waits for the GPU, so the clock read next is the true one
         now = time.monotonic()
         run.seconds, rate = now - origin, since * plan.batch * plan.seqlen / (now - mark)
-        check = valid is not None and (run.step % plan.valid_every == 0 or run.progress() >= 1)
-        run.log(mean, validation_loss(model, valid, plan) if check else None, lr, rate)
+        due = run.step % plan.valid_every == 0 or run.progress() >= 1
+        run.log(mean, validation_loss(model, valid, plan) if valid is not None and due else None, lr, rate)
         if now - last_save > SAVE_SECONDS:
             run.save()
             last_save = time.monotonic()
@@ -277,7 +278,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, out: Path) -> 
 
     The model itself becomes bfloat16 too.
     """
-    model.to(torch.bfloat16).eval().save_pretrained(out)
+    nn.Module.to(model, torch.bfloat16).eval()
+    model.save_pretrained(out)
     save_tokenizer(tokenizer, out)
 
 
@@ -300,7 +302,7 @@ def amount(text: str) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lsiq.assets.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m lsiq.assets.train", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--text", nargs="+", required=True, help="PATH, PATH*REPEAT or hub:REPO[:CONFIG[:SPLIT[:FIELD]]]")
     add("--train-tokenizer", type=Path, metavar="OUT", help="train a tokenizer from --text into OUT and stop")

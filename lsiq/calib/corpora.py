@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lsiq.assets import bundled_text
+from lsiq.assets import KINDS, bundled_text
 from lsiq.calib.text import read_documents
 from lsiq.errors import InputError
 
@@ -81,7 +81,8 @@ HUB = {
     ),
 }
 
-CORPORA = ("bundled", *HUB, "file", "random")
+# `bundled` is all kinds together; each kind can be had alone, to calibrate on one and measure on another.
+CORPORA = ("bundled", *KINDS, *HUB, "file", "random")
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ def read_corpus(name: str, split: Split, path: str | None = None, fields: Sequen
     Raises:
         InputError: the file or the hub cannot be read, or holds no text.
     """
-    if name == "bundled":
-        return Text([piece.read_text(encoding="utf-8").strip() for piece in bundled_text(split)], "\n\n")
+    if name == "bundled" or name in KINDS:
+        pieces = bundled_text(split, None if name == "bundled" else name)
+        return Text([piece.read_text(encoding="utf-8").strip() for piece in pieces], "\n\n")
     if name == "file":
         assert path is not None  # the settings see to it
         text = Text(list(read_documents(path, tuple(fields))), "\n\n")

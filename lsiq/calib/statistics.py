@@ -6,14 +6,20 @@ order of summation.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lsiq.formats.activation import Activation
 from lsiq.models.block import Block
 
 Update = Callable[[str, Tensor], None]
+
+
+class _AllShown(Exception):  # noqa: N818 (not an error: it ends a forward pass early)
+    pass
 
 
 @torch.no_grad()
@@ -24,30 +30,38 @@ def visit_inputs(
     batch: int,
     linears: Sequence[str],
     update: Update,
+    activation: Activation | None = None,
 ) -> None:
-    """Run a stream `(N, T, d)` through the block and show `update` the inputs of some linears.
+    """Run a stream `(N, T, d)` through the block, as far as needed, and show `update` the inputs of some linears.
 
     Args:
         weights: replace the block's own, as in `Block.with_weights`.
         linears: dotted names of linears, without `.weight`. Of linears that share an input only the first is shown.
         update: takes the linear's name and its inputs `(tokens, in)` in float32.
+        activation: the format in force inside the block; inputs are shown as they are before it rounds them.
     """
     device = next(iter(block.weights.values())).device
     shown: list[Tensor] = []
+    waiting: set[str] = set()
 
     def show(name: str) -> Callable[..., None]:
         def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
             if not any(args[0] is seen for seen in shown):
                 shown.append(args[0])
                 update(name, args[0].flatten(0, -2).float())
+            waiting.discard(name)
+            if not waiting:
+                raise _AllShown
 
         return hook
 
     handles = [block.module.get_submodule(name).register_forward_pre_hook(show(name)) for name in linears]
-    function = block.with_weights(weights)
+    function = block.with_weights(weights, activation)
     try:
         for part in inputs.split(batch):
-            function(part.to(device))
+            waiting.update(linears)
+            with contextlib.suppress(_AllShown):
+                function(part.to(device))
             shown.clear()
     finally:
         for handle in handles:

@@ -119,4 +119,8 @@ class Integer:
 
 def round_through(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes as if nothing had been rounded."""
-    return x + (x.round() - x).detach() if x.requires_grad else x.round()
+    if not x.requires_grad:
+        return x.round()
+    from lsiq.formats.rounding import round_through as differentiable  # torch only once there is something to compute
+
+    return differentiable(x)

@@ -18,6 +18,21 @@ Need = Literal["inputs", "targets"]
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """The rest of the model.
+
+    Attributes:
+        depth: how many blocks the model has.
+        block: gives a later block by its index, float.
+        logits: turns what leaves the last block, `(batch, T, d)`, into `(batch, T, vocabulary)`; differentiable.
+    """
+
+    depth: int
+    block: Callable[[int], Block]
+    logits: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Context:
     """What a method may look at besides the block and the formats.
 
@@ -27,6 +42,8 @@ class Context:
         generator: seeded for this run and block; the only source of chance.
         batch: sequences that pass through the block at once.
         log: takes named numbers of one step or epoch, for the tracker.
+        tokens: `(N, T)` calibration tokens; None for `calib=none`.
+        ahead: what lies between this block and the model's logits.
     """
 
     inputs: Tensor | None
@@ -34,6 +51,8 @@ class Context:
     generator: torch.Generator
     batch: int
     log: Callable[[Mapping[str, float]], None]
+    tokens: Tensor | None = None
+    ahead: Ahead | None = None
 
 
 @dataclass(frozen=True)

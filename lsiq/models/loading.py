@@ -99,9 +99,8 @@ class Model:
             handle.remove()
         raise AssertionError("the model ran without entering its first block")
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits `(batch, T, vocabulary)` in float32 of what left the last block."""
+        """Return the logits `(batch, T, vocabulary)` in float32 of what left the last block; differentiable."""
         base = self.skeleton.get_submodule(self.spec.blocks.rpartition(".")[0])
         hidden = hidden.to(self.device)
         for name in ("norm", "final_layer_norm", "project_out"):

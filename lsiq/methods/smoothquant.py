@@ -1,0 +1,62 @@
+"""SmoothQuant: move the range of outlier channels from the activations into the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from lsiq.errors import InputError
+from lsiq.fold import fold_scale, gather
+from lsiq.methods.base import BlockResult, Context, Method, Need, quantize_prepared
+from lsiq.parts.equivalent import smoothing_scale
+from lsiq.settings import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lsiq.config import QuantSettings
+    from lsiq.models.block import Block
+
+
+@settings
+class SmoothQuant:
+    """Scale `s_j = max|x_j|^α / max|W_:j|^(1-α)` per channel, folded into the norms; `then` quantises what comes out.
+
+    The weights' maximum is taken over all linears that read the channel. Only norms are folded into, as in the paper.
+
+    Source: SmoothQuant (arXiv 2211.10438, equation 4).
+    """
+
+    alpha: float = Field(0.5, ge=0, le=1, description="how much of the range moves into the weights, 0 to 1")
+    then: Method = Field(description="the method that quantises the smoothed block")
+
+    @property
+    def name(self) -> str:
+        return "smoothquant" if self.then.name == "rtn" else f"smoothquant+{self.then.name}"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.then.needs | frozenset[Need]({"inputs"})
+
+    def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
+        from lsiq.calib.statistics import abs_max
+
+        if block.unfoldable:
+            raise InputError(f"method=smoothquant folds scales into norms, but {block.unfoldable}")
+        assert context.inputs is not None  # the method asks for them
+        largest = abs_max(block, context.inputs, context.batch)
+        weights: dict[str, Tensor] = dict(block.weights)
+        changed: dict[str, Tensor] = {}
+        for group in block.spec.groups:
+            if group.kind != "norm":
+                continue
+            columns = [block.weights[f"{name}.weight"].abs().amax(0) for name in group.consumers]
+            reach = columns[0]
+            for column in columns[1:]:
+                reach = reach.maximum(column)
+            inputs = gather(largest[group.consumers[0]], len(reach), block.head_dim)
+            folded = fold_scale(weights, group, smoothing_scale(inputs, reach, self.alpha), block.head_dim)
+            changed |= folded
+            weights |= folded
+        return quantize_prepared(self.then, block, changed, quant, context)
