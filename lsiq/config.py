@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 from pydantic import AfterValidator, Field
 
 from lsiq.calib.corpora import CORPORA
@@ -96,7 +97,7 @@ class EvalSettings:
 
     corpora: list[Corpus] = Field(description="corpora by name, or an empty list to measure nothing")
     path: str | None = Field(None, description="the text to read for the corpus named file")
-    local: dict[str, str] = Field(default_factory=dict, description="local copies of hub corpora, by corpus name")
+    local: dict[str, str | None] = Field(default_factory=dict, description="local copies of hub corpora, by name")
     fields: list[str] = Field(["text"], min_length=1, description="the fields of a jsonl line that hold text")
     seqlen: int = Field(ge=8, description="tokens per window, at least 8")
     batch: int = Field(8, ge=1, description="windows that pass through a block at once, at least 1")
@@ -106,9 +107,9 @@ class EvalSettings:
     def __post_init__(self) -> None:
         if "file" in self.corpora and self.path is None:
             raise ValueError("path=null: eval=file reads a text of yours; give eval.path=FILE (txt, txt.xz, jsonl)")
-        for name in self.local:
-            if name not in self.corpora:
-                raise ValueError(f"local.{name}={self.local[name]}: {name} is not among eval.corpora={self.corpora}")
+        for name, path in self.local.items():
+            if path is not None and name not in self.corpora:
+                raise ValueError(f"local.{name}={path}: {name} is not among eval.corpora={self.corpora}")
 
 
 @settings
@@ -193,7 +194,10 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     A local checkpoint takes its folder's name unless it was given one, so that records do not carry the name of the
     model whose group file happened to be the default.
     """
-    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value; give it as {error.full_key}=…") from error
     assert isinstance(plain, dict)
     model = plain.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):

@@ -58,8 +58,6 @@ def explain_hydra(error: Exception, known: dict[str, list[str]]) -> str:
         return f"+{found[1]}: the key exists already; leave out the + to change it"
     if "parsing override" in text or "mismatched input" in text or "no viable alternative" in text:
         return f"{text}; an override reads key=value, and a value with blanks or commas stands in quotes"
-    if "Missing mandatory value" in text and (found := re.search(r"full_key: ([\w.]+)", "\n".join(lines))):
-        return f"{found[1]} has no value; give it as {found[1]}=…"
     return text
 
 

@@ -7,10 +7,12 @@ fold through here, while they learn and when they are done, so both are the same
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lsiq.models.spec import Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def fold_scale(weights: Mapping[str, Tensor], group: Group, scale: Tensor, head_dim: int) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ CONFIG_ERRORS = {
     "missing-folder": (["model.path=/nowhere/at/all"], ["model.path=/nowhere/at/all", "no such folder"]),
     "missing-text": (["calib=file", "calib.path=/nowhere.txt"], ["calib.path=/nowhere.txt", "no such file"]),
     "empty-override": (["=3"], ["key=value"]),
-    "local-not-measured": (["+eval.local.c4=/nowhere"], ["eval.local.c4", "not among"]),
+    "local-not-measured": (["eval.local.c4=/nowhere"], ["eval.local.c4", "not among"]),
     "mandatory-value": (["method=lsi-finetune"], ["method.run has no value"]),
     "missing-run": (["method=lsi-finetune", "method.run=nothing"], ["method.run=nothing", "no record"]),
     "no-hub": (["model=opt-125m"], ["facebook/opt-125m", "model.path", "cache"]),
