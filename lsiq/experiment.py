@@ -77,7 +77,9 @@ def quantize_model(
             tracker.log({f"block/{key}": row[key] for key in ("index", "error", "seconds") if row[key] is not None})
             progress.advance("" if report.error is None else f"error {report.error:.3g}")
     if rows := [row for report in reports for row in report.trace]:
-        pandas.DataFrame(rows).to_parquet(store.folder.parent / "trajectory.parquet", index=False)
+        trajectory = pandas.DataFrame(rows)
+        trajectory.to_parquet(store.folder.parent / "trajectory.parquet", index=False)
+        tracker.table("trajectory", trajectory)
     weights = sum(report.weights for report in reports)
     record.average_bits = sum(report.stored_bits for report in reports) / weights
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas
 import pytest
 from omegaconf import DictConfig
 
@@ -32,6 +33,26 @@ def test_an_offline_run_holds_config_and_metrics(
     assert record.run_id in told
     assert "ppl/file@64" in told
     assert str(record.metrics["ppl/file@64"])[:8] in told
+
+
+def test_trajectories_are_stored_with_the_run_and_sent_to_the_tracker(
+    checkpoint: Path, small_run: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    overrides = ("method=lsi", "method.training.epochs=2", "method.parts.0.corner=8", "tracker=wandb")
+    record = run(small_run(checkpoint, *overrides, "tracker.mode=offline"))
+    folder = tmp_path / "runs" / record.run_id
+    rows = pandas.read_parquet(folder / "trajectory.parquet")
+    assert set(rows["epoch"]) == {-1, 0, 1}
+    assert set(rows["block"]) == {0, 1}
+    trained, last = rows[rows["epoch"] == 1], rows[rows["epoch"] == -1]
+    assert (trained["increment_norm"] > 0).all()
+    assert (trained["gradient_norm"] > 0).all()
+    assert trained["values"].map(len).max() <= 64
+    assert last["flip_rate"].between(0, 1).all()
+    for _, row in last.iterrows():
+        assert sum(row["histogram_codes"]) == sum(row["histogram_after"]) == sum(row["histogram_before"])
+    assert "trajectory" in json.dumps(read_back(folder))
+    assert (tmp_path / "runs" / record.run_id / "wandb").is_dir()
 
 
 def test_a_tracker_that_cannot_start_costs_a_warning_only(

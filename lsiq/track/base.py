@@ -8,6 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from lsiq.config import RunConfig
     from lsiq.results import Record
 
@@ -23,6 +25,10 @@ class Tracker(Protocol):
 
     def log(self, values: Mapping[str, float]) -> None:
         """Add one row of named numbers."""
+        ...
+
+    def table(self, name: str, rows: DataFrame) -> None:
+        """Show a table, such as the trajectories of a learned run."""
         ...
 
     def finish(self, record: Record) -> None:
@@ -41,6 +47,9 @@ class NoTracker:
 
     def log(self, values: Mapping[str, float]) -> None:
         del values
+
+    def table(self, name: str, rows: DataFrame) -> None:
+        del name, rows
 
     def finish(self, record: Record) -> None:
         del record

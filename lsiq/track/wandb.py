@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lsiq.track.console import warn
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from lsiq.config import RunConfig
     from lsiq.results import Record
 
@@ -40,6 +42,12 @@ class WandbTracker:
         if self._run is not None:
             run = self._run
             self._attempt(lambda: run.log(dict(values)))
+
+    def table(self, name: str, rows: DataFrame) -> None:
+        # One table per run: a panel per linear would drown a workspace of hundreds of linears.
+        if self._run is not None:
+            run = self._run
+            self._attempt(lambda: run.log({name: _as_table(rows)}))
 
     def finish(self, record: Record) -> None:
         if self._run is not None:
@@ -80,6 +88,13 @@ class WandbTracker:
         except Exception as error:  # whatever a tracker does, the run goes on  # noqa: BLE001
             self._run = None
             warn(f"tracker=wandb failed ({type(error).__name__}: {error}); the run goes on without it")
+
+
+def _as_table(rows: DataFrame) -> Any:
+    import wandb
+
+    shown = rows.map(lambda cell: str(cell) if isinstance(cell, list) else cell)  # cells hold numbers and text only
+    return wandb.Table(dataframe=shown)
 
 
 def login_mode() -> Literal["online", "offline", "disabled"]:
