@@ -67,6 +67,13 @@ class QuantSettings:
     weight: Integer
     activation: Activation
 
+    def __post_init__(self) -> None:
+        if self.weight.bits == 16 and self.activation.active:
+            raise ValueError(
+                f"weight.bits=16: float weights with activations of {self.activation.bits} bits are no setting here; "
+                "use quant.weight.bits=8 or less, or quant=fp16"
+            )
+
     @property
     def name(self) -> str:
         """The field's name of the setting, such as w4a16g128; made from the formats, so an override cannot belie it."""

@@ -40,6 +40,7 @@ CONFIG_ERRORS = {
     "unknown-group": (["quantize=w4a16"], ["quantize", "no such setting"]),
     "bits-too-large": (["quant.weight.bits=17"], ["quant.weight.bits=17", "2 to 8"]),
     "bits-between": (["quant.weight.bits=9"], ["quant.weight.bits=9", "16"]),
+    "float-weights-quantised-activations": (["quant=w8a8", "quant.weight.bits=16"], ["quant.weight.bits=16", "fp16"]),
     "bits-too-small": (["quant.weight.bits=1"], ["quant.weight.bits=1", "2 to 8"]),
     "bits-not-a-number": (["quant.weight.bits=four"], ["quant.weight.bits=four", "integer"]),
     "group-zero": (["quant.weight.group=0"], ["quant.weight.group=0"]),

@@ -1,0 +1,62 @@
+"""The second moments of the inputs of linears, which decide how much an error in their weights matters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lsiq.calib.statistics import visit_inputs
+from lsiq.errors import NumericalError
+from lsiq.formats.activation import Activation
+from lsiq.models.block import Block
+
+
+def input_grams(
+    block: Block,
+    weights: Mapping[str, Tensor],
+    inputs: Tensor,
+    batch: int,
+    linears: Sequence[str],
+    activation: Activation,
+    product: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Return the Gram matrix `XᵀX / tokens (in, in)` in float64 of the inputs of some linears, by name.
+
+    Args:
+        weights: replace the block's own while the stream `inputs (N, T, d)` runs through it.
+        linears: dotted names without `.weight`, one for each input that is wanted.
+        activation: where it is in force, `X` is what the linears get after their inputs were rounded to it.
+        product: the precision of the products of one batch; sums over batches are float64.
+
+    Raises:
+        NumericalError: an input is not finite.
+    """
+    found: dict[str, Tensor] = {}
+
+    def update(name: str, x: Tensor) -> None:
+        x = activation.fake(x).to(product)
+        gram = (x.t() @ x).double()
+        found[name] = gram if name not in found else found[name].add_(gram)
+
+    visit_inputs(block, weights, inputs, batch, linears, update, activation)
+    tokens = inputs.shape[0] * inputs.shape[1]
+    for name, gram in found.items():
+        check_finite(gram, block, name)
+        gram /= tokens
+    return found
+
+
+def check_finite(statistic: Tensor, block: Block, name: str) -> None:
+    """Raise NumericalError unless what was gathered of the inputs of the linear `name` is finite."""
+    if not statistic.isfinite().all():
+        raise NumericalError(
+            f"block {block.index}, {name}: its inputs are not finite; try model.dtype=float32 or model.dtype=bfloat16"
+        )
+
+
+def output_error(w: Tensor, rounded: Tensor, gram: Tensor) -> float:
+    """Return the mean over tokens of `‖(W - Ŵ) x‖²`, summed over outputs, for `w` and `rounded (out, in)`."""
+    difference = (w - rounded).to(gram.dtype)
+    return ((difference @ gram) * difference).sum().item()
