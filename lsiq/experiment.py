@@ -29,6 +29,8 @@ from lsiq.track.base import Tracker, make_tracker
 from lsiq.track.console import stage
 
 T = TypeVar("T")
+# Sequences that suffice to report block errors where a method needs none.
+SAMPLES_TO_MEASURE = 8
 
 
 def carry_out(
@@ -137,15 +139,19 @@ def models_to_measure(config: RunConfig, store: BlockStore) -> dict[str, Callabl
 
 
 def calibration_tokens(config: RunConfig, model: Model) -> Tensor | None:
-    """Draw the calibration windows `(samples, seqlen)`; None for `calib=none`."""
+    """Draw the calibration windows `(samples, seqlen)`; None for `calib=none`.
+
+    A method that needs no data gets few: they only measure the error of each block.
+    """
     calib = config.calib
     if calib.corpus is None:
         return None
+    samples = calib.samples if config.method.needs else min(calib.samples, SAMPLES_TO_MEASURE)
     if calib.corpus == "random":
-        return random_windows(model.config.vocab_size, calib.samples, calib.seqlen, config.seed)
+        return random_windows(model.config.vocab_size, samples, calib.seqlen, config.seed)
     text = read_corpus(calib.corpus, "calibration", calib.path, calib.fields)
     name = calib.path or calib.corpus
-    return draw_windows(text, model.tokenizer, calib.samples, calib.seqlen, config.seed, name)
+    return draw_windows(text, model.tokenizer, samples, calib.seqlen, config.seed, name)
 
 
 def evaluation_windows(config: RunConfig, model: Model) -> dict[str, Tensor]:
