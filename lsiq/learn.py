@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lsiq.clock import Stopwatch
 from lsiq.errors import NumericalError
 from lsiq.methods.base import Context
-from lsiq.models.block import Block, BlockFunction
+from lsiq.models.block import Block
 from lsiq.parts.base import Draft, Part, PartState, rounded
 from lsiq.track.console import warn
 
@@ -27,7 +28,9 @@ class Epoch:
     """What one epoch came to.
 
     Attributes:
-        loss: mean of the steps' losses; `seconds` since training began, `weight_seconds` of them in the weight path.
+        loss: mean of the steps' losses.
+        seconds: since training began; `weight_seconds` of them in the weight path, that is, in making the rounded
+            weights from the parameters and in the gradients back to these.
         gradients: by parameter, the mean gradient norm of the epoch's steps.
         states: the parameters at its end, detached, for trajectories.
     """
@@ -133,7 +136,7 @@ class _Attempt:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half, init_scale=2.0**16, growth_interval=200)
         self.power = context.targets.float().square().mean().clamp(min=1e-12)
         self.float_function = self.block.with_weights({}) if training.aug_loss else None
-        self.weight_seconds = 0.0
+        self.weight_path = Stopwatch(self.device)
         self.steps = 0
 
     def run(self, epochs: list[Epoch], retry: int) -> Learned:
@@ -152,7 +155,7 @@ class _Attempt:
             if not math.isfinite(loss):
                 raise _NotFiniteError(index)
             elapsed = time.perf_counter() - start
-            epochs.append(Epoch(index, loss, elapsed, self.weight_seconds, gradients, self._parameters()))
+            epochs.append(Epoch(index, loss, elapsed, self.weight_path.seconds(), gradients, self._parameters()))
             self.context.log({"learn/epoch": index, "learn/loss": loss, "learn/block": self.block.index})
             if self._keeps_best and (found := self._loss_of_stream()) < best[0]:
                 best, best_epoch = (found, self._snapshot()), index
@@ -160,7 +163,7 @@ class _Attempt:
                 break
         final = best[1] if self._keeps_best else self._snapshot()
         seconds = time.perf_counter() - start
-        return Learned(final, epochs, self.steps, seconds, self.weight_seconds, retry, best_epoch)
+        return Learned(final, epochs, self.steps, seconds, self.weight_path.seconds(), retry, best_epoch)
 
     @property
     def _keeps_best(self) -> bool:
@@ -199,9 +202,11 @@ class _Attempt:
         inputs, targets = self.context.inputs, self.context.targets
         assert inputs is not None
         assert targets is not None
-        clock = time.perf_counter()
-        function = self._function()
-        self.weight_seconds += time.perf_counter() - clock
+        with self.weight_path.running():
+            made = self._weights()
+        # The tokens see the weights as leaves, so that the two paths' backward passes stand apart and can be timed.
+        leaves = {name: w.detach().requires_grad_() for name, w in made.items() if w.requires_grad}
+        function = self.block.with_weights({**made, **leaves}, self.quant.activation)
         x = inputs[samples].to(self.device, self.block.dtype, non_blocking=True)
         target = targets[samples].to(self.device, non_blocking=True).float()
         out = function(x).float()
@@ -211,18 +216,21 @@ class _Attempt:
                 same_input = self.float_function(x).float()
             loss = loss + (out - same_input).square().mean() / self.power.to(self.device)
         self.scaler.scale(loss).backward()
+        with self.weight_path.running():
+            used = [name for name, leaf in leaves.items() if leaf.grad is not None]
+            torch.autograd.backward([made[name] for name in used], [leaves[name].grad for name in used])
         if self.optimizer is not None:
             self.scaler.unscale_(self.optimizer)
         return loss.detach()
 
-    def _function(self) -> BlockFunction:
+    def _weights(self) -> dict[str, Tensor]:
         draft = apply_parts(self.parts, self.states, self.block)
-        return self.block.with_weights(rounded(draft, self.block.linears, self.quant), self.quant.activation)
+        return rounded(draft, self.block.linears, self.quant)
 
     @torch.no_grad()
     def _loss_of_stream(self) -> float:
         """The loss over the whole stream at the present parameters, in order."""
-        function = self._function()
+        function = self.block.with_weights(self._weights(), self.quant.activation)
         total = 0.0
         inputs, targets = self.context.inputs, self.context.targets
         assert inputs is not None
