@@ -23,11 +23,11 @@ STORY = Console(stderr=True, highlight=False)
 
 
 def warn(message: str) -> None:
-    STORY.print(f"[yellow]warning:[/] {message}")
+    STORY.print(f"[yellow]warning:[/] {message}", soft_wrap=True)
 
 
 def say(message: str) -> None:
-    STORY.print(message)
+    STORY.print(message, soft_wrap=True)
 
 
 class Stage:
