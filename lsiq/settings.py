@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from typing import Any, TypeVar, dataclass_transform
@@ -119,6 +119,3 @@ def _describe(cls: type, place: list[str]) -> str:
     if info is not None and info.description:
         return f"expected: {info.description}"
     return "see the comments in the files under conf/"
-
-
-Rule = Callable[[Any], None]

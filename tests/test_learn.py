@@ -38,6 +38,10 @@ PARTS: dict[str, tuple[Part, ...]] = {
 }
 
 
+def schedule_of(**changes: object) -> Training:
+    return Training(**({"epochs": 2, "batch": 4, "decay": "constant"} | changes))  # type: ignore[arg-type]
+
+
 def setting(checkpoint: Path, samples: int = 8) -> tuple[Block, Context]:
     model = load_small(checkpoint)
     tokens = torch.randint(0, 4096, (samples, 24), generator=torch.Generator().manual_seed(3))
@@ -177,7 +181,7 @@ def test_only_the_chosen_linears_and_directions_are_trained(checkpoint: Path) ->
 @pytest.mark.parametrize("name", ["clip", "all"])
 def test_learning_lowers_the_loss_of_rounding(checkpoint: Path, name: str) -> None:
     block, context = setting(checkpoint, samples=16)
-    training = Training(epochs=15, batch=4, keep="best")
+    training = schedule_of(epochs=15, batch=4, keep="best")
     parts = tuple(replace(part, lr=0.1) if isinstance(part, Clip) else part for part in PARTS[name])
     learned = learn(parts, training, block, W2, context)
     losses = [epoch.loss for epoch in learned.epochs]
@@ -188,14 +192,14 @@ def test_learning_lowers_the_loss_of_rounding(checkpoint: Path, name: str) -> No
 def test_best_is_never_worse_than_the_start(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
     wild = (Singular(lr=10.0),)  # a rate that ruins the block
-    learned = learn(wild, Training(epochs=2, batch=4, keep="best"), block, W2, context)
+    learned = learn(wild, schedule_of(epochs=2, batch=4, keep="best"), block, W2, context)
     assert learned.best_epoch == -1
     assert all(p.abs().max() == 0 for p in learned.states[0].parameters.values())
 
 
 def test_a_staged_schedule_lets_late_parts_wait(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    training = Training(epochs=4, batch=4, schedule="staged", wait=2)
+    training = schedule_of(epochs=4, batch=4, schedule="staged", wait=2)
     learned = learn((Singular(), Clip()), training, block, W2, context)
     name = f"singular:{block.linears[0]}:increment"
     assert learned.epochs[1].parameters[name].abs().max() == 0
@@ -205,9 +209,9 @@ def test_a_staged_schedule_lets_late_parts_wait(checkpoint: Path) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_every_precision_trains_to_about_the_same_loss(checkpoint: Path, precision: str) -> None:
     block, context = setting(checkpoint)
-    training = Training(epochs=6, batch=4, precision=precision)
+    training = schedule_of(epochs=6, batch=4, precision=precision)
     learned = learn((Clip(),), training, block, W2, context)
-    reference = learn((Clip(),), Training(epochs=6, batch=4), block, W2, replace(context, generator=fresh()))
+    reference = learn((Clip(),), schedule_of(epochs=6, batch=4), block, W2, replace(context, generator=fresh()))
     assert learned.epochs[-1].loss == pytest.approx(reference.epochs[-1].loss, rel=0.05)
 
 
@@ -217,8 +221,10 @@ def fresh() -> torch.Generator:
 
 def test_the_augmented_loss_is_larger_and_trains(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    plain = learn((Clip(),), Training(epochs=1, batch=4), block, W2, context)
-    both = learn((Clip(),), Training(epochs=1, batch=4, aug_loss=True), block, W2, replace(context, generator=fresh()))
+    plain = learn((Clip(),), schedule_of(epochs=1, batch=4), block, W2, context)
+    both = learn(
+        (Clip(),), schedule_of(epochs=1, batch=4, aug_loss=True), block, W2, replace(context, generator=fresh())
+    )
     assert both.epochs[0].loss > plain.epochs[0].loss
 
 
@@ -229,13 +235,13 @@ def test_a_loss_that_is_not_finite_is_retried_and_then_stops_with_block_and_knob
     assert context.targets is not None
     spoiled = replace(context, targets=context.targets.clone().index_fill_(0, torch.tensor([0]), float("nan")))
     with pytest.raises(NumericalError, match=r"block 0: .*clip\.lr"):
-        learn((Clip(),), Training(epochs=2, batch=4, retries=2), block, W2, spoiled)
+        learn((Clip(),), schedule_of(epochs=2, batch=4, retries=2), block, W2, spoiled)
     assert "try 1 of 2" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_rate_that_blows_up_recovers_at_a_lower_one(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    learned = learn((Equivalent(lr=40.0),), Training(epochs=3, batch=4, retries=12), block, W2, context)
+    learned = learn((Equivalent(lr=40.0),), schedule_of(epochs=3, batch=4, retries=12), block, W2, context)
     assert all(p.isfinite().all() for p in learned.states[0].parameters.values())
 
 
@@ -250,7 +256,7 @@ def test_dead_channels_constant_inputs_and_duplicated_rows_train(checkpoint: Pat
     inputs[:, :, 10:20] = 0.5
     learned = learn(
         PARTS["all"],
-        Training(epochs=2, batch=4),
+        schedule_of(epochs=2, batch=4),
         replace(block, weights=weights),
         W4A4,
         replace(context, inputs=inputs),
@@ -266,7 +272,7 @@ def test_models_that_cannot_be_folded_are_refused_with_the_reason(checkpoint: Pa
 
 def test_training_for_seconds_stops_after_the_epoch_that_passes_them(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    learned = learn((Clip(),), Training(epochs=1000, batch=4, seconds=0.05), block, W2, context)
+    learned = learn((Clip(),), schedule_of(epochs=1000, batch=4, seconds=0.05), block, W2, context)
     assert 1 <= len(learned.epochs) < 1000
 
 

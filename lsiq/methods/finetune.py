@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from lsiq.methods.base import BlockResult, Context, Need
-from lsiq.methods.learned import Training
+from lsiq.methods.learned import Course
 from lsiq.parts.singular import Singular
 from lsiq.settings import settings
 
@@ -32,7 +32,7 @@ class FineTune:
     run: str = Field(min_length=1, description="the run to start from: its id below paths.runs, or its folder")
     blocks: int = Field(2, ge=1, description="how many of the last blocks are trained, at least 1")
     part: Singular = Field(description="the increments")
-    training: Training = Field(description="how they are trained")
+    training: Course = Field(description="how they are trained")
 
     @property
     def name(self) -> str:

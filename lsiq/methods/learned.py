@@ -18,36 +18,17 @@ if TYPE_CHECKING:
 
 
 @settings
-class Training:
-    """How the parts of a method are trained: AdamW without decay, one learning rate per part."""
+class Course:
+    """How long and how fast something is trained: AdamW without decay."""
 
-    epochs: int = Field(20, ge=0, description="passes over the calibration samples for each block, at least 0")
-    batch: int = Field(8, ge=1, description="sequences per step, at least 1")
+    epochs: int = Field(ge=0, description="passes over the calibration samples for each block, at least 0")
+    batch: int = Field(ge=1, description="sequences per step, at least 1")
     decay: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="the learning rates' course: constant, linear or cosine (both to 0)"
-    )
-    schedule: Literal["joint", "staged"] = Field(
-        "joint", description="joint, or staged: the parts named in late stand still for the first wait epochs"
-    )
-    late: list[str] = Field(["singular", "random"], description="names of the parts that a staged schedule starts late")
-    wait: int = Field(0, ge=0, description="epochs before the late parts of a staged schedule move")
-    aug_loss: bool = Field(False, description="true adds the loss against the float block on the quantised stream")
-    keep: Literal["last", "best"] = Field(
-        "last", description="last iterate, or best by calibration loss after an epoch, start included"
+        description="the learning rates' course: constant, linear or cosine (both to 0)"
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the block while it is trained: auto (the model's), float32, bfloat16 or float16"
     )
-    retries: int = Field(3, ge=0, description="tries at half the rates after a loss that is not finite")
-    seconds: float | None = Field(
-        None, gt=0, description="stop a block after the epoch that passes this; null for none"
-    )
-
-    def __post_init__(self) -> None:
-        if self.schedule == "staged" and not 0 < self.wait < max(self.epochs, 1):
-            raise ValueError(
-                f"wait={self.wait}: a staged schedule needs 1 to epochs-1={self.epochs - 1} epochs to wait"
-            )
 
     def steps(self, samples: int) -> int:
         """Optimizer steps per block."""
@@ -64,6 +45,31 @@ class Training:
         import torch
 
         return block if self.precision == "auto" else block.in_dtype(getattr(torch, self.precision))
+
+
+@settings
+class Training(Course):
+    """How the parts of a method are trained on a block, one learning rate per part."""
+
+    schedule: Literal["joint", "staged"] = Field(
+        "joint", description="joint, or staged: the parts named in late stand still for the first wait epochs"
+    )
+    late: list[str] = Field(["singular", "random"], description="names of the parts that a staged schedule starts late")
+    wait: int = Field(0, ge=0, description="epochs before the late parts of a staged schedule move")
+    aug_loss: bool = Field(False, description="true adds the loss against the float block on the quantised stream")
+    keep: Literal["last", "best"] = Field(
+        "last", description="last iterate, or best by calibration loss after an epoch, start included"
+    )
+    retries: int = Field(3, ge=0, description="tries at half the rates after a loss that is not finite")
+    seconds: float | None = Field(
+        None, gt=0, description="stop a block after the epoch that passes this; null for none"
+    )
+
+    def __post_init__(self) -> None:
+        if self.schedule == "staged" and not 0 < self.wait < max(self.epochs, 1):
+            raise ValueError(
+                f"wait={self.wait}: a staged schedule needs 1 to epochs-1={self.epochs - 1} epochs to wait"
+            )
 
 
 @settings

@@ -86,3 +86,6 @@ def show_record(record: Record) -> None:
         table.add_row(key, *("—" if n is None else f"{n:.4f}" if n < 1e4 else f"{n:.4g}" for n in numbers), *cost)
         cost = ("", "", "")
     OUT.print(table)
+    for key, value in record.config["model"]["published"].items():
+        if key in keys:
+            OUT.print(f"published float perplexity of {model}, {key}: {value}")
