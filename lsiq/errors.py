@@ -7,11 +7,19 @@ exception is a defect of the package and keeps its traceback.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+# Hydra's own options; it answers a misspelt one with a page of usage.
+_FLAGS = (
+    *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-r", "--run"),
+    *("-m", "--multirun", "-s", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name"),
+    *("-cd", "--config-dir", "--experimental-rerun", "-i", "--info"),
+)
 
 
 class LsiqError(Exception):
@@ -95,6 +103,10 @@ def reporting(conf: Path) -> Iterator[None]:
     Args:
         conf: the folder of configuration groups, to name what may be chosen.
     """
+    if wrong := [word for word in sys.argv[1:] if word.startswith("-") and word.split("=")[0] not in _FLAGS]:
+        near = difflib.get_close_matches(wrong[0], _FLAGS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "settings read key=value; --help lists them"
+        sys.exit(f"error: {wrong[0]}: no such option; {hint}")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra hands its errors on instead of printing several lines
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
