@@ -228,7 +228,9 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
         inputs: content hashes of the files it reads, by key, so that a changed text or checkpoint is another run.
     """
     identity = {key: value for key, value in plain.items() if key not in _NOT_IDENTITY}
+    # Where a checkpoint or an earlier run lies does not matter; `inputs` says which it is.
     identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
+    identity["method"] = {key: value for key, value in identity["method"].items() if key != "run"}
     text = json.dumps({"config": identity, "inputs": dict(inputs)}, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
     return f"{config.model.name}_{config.quant.name}_{config.method.name}_s{config.seed}_{digest}"
