@@ -85,7 +85,7 @@ def test_attention_with_a_fine_softmax_grid_is_plain_attention() -> None:
     key, value = (torch.randn(2, 2, 16, 8, generator=generator) for _ in range(2))  # grouped-query attention
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     found = _attend_with_quantised_softmax(query, key, value, None, None, Activation(bits=16))
-    assert relative_error(found.transpose(1, 2), plain) < 1e-3  # measured:
+    assert relative_error(found.transpose(1, 2), plain) < 1e-3  # measured: 2e-5
 
 
 def test_nothing_is_left_behind_after_a_run(block_and_stream: tuple[Block, Tensor]) -> None:
