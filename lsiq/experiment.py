@@ -17,8 +17,8 @@ from lsiq.calib.tokens import cut_windows, draw_windows, random_windows, token_h
 from lsiq.config import RunConfig
 from lsiq.errors import ConfigError
 from lsiq.evals.perplexity import Perplexity, perplexity
-from lsiq.formats.tensor import quantize as quantize_weight
 from lsiq.memory import peak_bytes, reset_peak
+from lsiq.methods.rtn import round_to_nearest
 from lsiq.models.block import Block, BlockFunction
 from lsiq.models.loading import Model, load
 from lsiq.quantize import BlockReport, check_formats, quantize
@@ -124,15 +124,11 @@ def models_to_measure(config: RunConfig, store: BlockStore) -> dict[str, Callabl
     """Return, by the prefix of their metrics, the functions that turn a float block into the measured one."""
     activation = config.quant.activation
 
-    def round_to_nearest(block: Block) -> BlockFunction:
-        rounded = {name: quantize_weight(block.weights[name], config.quant.weight, name) for name in block.linears}
-        return block.with_weights({name: weight.decode() for name, weight in rounded.items()}, activation)
-
     models: dict[str, Callable[[Block], BlockFunction]] = {"float/": lambda block: block.with_weights({})}
     if config.quant.name == "fp16":
         return models
     if config.eval.rtn and config.method.name != "rtn":
-        models["rtn/"] = round_to_nearest
+        models["rtn/"] = lambda block: block.with_result(round_to_nearest(block, config.quant), activation)
     models[""] = lambda block: block.with_result(store.read(block.index), activation)
     return models
 

@@ -32,7 +32,7 @@ class Epoch:
         seconds: since training began; `weight_seconds` of them in the weight path, that is, in making the rounded
             weights from the parameters and in the gradients back to these.
         gradients: by parameter, the mean gradient norm of the epoch's steps.
-        states: the parameters at its end, detached, for trajectories.
+        parameters: the parameters at its end, detached, for trajectories.
     """
 
     index: int
@@ -134,7 +134,7 @@ class _Attempt:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True) if groups else None
         half = self.block.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half, init_scale=2.0**16, growth_interval=200)
-        self.power = context.targets.float().square().mean().clamp(min=1e-12)
+        self.power = context.targets.float().square().mean().clamp(min=1e-12).to(self.device)
         self.float_function = self.block.with_weights({}) if training.aug_loss else None
         self.weight_path = Stopwatch(self.device)
         self.steps = 0
@@ -210,11 +210,11 @@ class _Attempt:
         x = inputs[samples].to(self.device, self.block.dtype, non_blocking=True)
         target = targets[samples].to(self.device, non_blocking=True).float()
         out = function(x).float()
-        loss = (out - target).square().mean() / self.power.to(self.device)
+        loss = (out - target).square().mean() / self.power
         if self.float_function is not None:
             with torch.no_grad():
                 same_input = self.float_function(x).float()
-            loss = loss + (out - same_input).square().mean() / self.power.to(self.device)
+            loss = loss + (out - same_input).square().mean() / self.power
         self.scaler.scale(loss).backward()
         with self.weight_path.running():
             used = [name for name, leaf in leaves.items() if leaf.grad is not None]

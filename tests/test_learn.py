@@ -166,7 +166,7 @@ def test_half_precision_products_keep_tiny_increments(checkpoint: Path) -> None:
     name = block.linears[0]
     full = exact._update(state, name)
     error = (half._update(state, name) - full).norm() / full.norm()
-    assert error < 2e-3  # measured: 3e-4; without the scaling half of the digits are gone
+    assert error < 2e-3  # measured: 4e-4; 0.21 without the scaling
 
 
 def test_only_the_chosen_linears_and_directions_are_trained(checkpoint: Path) -> None:

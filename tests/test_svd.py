@@ -35,7 +35,7 @@ def test_reconstruction_and_orthogonality_hold(kind: str) -> None:
     w = matrix(kind)
     u, s, vh = decompose(w)
     reconstruction, orthogonality = errors(w, u, s, vh)
-    assert reconstruction < TOLERANCE  # measured: 1e-6 and below
+    assert reconstruction < TOLERANCE  # measured: 1.6e-6, the worse of the two
     assert orthogonality < TOLERANCE
     assert (s[:-1] >= s[1:]).all()
 

@@ -68,19 +68,11 @@ def visit_inputs(
             handle.remove()
 
 
-def abs_max(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:
-    """Return the largest |input| per channel `(in,)`, by linear of the float block; linears of a stage share one."""
-    found: dict[str, Tensor] = {}
-
-    def update(name: str, x: Tensor) -> None:
-        largest = x.abs().amax(0)
-        found[name] = largest if name not in found else found[name].maximum(largest)
-
-    return _by_stage(block, inputs, batch, update, found)
-
-
 def extremes(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:
-    """Return the smallest and the largest input per channel, stacked as `(2, in)`, by linear."""
+    """Return the smallest and the largest input per channel of the float block, stacked as `(2, in)`, by linear.
+
+    Linears of one stage share an input, so it is looked at once.
+    """
     found: dict[str, Tensor] = {}
 
     def update(name: str, x: Tensor) -> None:
@@ -89,22 +81,5 @@ def extremes(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:
             lo, hi = lo.minimum(found[name][0]), hi.maximum(found[name][1])
         found[name] = torch.stack([lo, hi])
 
-    return _by_stage(block, inputs, batch, update, found)
-
-
-def mean_abs(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:
-    """Return the mean |input| per channel `(in,)`, by linear; summed in float64, so batching does not show."""
-    found: dict[str, Tensor] = {}
-
-    def update(name: str, x: Tensor) -> None:
-        total = x.abs().sum(0, dtype=torch.float64)
-        found[name] = total if name not in found else found[name] + total
-
-    tokens = inputs.shape[0] * inputs.shape[1]
-    return {name: (total / tokens).float() for name, total in _by_stage(block, inputs, batch, update, found).items()}
-
-
-def _by_stage(block: Block, inputs: Tensor, batch: int, update: Update, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fill `found` for the first linear of each stage and let the others of the stage share it."""
     visit_inputs(block, {}, inputs, batch, [stage[0] for stage in block.spec.stages], update)
     return {name: found[stage[0]] for stage in block.spec.stages for name in stage}

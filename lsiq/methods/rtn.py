@@ -29,7 +29,12 @@ class RTN:
         return frozenset()
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
-        from lsiq.formats.tensor import quantize  # torch is not wanted before the settings are known to be right
-
         del context  # needs no data
-        return BlockResult({name: quantize(block.weights[name], quant.weight, name) for name in block.linears})
+        return round_to_nearest(block, quant)
+
+
+def round_to_nearest(block: Block, quant: QuantSettings) -> BlockResult:
+    """Return the codes of every linear of the block, rounded to nearest."""
+    from lsiq.formats.tensor import quantize  # torch is not wanted before the settings are known to be right
+
+    return BlockResult({name: quantize(block.weights[name], quant.weight, name) for name in block.linears})

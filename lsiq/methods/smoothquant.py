@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.fold import fold_scale, gather
+from lsiq.fold import fold_scale
 from lsiq.methods.base import BlockResult, Context, Method, Need, quantize_prepared
 from lsiq.parts.equivalent import smoothing_scale
 from lsiq.settings import settings
@@ -40,23 +40,17 @@ class SmoothQuant:
         return self.then.needs | frozenset[Need]({"inputs"})
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
-        from lsiq.calib.statistics import abs_max
+        from lsiq.calib.statistics import extremes
 
         if block.unfoldable:
             raise InputError(f"method=smoothquant folds scales into norms, but {block.unfoldable}")
         assert context.inputs is not None  # the method asks for them
-        largest = abs_max(block, context.inputs, context.batch)
-        weights: dict[str, Tensor] = dict(block.weights)
+        ranges = extremes(block, context.inputs, context.batch)
         changed: dict[str, Tensor] = {}
         for group in block.spec.groups:
             if group.kind != "norm":
                 continue
-            columns = [block.weights[f"{name}.weight"].abs().amax(0) for name in group.consumers]
-            reach = columns[0]
-            for column in columns[1:]:
-                reach = reach.maximum(column)
-            inputs = gather(largest[group.consumers[0]], len(reach), block.head_dim)
-            folded = fold_scale(weights, group, smoothing_scale(inputs, reach, self.alpha), block.head_dim)
-            changed |= folded
-            weights |= folded
+            reach = ranges[group.consumers[0]].abs().amax(0)
+            scale = smoothing_scale(block, group.consumers, reach, self.alpha)
+            changed |= fold_scale(block.weights, group, scale, block.head_dim)
         return quantize_prepared(self.then, block, changed, quant, context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -74,7 +75,8 @@ class Equivalent:
             if shift is not None:
                 parameters[f"{key}:shift"] = shift
             reach = hi.maximum(lo) if shift is None else (hi + lo) / 2
-            parameters[f"{key}:log_scale"] = self._start_scale(block, group, reach).log()
+            consumers = group.consumers if self.start_from == "all" else group.consumers[:1]
+            parameters[f"{key}:log_scale"] = smoothing_scale(block, consumers, reach, self.alpha).log()
         if "query_key" in self.pairs and not _normalises_queries(block):
             keys = block.weights[f"{block.spec.key}.weight"]
             pairs = 2 if "position_embeddings" in block.kwargs else 1
@@ -104,22 +106,22 @@ class Equivalent:
         wanted = self.shift == "always" or (self.shift == "auto" and quant.activation.active)
         return wanted and biases
 
-    def _start_scale(self, block: Block, group: Group, reach: Tensor) -> Tensor:
-        consumers: Sequence[str] = group.consumers if self.start_from == "all" else group.consumers[:1]
-        columns = [block.weights[f"{name}.weight"].abs().amax(0) for name in consumers]
-        largest = columns[0]
-        for column in columns[1:]:
-            largest = largest.maximum(column)
-        return smoothing_scale(reach, gather(largest, len(reach), block.head_dim), self.alpha)
 
-
-def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+def smoothing_scale(block: Block, consumers: Sequence[str], reach: Tensor, alpha: float) -> Tensor:
     """Return `max|x|^α / max|W|^(1-α)` per channel; 1 for channels that are dead on either side.
+
+    Args:
+        consumers: the linears whose weights count, by name; the maximum is taken over all of them.
+        reach: `(channels,)`, the largest |x| of each channel of their producer.
 
     Source: SmoothQuant (arXiv 2211.10438, equation 4).
     """
-    scale = inputs.clamp(min=1e-5) ** alpha / weights.clamp(min=1e-5) ** (1 - alpha)
-    dead = (inputs < 1e-5) | (weights < 1e-5)
+    columns = functools.reduce(
+        lambda a, b: a.maximum(b), (block.weights[f"{name}.weight"].abs().amax(0) for name in consumers)
+    )
+    weights = gather(columns, len(reach), block.head_dim)
+    scale = reach.clamp(min=1e-5) ** alpha / weights.clamp(min=1e-5) ** (1 - alpha)
+    dead = (reach < 1e-5) | (weights < 1e-5)
     return scale.clamp(1e-4, 1e4).masked_fill(dead, 1.0)
 
 

@@ -82,7 +82,7 @@ def test_the_result_keeps_the_block_close(config: RunConfig, model: Model) -> No
     target = run_stream(block.with_weights({}), hidden, 2, CPU)
     found = run_stream(block.with_result(result), hidden, 2, CPU)
     error = (found - target).square().mean() / target.square().mean()
-    assert error < 0.2  # 3 bits in groups of 32; rtn measured 0.02 to 0.08 on these random models
+    assert error < 0.2  # 3 bits in groups of 32; rtn measured 0.18 (llama) and 0.09 (opt) on these random models
 
 
 def test_metrics_are_finite_numbers(config: RunConfig, model: Model) -> None:
