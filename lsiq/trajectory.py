@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lsiq.formats.tensor import quantize
-from lsiq.learn import Epoch, Learned, apply_parts
+from lsiq.learn import Epoch, Learned
 from lsiq.methods.base import BlockResult
 from lsiq.models.block import Block
 from lsiq.parts.base import Part, PartState
+from lsiq.step import apply_parts
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
@@ -71,7 +72,7 @@ def _epoch_row(
     squares = [norm**2 for key, norm in epoch.gradients.items() if f":{name}:" in f":{key}:"]
     row["gradient_norm"] = sum(squares) ** 0.5
     for part, state in zip(parts, states, strict=True):
-        increment = epoch.parameters.get(f"{part.name}:{name}:increment")
+        increment = epoch.increments.get(f"{part.name}:{name}:increment")
         if increment is None:
             continue
         row["increment_norm"] = increment.norm().item()
@@ -82,7 +83,7 @@ def _epoch_row(
         row["increments"] = increment[::stride].tolist()
         # U and V are orthonormal: the change's RMS follows from the core alone.
         core = increment.square().sum()
-        corner = epoch.parameters.get(f"{part.name}:{name}:corner")
+        corner = epoch.increments.get(f"{part.name}:{name}:corner")
         if corner is not None:
             core = core + corner.square().sum() + 2 * (corner.diagonal() * increment[: len(corner)]).sum()
         row["rms_change"] = (core / block.weights[name].numel()).clamp(min=0).sqrt().item()

@@ -64,6 +64,7 @@ class Training(Course):
     seconds: float | None = Field(
         None, gt=0, description="stop a block after the epoch that passes this; null for none"
     )
+    graphs: bool = Field(True, description="true records a step on a GPU as a CUDA graph and replays it")
 
     def __post_init__(self) -> None:
         if self.schedule == "staged" and not 0 < self.wait < max(self.epochs, 1):
@@ -105,8 +106,9 @@ class Learned:
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
         import torch
 
-        from lsiq.learn import apply_parts, learn
+        from lsiq.learn import learn
         from lsiq.merge import merge
+        from lsiq.step import apply_parts
         from lsiq.trajectory import trace
 
         parts = tuple(self.parts)

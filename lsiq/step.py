@@ -1,0 +1,154 @@
+"""One optimizer step on a block: the weights made, the tokens passed, the gradients brought back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lsiq.clock import Stopwatch
+from lsiq.feed import Feed
+from lsiq.models.block import Block
+from lsiq.parts.base import Draft, Part, PartState, rounded
+
+if TYPE_CHECKING:
+    from lsiq.config import QuantSettings
+    from lsiq.methods.learned import Training
+
+# Steps taken before one is recorded: libraries allocate their workspaces and the optimizer its state in the first.
+WARM_STEPS = 2
+
+
+def apply_parts(parts: Sequence[Part], states: Sequence[PartState], block: Block) -> Draft:
+    """Return the draft that all parts make of a block, in their order. The one function that is trained and stored."""
+    draft = Draft(block.weights)
+    for part, state in zip(parts, states, strict=True):
+        draft = part.apply(draft, state, block)
+    return draft
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, and how the block is run with it."""
+
+    parts: Sequence[Part]
+    states: Sequence[PartState]
+    block: Block
+    quant: QuantSettings
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return every tensor of the block at the present parameters, its linears on their grids."""
+        return rounded(apply_parts(self.parts, self.states, self.block), self.block.linears, self.quant)
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters, as `part:name`."""
+        for part, state in zip(self.parts, self.states, strict=True):
+            for name, parameter in state.parameters.items():
+                yield f"{part.name}:{name}", parameter
+
+    def snapshot(self) -> list[PartState]:
+        """A copy of the parameters that training does not move."""
+        return [
+            PartState({name: p.detach().clone() for name, p in state.parameters.items()}, state.constants)
+            for state in self.states
+        ]
+
+
+class Stepper:
+    """Takes optimizer steps on a block's reconstruction loss.
+
+    On a GPU a step of a small block is hundreds of launches that take longer than their work. So one step is recorded
+    as a CUDA graph after the first few and replayed from then on, with the same result. Nothing in a step waits for
+    the device: losses and gradient norms are gathered there and read once an epoch.
+    """
+
+    def __init__(self, trained: Trained, training: Training, feed: Feed, power: Tensor, slow: float) -> None:
+        self.trained, self.training, self.feed, self.power = trained, training, feed, power
+        self.device = power.device
+        cuda = self.device.type == "cuda"
+        used = [(p, s) for p, s in zip(trained.parts, trained.states, strict=True) if s.parameters]
+        self.rates = [part.lr * slow for part, _ in used]
+        # Rates are tensors so that a recorded step reads the present ones.
+        groups = [
+            {"params": list(state.parameters.values()), "lr": torch.tensor(rate, device=self.device)}
+            for (_, state), rate in zip(used, self.rates, strict=True)
+        ]
+        # fused: one kernel for all parameters; the CPU has one as well.
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True, capturable=cuda)
+        half = trained.block.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half, init_scale=2.0**16, growth_interval=200)
+        self.float_function = trained.block.with_weights({}) if training.aug_loss else None
+        self.weight_path = Stopwatch(self.device)
+        self.record_steps = cuda and training.graphs
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = self.replays = 0
+        self.losses = torch.zeros(len(feed.inputs), device=self.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.norms = {name: torch.zeros((), device=self.device) for name, _ in trained.named()}
+
+    def step(self, samples: Tensor, rate_factor: float) -> None:
+        """Take one step on the sequences `samples (n,)` at the parts' rates times `rate_factor`."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"].fill_(rate * rate_factor)
+        self.feed.load(samples)
+        full = len(samples) == len(self.feed.x)
+        if not (self.record_steps and full and self.warm >= WARM_STEPS):
+            self._take(len(samples))
+            self.warm += full
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._take(len(samples))
+        self.graph.replay()
+        self.replays += 1
+
+    def forget_recorded(self) -> None:
+        """Record anew before the next replay: what is trained has changed."""
+        self.graph, self.warm = None, 0
+        self.weight_path.forget_recorded()
+
+    def read(self, steps: int) -> tuple[Tensor, dict[str, float]]:
+        """Return the losses and the mean gradient norms of the last `steps` steps, and begin to gather anew."""
+        self.weight_path.replayed(self.replays)
+        losses = self.losses[:steps].cpu()
+        totals = torch.stack(list(self.norms.values())).tolist()
+        for tensor in (self.position, *self.norms.values()):
+            tensor.zero_()
+        self.replays = 0
+        return losses, {name: total / steps for name, total in zip(self.norms, totals, strict=True)}
+
+    def _take(self, count: int) -> None:
+        """Launch one step on the first `count` sequences of the feed's buffers."""
+        self.optimizer.zero_grad(set_to_none=True)
+        x, target = self.feed.x[:count], self.feed.target[:count].float()
+        block, quant = self.trained.block, self.trained.quant
+        with self.weight_path.running():
+            made = self.trained.weights()
+        # The tokens see the weights as leaves, so that the two paths' backward passes stand apart and can be timed.
+        leaves = {name: w.detach().requires_grad_() for name, w in made.items() if w.requires_grad}
+        out = block.with_weights({**made, **leaves}, quant.activation)(x).float()
+        loss = (out - target).square().mean() / self.power
+        if self.float_function is not None:
+            with torch.no_grad():
+                same_input = self.float_function(x).float()
+            loss = loss + (out - same_input).square().mean() / self.power
+        self.scaler.scale(loss).backward()
+        with self.weight_path.running():
+            used = [name for name, leaf in leaves.items() if leaf.grad is not None]
+            torch.autograd.backward([made[name] for name in used], [leaves[name].grad for name in used])
+        self.scaler.unscale_(self.optimizer)
+        self._gather(loss.detach())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    @torch.no_grad()
+    def _gather(self, loss: Tensor) -> None:
+        self.losses.index_copy_(0, self.position, loss[None].to(self.losses.dtype))
+        self.position += 1
+        moved = [(self.norms[name], p.grad) for name, p in self.trained.named() if p.grad is not None]
+        lengths = torch._foreach_norm([gradient for _, gradient in moved])
+        torch._foreach_add_([total for total, _ in moved], [length.float() for length in lengths])
