@@ -1,6 +1,8 @@
-"""Batches of a block's two streams, laid where a recorded step finds them again."""
+"""Batches of a block's streams, laid where a recorded step finds them again."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,45 +19,49 @@ class Feed:
 
     Args:
         inputs: `(N, T, d)`, what enters the block; handed out in `dtype`.
-        targets: `(N, T, d)`, what should leave it; handed out as stored.
+        targets: `(N, T, d)` each, what should leave it and the blocks behind it; handed out as stored.
         batch: the largest number of sequences in a batch.
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        size = inputs.numel() * dtype.itemsize + targets.numel() * targets.element_size()
+    def __init__(
+        self, inputs: Tensor, targets: Sequence[Tensor], batch: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        size = inputs.numel() * dtype.itemsize + sum(target.numel() * target.element_size() for target in targets)
         self.resident = device.type != "cuda" or size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
         batch = min(batch, len(inputs))
         self.inputs = inputs.to(device, dtype) if self.resident else inputs
-        self.targets = targets.to(device) if self.resident else targets
+        self.streams = [self.inputs, *(target.to(device) if self.resident else target for target in targets)]
         self.x = torch.empty((batch, *inputs.shape[1:]), dtype=dtype, device=device)
-        self.target = torch.empty((batch, *targets.shape[1:]), dtype=targets.dtype, device=device)
-        self._slots = [] if self.resident else [_Pinned(inputs, targets, batch) for _ in range(2)]
+        self.targets = [
+            torch.empty((batch, *target.shape[1:]), dtype=target.dtype, device=device) for target in targets
+        ]
+        self._slots = [] if self.resident else [_Pinned(self.streams, batch) for _ in range(2)]
         self._turn = 0
 
     def load(self, samples: Tensor) -> None:
-        """Fill the first `len(samples)` places of the buffers `x` and `target`."""
+        """Fill the first `len(samples)` places of the buffers `x` and `targets`."""
+        buffers = [self.x, *self.targets]
         if self.resident:
             samples = samples.to(self.x.device)
-            torch.index_select(self.inputs, 0, samples, out=self.x[: len(samples)])
-            torch.index_select(self.targets, 0, samples, out=self.target[: len(samples)])
+            for stream, buffer in zip(self.streams, buffers, strict=True):
+                torch.index_select(stream, 0, samples, out=buffer[: len(samples)])
             return
-        self._slots[self._turn].load(self.inputs, self.targets, samples, self.x, self.target)
+        self._slots[self._turn].load(self.streams, samples, buffers)
         self._turn = 1 - self._turn
 
 
 class _Pinned:
     """One batch in pinned host memory, and the event after which it may be overwritten."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor, batch: int) -> None:
-        self.x = torch.empty((batch, *inputs.shape[1:]), dtype=inputs.dtype, pin_memory=True)
-        self.target = torch.empty((batch, *targets.shape[1:]), dtype=targets.dtype, pin_memory=True)
+    def __init__(self, streams: Sequence[Tensor], batch: int) -> None:
+        self.places = [torch.empty((batch, *s.shape[1:]), dtype=s.dtype, pin_memory=True) for s in streams]
         self.free = torch.cuda.Event()
 
-    def load(self, inputs: Tensor, targets: Tensor, samples: Tensor, x: Tensor, target: Tensor) -> None:
+    def load(self, streams: Sequence[Tensor], samples: Tensor, buffers: Sequence[Tensor]) -> None:
         n = len(samples)
         self.free.synchronize()
-        torch.index_select(inputs, 0, samples, out=self.x[:n])
-        torch.index_select(targets, 0, samples, out=self.target[:n])
-        x[:n].copy_(self.x[:n], non_blocking=True)
-        target[:n].copy_(self.target[:n], non_blocking=True)
+        for stream, place in zip(streams, self.places, strict=True):
+            torch.index_select(stream, 0, samples, out=place[:n])
+        for place, buffer in zip(self.places, buffers, strict=True):
+            buffer[:n].copy_(place[:n], non_blocking=True)
         self.free.record()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,9 @@ from lsiq.feed import Feed
 from lsiq.methods.base import Context
 from lsiq.models.block import Block
 from lsiq.parts.base import Part, PartState
-from lsiq.step import Stepper, Trained
+from lsiq.step import Stepper, Trained, start_parts
 from lsiq.track.console import warn
+from lsiq.window import Window, look_ahead
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
@@ -33,7 +34,7 @@ class Epoch:
         seconds: since training began; `weight_seconds` of them in the weight path, that is, in making the rounded
             weights from the parameters and in the gradients back to these.
         gradients: by parameter, the mean gradient norm of the epoch's steps.
-        increments: the increments of singular values (and corners) at its end, for trajectories.
+        increments: the increments of singular values (corners and bands included) at its end, for trajectories.
     """
 
     index: int
@@ -67,10 +68,14 @@ def learn(parts: Sequence[Part], training: Training, block: Block, quant: QuantS
     Raises:
         NumericalError: the loss is not finite after all retries; the message names the block and the rates.
     """
-    start = [part.start(block, quant, context) for part in parts]
+    with torch.no_grad():
+        start = start_parts(parts, block, quant, context)
+        window = look_ahead(parts, training, block, quant, context)
     states, epochs = start, list[Epoch]()
     for retry in range(training.retries + 1):
-        attempt = _Attempt(parts, states, training, block, quant, context, 0.5**retry)
+        attempt = _Attempt(
+            Trained(parts, states, training.in_precision(block), quant), training, window, context, 0.5**retry
+        )
         try:
             return attempt.run(epochs, retry)
         except _NotFiniteError as error:
@@ -82,7 +87,7 @@ def learn(parts: Sequence[Part], training: Training, block: Block, quant: QuantS
                     f"block {block.index}: the loss is not finite in epoch {error.epoch}; back to the state after "
                     f"{len(epochs)} epochs at half the learning rates (try {retry + 1} of {training.retries})"
                 )
-    rates = ", ".join(f"{part.name}.lr={part.lr}" for part in parts)
+    rates = ", ".join(f"{part.name}.lr={part.lr or '1/steps'}" for part in parts)
     raise NumericalError(
         f"block {block.index}: the loss is not finite after {training.retries} retries at ever lower rates; "
         f"lower {rates}, or set method.training.precision=float32"
@@ -97,33 +102,19 @@ class _NotFiniteError(Exception):
 class _Attempt:
     """One try at training a block: the whole schedule at learning rates scaled by `slow`."""
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        states: Sequence[PartState],
-        training: Training,
-        block: Block,
-        quant: QuantSettings,
-        context: Context,
-        slow: float,
-    ) -> None:
+    def __init__(self, trained: Trained, training: Training, window: Window, context: Context, slow: float) -> None:
         assert context.inputs is not None
         assert context.targets is not None
-        self.training, self.context = training, context
-        block = training.in_precision(block)
-        own = [
-            PartState({k: p.detach().clone().requires_grad_() for k, p in state.parameters.items()}, state.constants)
-            for state in states
-        ]
-        self.trained = Trained(parts, own, block, quant)
+        self.training, self.window, self.context = training, window, context
+        self.trained = trained.own()
         self.good, self.good_epochs, self.first_epoch = self.trained.snapshot(), 0, 0
         self.first_loss = math.inf
-        self.device = next(iter(block.weights.values())).device
+        self.device = next(iter(trained.block.weights.values())).device
         self.power = context.targets.float().square().mean().clamp(min=1e-12).to(self.device)
         self.stepper = None
-        if any(state.parameters for state in own):
-            feed = Feed(context.inputs, context.targets, training.batch, block.dtype, self.device)
-            self.stepper = Stepper(self.trained, training, feed, self.power, slow)
+        if any(state.parameters for state in trained.states):
+            feed = Feed(context.inputs, window.targets, training.batch, trained.block.dtype, self.device)
+            self.stepper = Stepper(self.trained, training, feed, window, self.power, slow)
         self.steps = 0
 
     def run(self, epochs: list[Epoch], retry: int) -> Learned:
@@ -179,16 +170,14 @@ class _Attempt:
         """The loss over the whole stream at the present parameters, in order; infinite where nobody asks for it."""
         if not self._keeps_best:
             return math.inf
-        block = self.trained.block
-        function = block.with_weights(self.trained.weights(), self.trained.quant.activation)
+        function = self.trained.function()
         total = torch.zeros((), device=self.device)
-        inputs, targets = self.context.inputs, self.context.targets
-        assert inputs is not None
-        assert targets is not None
-        for x, target in zip(inputs.split(self.context.batch), targets.split(self.context.batch), strict=True):
-            out = function(x.to(self.device, block.dtype)).float()
-            total += (out - target.to(self.device).float()).square().mean() * len(x)
-        return (total / len(inputs) / self.power).item()
+        assert self.context.inputs is not None
+        streams = [self.context.inputs, *self.window.targets]
+        for x, *targets in zip(*(stream.split(self.context.batch) for stream in streams), strict=True):
+            out = function(x.to(self.device, self.trained.block.dtype))
+            total += self.window.loss(out, [target.to(self.device) for target in targets], self.power) * len(x)
+        return (total / len(streams[0])).item()
 
     def _choose_trained(self, epoch: int) -> None:
         """In a staged schedule the parts named late stand still for the first epochs."""
@@ -205,5 +194,5 @@ class _Attempt:
         return {
             name: parameter.detach().cpu().clone()
             for name, parameter in self.trained.named()
-            if name.endswith((":increment", ":corner"))
+            if name.endswith((":increment", ":corner", ":lower", ":upper"))
         }

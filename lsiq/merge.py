@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.methods.base import BlockResult
 from lsiq.models.block import Block
-from lsiq.parts.base import Draft, quantized_ranges
+from lsiq.parts.base import Draft, placed
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
@@ -20,10 +20,8 @@ def merge(draft: Draft, block: Block, quant: QuantSettings) -> BlockResult:
     """
     weights: dict[str, QuantizedTensor] = {}
     for name in block.linears:
-        scale, zero = quantized_ranges(draft, name, quant)
-        weights[name] = QuantizedTensor(
-            quant.weight.encode(draft.weights[name], scale, zero), scale, zero, quant.weight
-        )
+        weight, scale, zero = placed(draft, name, quant)
+        weights[name] = QuantizedTensor(quant.weight.encode(weight, scale, zero), scale, zero, quant.weight)
     floats = {
         name: tensor
         for name, tensor in draft.weights.items()

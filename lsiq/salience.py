@@ -5,7 +5,7 @@ The computation behind AWQ. Both searches measure what rounding to nearest does 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,23 +126,46 @@ def search_clip(w: Tensor, gram: Tensor, fmt: Integer, steps: int, shrink: float
     """Return `w (out, in)` with each group clamped to the range that rounds with the least output error.
 
     The ranges tried are `±(1 - shrink · k / steps) · max|w|` for `k = 0 … steps - 1`; each group of each output
-    channel takes its own, judged by its own contribution `δ X_g`, that is by `δᵀ (X_gᵀ X_g) δ`.
+    channel takes its own.
     """
     groups = fmt.grouped(w)
-    count, size = groups.shape[1:]
-    blocks = gram.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (count, size, size)
     limit = groups.abs().amax(-1, keepdim=True)
-    least = torch.full_like(limit, torch.inf)
-    chosen = limit
-    for step in range(steps):
-        bound = limit * (1 - shrink * step / steps)
-        clamped = groups.clamp(-bound, bound).reshape(w.shape)
-        difference = fmt.grouped(round_to_nearest(clamped, fmt) - w)
+
+    def clamped(bound: Tensor) -> Tensor:
+        return groups.clamp(-bound, bound).reshape(w.shape)
+
+    candidates = [limit * (1 - shrink * step / steps) for step in range(steps)]
+    return clamped(_least_error(w, gram, fmt, candidates, lambda bound: round_to_nearest(clamped(bound), fmt)))
+
+
+def search_range(w: Tensor, gram: Tensor, fmt: Integer, widest: float, steps: int, shrink: float) -> Tensor:
+    """Return the factor of each group's extremes, `(out, groups, 1)`, whose grid rounds with the least output error.
+
+    The factors tried are `(1 - shrink · k / steps) · widest` for `k = 0 … steps - 1`, the same at both ends.
+    """
+    lo, hi = fmt.extremes(w)
+    candidates = [torch.full_like(lo, widest * (1 - shrink * step / steps)) for step in range(steps)]
+    return _least_error(w, gram, fmt, candidates, lambda factor: fmt.fake(w, *fmt.fit(lo * factor, hi * factor)))
+
+
+def _least_error(
+    w: Tensor, gram: Tensor, fmt: Integer, candidates: Sequence[Tensor], rounded: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return, for each group, the candidate `(out, groups, 1)` whose rounding of `w` costs the least output error.
+
+    A group is judged by its own contribution `δ X_g`, that is by `δᵀ (X_gᵀ X_g) δ`; of equals the first is taken.
+    """
+    count, size = fmt.grouped(w).shape[1:]
+    blocks = gram.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (count, size, size)
+    least = torch.full_like(candidates[0], torch.inf)
+    chosen = candidates[0]
+    for candidate in candidates:
+        difference = fmt.grouped(rounded(candidate) - w)
         weighted = torch.einsum("ogi,gij->ogj", difference, blocks)
         error = (weighted * difference).sum(-1, keepdim=True)
         better = error < least
-        least, chosen = torch.where(better, error, least), torch.where(better, bound, chosen)
-    return groups.clamp(-chosen, chosen).reshape(w.shape)
+        least, chosen = torch.where(better, error, least), torch.where(better, candidate, chosen)
+    return chosen
 
 
 def round_to_nearest(w: Tensor, fmt: Integer) -> Tensor:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lsiq.clock import Stopwatch
+from lsiq.descent import Descent
 from lsiq.feed import Feed
-from lsiq.models.block import Block
+from lsiq.methods.base import Context
+from lsiq.models.block import Block, BlockFunction
 from lsiq.parts.base import Draft, Part, PartState, rounded
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
     from lsiq.methods.learned import Training
+    from lsiq.window import Window
 
 # Steps taken before one is recorded: libraries allocate their workspaces and the optimizer its state in the first.
 WARM_STEPS = 2
@@ -28,6 +31,16 @@ def apply_parts(parts: Sequence[Part], states: Sequence[PartState], block: Block
     for part, state in zip(parts, states, strict=True):
         draft = part.apply(draft, state, block)
     return draft
+
+
+def start_parts(parts: Sequence[Part], block: Block, quant: QuantSettings, context: Context) -> list[PartState]:
+    """Return where the parts start, each on the block as the parts before it start it."""
+    draft, states = Draft(block.weights), list[PartState]()
+    for part in parts:
+        state = part.start(replace(block, weights=draft.weights), quant, context)
+        draft = part.apply(draft, state, block)
+        states.append(state)
+    return states
 
 
 @dataclass(frozen=True)
@@ -49,12 +62,24 @@ class Trained:
             for name, parameter in state.parameters.items():
                 yield f"{part.name}:{name}", parameter
 
+    def function(self) -> BlockFunction:
+        """Return the block at the present parameters."""
+        return self.block.with_weights(self.weights(), self.quant.activation)
+
     def snapshot(self) -> list[PartState]:
         """A copy of the parameters that training does not move."""
         return [
-            PartState({name: p.detach().clone() for name, p in state.parameters.items()}, state.constants)
+            replace(state, parameters={name: p.detach().clone() for name, p in state.parameters.items()})
             for state in self.states
         ]
+
+    def own(self) -> Trained:
+        """The same with parameters of its own, which gather gradients."""
+        states = self.snapshot()
+        for state in states:
+            for parameter in state.parameters.values():
+                parameter.requires_grad_()
+        return replace(self, states=states)
 
 
 class Stepper:
@@ -65,19 +90,27 @@ class Stepper:
     the device: losses and gradient norms are gathered there and read once an epoch.
     """
 
-    def __init__(self, trained: Trained, training: Training, feed: Feed, power: Tensor, slow: float) -> None:
-        self.trained, self.training, self.feed, self.power = trained, training, feed, power
+    def __init__(
+        self,
+        trained: Trained,
+        training: Training,
+        feed: Feed,
+        window: Window,
+        power: Tensor,
+        slow: float,
+    ) -> None:
+        self.trained, self.training, self.feed, self.window, self.power = trained, training, feed, window, power
         self.device = power.device
         cuda = self.device.type == "cuda"
-        used = [(p, s) for p, s in zip(trained.parts, trained.states, strict=True) if s.parameters]
-        self.rates = [part.lr * slow for part, _ in used]
-        # Rates are tensors so that a recorded step reads the present ones.
-        groups = [
-            {"params": list(state.parameters.values()), "lr": torch.tensor(rate, device=self.device)}
-            for (_, state), rate in zip(used, self.rates, strict=True)
-        ]
-        # fused: one kernel for all parameters; the CPU has one as well.
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True, capturable=cuda)
+        states = [trained.states, *(companion.states for companion in window.companions)]
+        self.descent = Descent(
+            trained.parts,
+            list(zip(*states, strict=True)),
+            training,
+            training.steps(len(feed.inputs)),
+            slow,
+            self.device,
+        )
         half = trained.block.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half, init_scale=2.0**16, growth_interval=200)
         self.float_function = trained.block.with_weights({}) if training.aug_loss else None
@@ -91,8 +124,7 @@ class Stepper:
 
     def step(self, samples: Tensor, rate_factor: float) -> None:
         """Take one step on the sequences `samples (n,)` at the parts' rates times `rate_factor`."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"].fill_(rate * rate_factor)
+        self.descent.set_rates(rate_factor)
         self.feed.load(samples)
         full = len(samples) == len(self.feed.x)
         if not (self.record_steps and full and self.warm >= WARM_STEPS):
@@ -123,27 +155,26 @@ class Stepper:
 
     def _take(self, count: int) -> None:
         """Launch one step on the first `count` sequences of the feed's buffers."""
-        self.optimizer.zero_grad(set_to_none=True)
-        x, target = self.feed.x[:count], self.feed.target[:count].float()
+        self.descent.forget_gradients()
+        x, targets = self.feed.x[:count], [target[:count] for target in self.feed.targets]
         block, quant = self.trained.block, self.trained.quant
         with self.weight_path.running():
             made = self.trained.weights()
         # The tokens see the weights as leaves, so that the two paths' backward passes stand apart and can be timed.
         leaves = {name: w.detach().requires_grad_() for name, w in made.items() if w.requires_grad}
-        out = block.with_weights({**made, **leaves}, quant.activation)(x).float()
-        loss = (out - target).square().mean() / self.power
+        out = block.with_weights({**made, **leaves}, quant.activation)(x)
+        loss = self.window.loss(out, targets, self.power)
         if self.float_function is not None:
             with torch.no_grad():
                 same_input = self.float_function(x).float()
-            loss = loss + (out - same_input).square().mean() / self.power
+            loss = loss + (out.float() - same_input).square().mean() / self.power
         self.scaler.scale(loss).backward()
         with self.weight_path.running():
             used = [name for name, leaf in leaves.items() if leaf.grad is not None]
             torch.autograd.backward([made[name] for name in used], [leaves[name].grad for name in used])
-        self.scaler.unscale_(self.optimizer)
+        self.descent.unscale(self.scaler)
         self._gather(loss.detach())
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.descent.step(self.scaler)
 
     @torch.no_grad()
     def _gather(self, loss: Tensor) -> None:

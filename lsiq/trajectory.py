@@ -13,6 +13,7 @@ from lsiq.learn import Epoch, Learned
 from lsiq.methods.base import BlockResult
 from lsiq.models.block import Block
 from lsiq.parts.base import Part, PartState
+from lsiq.parts.singular import Singular
 from lsiq.step import apply_parts
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _epoch_row(
     row["gradient_norm"] = sum(squares) ** 0.5
     for part, state in zip(parts, states, strict=True):
         increment = epoch.increments.get(f"{part.name}:{name}:increment")
-        if increment is None:
+        if increment is None or not isinstance(part, Singular):
             continue
         row["increment_norm"] = increment.norm().item()
         row["increment_max"] = increment.abs().max().item()
@@ -81,12 +82,8 @@ def _epoch_row(
         stride = max(1, len(values) // SAMPLED_VALUES)
         row["values"] = values[::stride].tolist()
         row["increments"] = increment[::stride].tolist()
-        # U and V are orthonormal: the change's RMS follows from the core alone.
-        core = increment.square().sum()
-        corner = epoch.increments.get(f"{part.name}:{name}:corner")
-        if corner is not None:
-            core = core + corner.square().sum() + 2 * (corner.diagonal() * increment[: len(corner)]).sum()
-        row["rms_change"] = (core / block.weights[name].numel()).clamp(min=0).sqrt().item()
+        own = {key.removeprefix(f"{part.name}:"): tensor for key, tensor in epoch.increments.items()}
+        row["rms_change"] = (part.core_square(own, name) / block.weights[name].numel()).clamp(min=0).sqrt().item()
     return row
 
 

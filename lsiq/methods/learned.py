@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @settings
 class Course:
-    """How long and how fast something is trained: AdamW without decay."""
+    """How long and how fast something is trained."""
 
     epochs: int = Field(ge=0, description="passes over the calibration samples for each block, at least 0")
     batch: int = Field(ge=1, description="sequences per step, at least 1")
@@ -48,14 +48,42 @@ class Course:
 
 
 @settings
+class LookAhead:
+    """How far the loss of a block looks past it: `Σ_j weights[j] · mean‖difference of the outputs of block l + j‖²`.
+
+    Source: CL (arXiv 2407.15508), with two blocks and, by default, equal weights.
+    """
+
+    blocks: int = Field(0, ge=0, description="how many later blocks count, at least 0; fewer where the model ends")
+    weights: list[float] | None = Field(None, description="one per block from the trained one on; null for equal ones")
+    later: Literal["float", "rtn", "learned"] = Field(
+        "float", description="float, rtn (rounded to nearest) or learned (trained along, and anew in their turn)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            return
+        if len(self.weights) != self.blocks + 1:
+            raise ValueError(f"weights={self.weights}: blocks={self.blocks} needs {self.blocks + 1} of them, or null")
+        if min(self.weights) < 0 or not any(self.weights):
+            raise ValueError(f"weights={self.weights}: each must be 0 or more, and one of them more")
+
+
+@settings
 class Training(Course):
     """How the parts of a method are trained on a block, one learning rate per part."""
 
     schedule: Literal["joint", "staged"] = Field(
         "joint", description="joint, or staged: the parts named in late stand still for the first wait epochs"
     )
-    late: list[str] = Field(["singular", "random"], description="names of the parts that a staged schedule starts late")
+    late: list[str] = Field(
+        ["singular", "expansion", "random"], description="names of the parts that a staged schedule starts late"
+    )
     wait: int = Field(0, ge=0, description="epochs before the late parts of a staged schedule move")
+    signed: list[str] = Field(
+        [], description="names of the parts that take signed-gradient steps; the others take AdamW's"
+    )
+    ahead: LookAhead = Field(default_factory=LookAhead, description="how far the loss looks past the block")
     aug_loss: bool = Field(False, description="true adds the loss against the float block on the quantised stream")
     keep: Literal["last", "best"] = Field(
         "last", description="last iterate, or best by calibration loss after an epoch, start included"
@@ -94,6 +122,11 @@ class Learned:
             raise ValueError(f"parts: {', '.join(names)} names one part twice; each may stand once")
         if self.training.schedule == "staged" and not set(names) & set(self.training.late):
             raise ValueError(f"training.late={self.training.late}: the method has only {', '.join(names)}")
+        if unknown := set(self.training.signed) - set(names):
+            raise ValueError(
+                f"training.signed={self.training.signed}: the method has no {', '.join(sorted(unknown))}; "
+                f"it has {', '.join(names)}"
+            )
 
     @property
     def name(self) -> str:
@@ -129,5 +162,6 @@ class Learned:
             f"{part.name}:{name}": tensor
             for part, held in zip(parts, learned.states, strict=True)
             for name, tensor in held.parameters.items()
+            if name not in held.bulky
         }
         return replace(result, metrics=metrics, state=state, trace=rows)

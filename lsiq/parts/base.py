@@ -24,10 +24,13 @@ class Draft:
         weights: every tensor of the block by dotted name, as changed so far.
         clip: by name of a linear's weight, the factors `(low, high)`, each `(out, groups, 1)`, that shrink the range
             of its grid; a linear that is not named keeps its full range.
+        offsets: by name of a linear's weight, what is added to each weight before it is rounded, `(out, in)`, in steps
+            of its grid; the grid itself is fitted without it.
     """
 
     weights: Tensors
     clip: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    offsets: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,14 @@ class PartState:
     Attributes:
         parameters: trained; start at values that leave the draft as it is, or at the part's own start.
         constants: fixed once made, such as singular vectors.
+        bounds: by parameter, the interval that it is brought back to after every step; none for one not named.
+        bulky: parameters as large as the weights; they are neither stored nor followed epoch by epoch.
     """
 
     parameters: dict[str, Tensor]
     constants: dict[str, Tensor] = field(default_factory=dict)
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    bulky: frozenset[str] = frozenset()
 
 
 @runtime_checkable
@@ -51,10 +58,12 @@ class Part(Protocol):
     def name(self) -> str: ...
 
     @property
-    def lr(self) -> float: ...
+    def lr(self) -> float | None:
+        """The learning rate; None for one over the number of steps."""
+        ...
 
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
-        """Return the parameters and constants for a block, on its device."""
+        """Return the parameters and constants for a block as the parts before this one start it, on its device."""
         ...
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
@@ -71,9 +80,18 @@ def quantized_ranges(draft: Draft, name: str, quant: QuantSettings) -> tuple[Ten
     return quant.weight.fit(lo, hi)
 
 
+def placed(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is rounded of a linear, `(out, in)`, offsets included, with scale and zero point of its grid."""
+    scale, zero = quantized_ranges(draft, name, quant)
+    weight = draft.weights[name]
+    if (offset := draft.offsets.get(name)) is not None:
+        weight = weight + (quant.weight.grouped(offset) * scale).reshape(weight.shape)
+    return weight, scale, zero
+
+
 def rounded(draft: Draft, linears: tuple[str, ...], quant: QuantSettings) -> dict[str, Tensor]:
     """Return every tensor of the draft, its linears on their grids; gradients pass straight through the rounding."""
     if quant.weight.bits == 16:
         return dict(draft.weights)
-    on_grid = {name: quant.weight.fake(draft.weights[name], *quantized_ranges(draft, name, quant)) for name in linears}
+    on_grid = {name: quant.weight.fake(*placed(draft, name, quant)) for name in linears}
     return {**draft.weights, **on_grid}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -10,36 +12,86 @@ from lsiq.parts.base import Draft, PartState
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lsiq.config import QuantSettings
     from lsiq.methods.base import Context
     from lsiq.models.block import Block
 
+# The search tries every range down to half of the widest, as AWQ's does.
+SEARCH_STEPS = 20
+SEARCH_SHRINK = 0.5
+
 
 @settings
 class Clip:
-    """Learnable weight clipping: the grid of a group spans `σ(l) · min … σ(u) · max`.
+    """Learnable weight clipping: the grid of a group spans `β · min … γ · max`.
 
-    Source: OmniQuant (arXiv 2308.13137, equation 2); its code starts both logits at 4.0, which clips by 1.8 %, and
-    learns them at rate 1e-2 (its text swaps the two rates).
+    With `form=sigmoid` the factors are `β = σ(l)`, `γ = σ(u)` and the logits are learned; with `form=linear` the
+    factors themselves are, kept in 0 … 1. With `search` each group starts at the range whose rounding costs the least
+    output error of its linear, among those down to half of the widest.
+
+    Source: OmniQuant (arXiv 2308.13137, equation 2) for the sigmoid; its code starts both logits at 4.0, which clips
+    by 1.8 %, and learns them at rate 1e-2 (its text swaps the two rates). AutoRound (arXiv 2309.05516, equation 3) for
+    the linear form, with signed-gradient steps. AWQ (arXiv 2306.00978) for the search, which clips both ends alike.
     """
 
-    lr: float = Field(1e-2, gt=0, description="learning rate of the clipping logits, above 0")
-    start_logit: float = Field(4.0, gt=-20, lt=20, description="the logit that both ends start from, -20 to 20")
+    lr: float | None = Field(1e-2, gt=0, description="learning rate of logits or factors, above 0; null: 1 / steps")
+    start_logit: float | None = Field(
+        4.0,
+        gt=-20,
+        lt=20,
+        description="logit of the factor that both ends start from, -20 to 20; null (form=linear only) starts at 1",
+    )
+    form: Literal["sigmoid", "linear"] = Field("sigmoid", description="sigmoid or linear: what is learned")
+    search: bool = Field(False, description="true starts each group at the range with the least output error")
+
+    def __post_init__(self) -> None:
+        if self.start_logit is None and self.form == "sigmoid":
+            raise ValueError("start_logit=null: no logit stands for the full range; set form=linear or start_logit=4")
 
     @property
     def name(self) -> str:
         return "clip"
 
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
-        del context
-        parameters = {}
+        ends: dict[str, Tensor] = {}
         for name in block.linears:
             lo, _ = quant.weight.extremes(block.weights[name])
-            parameters[f"{name}:low"] = lo.new_full(lo.shape, self.start_logit)
-            parameters[f"{name}:high"] = lo.new_full(lo.shape, self.start_logit)
-        return PartState(parameters)
+            full = lo.new_full(lo.shape, self._widest)
+            ends |= {f"{name}:low": full, f"{name}:high": full.clone()}
+        if self.search and quant.weight.bits < 16:
+            ends |= self._searched(block, quant, context)
+        if self.form == "linear":
+            return PartState(ends, bounds=dict.fromkeys(ends, (0.0, 1.0)))
+        if self.search:
+            return PartState({key: end.logit() for key, end in ends.items()})
+        return PartState({key: end.new_full(end.shape, self.start_logit) for key, end in ends.items()})
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
         p = state.parameters
-        clip = {name: (p[f"{name}:low"].sigmoid(), p[f"{name}:high"].sigmoid()) for name in block.linears}
-        return Draft(draft.weights, clip)
+        ends = p if self.form == "linear" else {key: logit.sigmoid() for key, logit in p.items()}
+        clip = {name: (ends[f"{name}:low"], ends[f"{name}:high"]) for name in block.linears}
+        return replace(draft, clip=clip)
+
+    @property
+    def _widest(self) -> float:
+        return 1.0 if self.start_logit is None else 1 / (1 + math.exp(-self.start_logit))
+
+    def _searched(self, block: Block, quant: QuantSettings, context: Context) -> dict[str, Tensor]:
+        """The factors with the least output error, by parameter; linears of one stage share inputs."""
+        from lsiq.calib.gram import input_grams
+        from lsiq.salience import search_range
+
+        assert context.inputs is not None  # the method asks for them
+        first = [stage[0] for stage in block.spec.stages]
+        grams = input_grams(block, {}, context.inputs, context.batch, first, quant.activation)
+        ends: dict[str, Tensor] = {}
+        for stage in block.spec.stages:
+            gram = grams[stage[0]].to(block.weights[f"{stage[0]}.weight"].dtype)
+            for name in (f"{linear}.weight" for linear in stage):
+                factor = search_range(
+                    block.weights[name], gram, quant.weight, self._widest, SEARCH_STEPS, SEARCH_SHRINK
+                )
+                ends |= {f"{name}:low": factor, f"{name}:high": factor.clone()}
+        return ends

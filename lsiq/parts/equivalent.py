@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lsiq.models.block import Block
 
 Pair = Literal["norm", "value", "query_key"]
+SEARCH_RATIOS = 20  # exponents tried, as AWQ does
 
 
 @settings
@@ -32,15 +34,21 @@ class Equivalent:
     feed-forward part has no partner. All are exact in float: a value scale is shared by the query heads that read the
     value head, and under a rotary embedding the two channels of a rotated pair share their query-key scale.
 
-    The scale starts at `max|x|^α / max|W|^(1-α)`, the query-key scale at 1, the shift at the middle of the range.
+    The scale starts at `max|x|^α / max|W|^(1-α)`, the query-key scale at 1, the shift at the middle of the range. With
+    `search` it starts at AWQ's instead: `mean|x|^r / sqrt(max · min)` with the exponent `r` whose scale rounds the
+    weights with the least output error. That search looks at weights only: neither the rounding of activations nor
+    shifts are part of it.
 
-    Source: OmniQuant (arXiv 2308.13137, section 3.3).
+    Source: OmniQuant (arXiv 2308.13137, section 3.3); AWQ (arXiv 2306.00978, equations 4 and 5) for the search.
     Deviations: the logarithm of the scale is learned, so that it stays positive without clamping; and the value pair is
     folded as the linear pair it is, where OmniQuant's public code trains another function than it stores on OPT.
     """
 
     lr: float = Field(5e-3, gt=0, description="learning rate of log-scales and shifts, above 0")
-    alpha: float = Field(0.5, ge=0, le=1, description="how much of the range moves into the weights, 0 to 1")
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="how much of the range moves into the weights, 0 to 1; for search=false"
+    )
+    search: bool = Field(False, description="true starts the scales at those with the least output error")
     pairs: list[Pair] = Field(["norm", "value", "query_key"], description="a list of norm, value and query_key")
     shift: Literal["auto", "always", "never"] = Field(
         "auto", description="auto (where there are biases and activations are quantised), always or never"
@@ -65,6 +73,7 @@ class Equivalent:
             raise InputError(f"method: the part equivalent folds scales into norms, but {block.unfoldable}")
         assert context.inputs is not None  # the method asks for them
         ranges = extremes(block, context.inputs, context.batch)
+        searched = self._search(block, quant, context) if self.search else {}
         parameters: dict[str, Tensor] = {}
         for group in self._groups(block):
             key = group.producer
@@ -76,7 +85,8 @@ class Equivalent:
                 parameters[f"{key}:shift"] = shift
             reach = hi.maximum(lo) if shift is None else (hi + lo) / 2
             consumers = group.consumers if self.start_from == "all" else group.consumers[:1]
-            parameters[f"{key}:log_scale"] = smoothing_scale(block, consumers, reach, self.alpha).log()
+            scale = searched[key] if self.search else smoothing_scale(block, consumers, reach, self.alpha)
+            parameters[f"{key}:log_scale"] = scale.log()
         if "query_key" in self.pairs and not _normalises_queries(block):
             keys = block.weights[f"{block.spec.key}.weight"]
             pairs = 2 if "position_embeddings" in block.kwargs else 1
@@ -92,7 +102,20 @@ class Equivalent:
                 weights |= fold_scale(weights, group, log_scale.exp(), block.head_dim)
         if (log_scale := state.parameters.get("query_key:log_scale")) is not None:
             weights |= _fold_query_key(weights, block, log_scale.exp())
-        return Draft(weights, draft.clip)
+        return replace(draft, weights=weights)
+
+    def _search(self, block: Block, quant: QuantSettings, context: Context) -> dict[str, Tensor]:
+        """The scales `(channels,)` with the least output error, by producer."""
+        from lsiq.salience import LinearError, observe_inputs, search_scale
+
+        assert context.inputs is not None
+        statistics = observe_inputs(block, context.inputs, context.batch)
+        found = {}
+        for group in self._groups(block):
+            seen = statistics[group.consumers[0]]
+            judge = LinearError(seen.gram)
+            found[group.producer] = search_scale(block, group, seen, quant.weight, SEARCH_RATIOS, judge)[1]
+        return found
 
     def _used(self, block: Block, quant: QuantSettings) -> bool:
         families = self.weight_only_families

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 # Increments are small against the singular vectors' entries; scaled by this inside a half-precision product they keep
 # their digits (4e-4 relative error at |I| = 1e-6 in float16, against 0.21 without).
-_HALF_SCALE = 4096.0
+HALF_SCALE = 4096.0
 
 
 @settings
@@ -75,23 +77,39 @@ class Singular:
         weights = dict(draft.weights)
         for name in self._names(block):
             weights[name] = weights[name] + self._update(state, name)
-        return Draft(weights, draft.clip)
+        return replace(draft, weights=weights)
 
     def _update(self, state: PartState, name: str) -> Tensor:
-        """Return `U (diag(I) + corner) Vᵀ (out, in)`: one product, over only the directions that are trained."""
+        """Return `U (core) Vᵀ (out, in)`: one product, over only the directions that are trained."""
         import torch
 
-        increment, corner = state.parameters[f"{name}:increment"], state.parameters.get(f"{name}:corner")
-        width = max(len(increment), 0 if corner is None else len(corner))
-        u, vh = state.constants[f"{name}:u"][:, :width], state.constants[f"{name}:vh"][:width]
-        core = torch.nn.functional.pad(increment, (0, width - len(increment)))[:, None] * vh
+        corner = state.parameters.get(f"{name}:corner")
+        rows = self._rows(state, name)
+        width = max(len(rows), 0 if corner is None else len(corner))
+        u = state.constants[f"{name}:u"][:, :width]
         if corner is not None:
             c = len(corner)
-            core = torch.cat([core[:c] + corner @ vh[:c], core[c:]])
+            if len(rows) < width:
+                rows = torch.nn.functional.pad(rows, (0, 0, 0, width - len(rows)))
+            rows = torch.cat([rows[:c] + corner @ state.constants[f"{name}:vh"][:c], rows[c:]])
         if self.product == "float32":
-            return u @ core
+            return u @ rows
         dtype = getattr(torch, self.product)
-        return (u.to(dtype) @ (core * _HALF_SCALE).to(dtype)).float() / _HALF_SCALE
+        return (u.to(dtype) @ (rows * HALF_SCALE).to(dtype)).float() / HALF_SCALE
+
+    def _rows(self, state: PartState, name: str) -> Tensor:
+        """Return the core without its corner, times `Vᵀ`: `(trained directions, in)`."""
+        increment = state.parameters[f"{name}:increment"]
+        return increment[:, None] * state.constants[f"{name}:vh"][: len(increment)]
+
+    def core_square(self, parameters: Mapping[str, Tensor], name: str) -> Tensor:
+        """The core's sum of squares, which is also that of the weight's change, for `U` and `V` are orthonormal."""
+        increment, corner = parameters[f"{name}:increment"], parameters.get(f"{name}:corner")
+        square = increment.square().sum()
+        if corner is not None:
+            c = min(len(corner), len(increment))
+            square = square + corner.square().sum() + 2 * (corner.diagonal()[:c] * increment[:c]).sum()
+        return square
 
     def _names(self, block: Block) -> tuple[str, ...]:
         if self.linears is None:
@@ -99,7 +117,7 @@ class Singular:
         unknown = set(self.linears) - set(block.spec.linears)
         if unknown:
             raise ConfigError(
-                f"singular.linears: {block.spec.model_type} has no {', '.join(sorted(unknown))}; "
+                f"{self.name}.linears: {block.spec.model_type} has no {', '.join(sorted(unknown))}; "
                 f"there are {', '.join(block.spec.linears)}"
             )
         return tuple(name for name in block.linears if name.removesuffix(".weight") in self.linears)

@@ -1,0 +1,47 @@
+"""Rounding: each weight learns whether it is rounded up or down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from lsiq.parts.base import Draft, PartState
+from lsiq.settings import settings
+
+if TYPE_CHECKING:
+    from lsiq.config import QuantSettings
+    from lsiq.methods.base import Context
+    from lsiq.models.block import Block
+
+
+@settings
+class Rounding:
+    """Learned rounding: an offset `v` per weight, `|v| ≤ bound`, added before rounding: `round(w / h + v)`.
+
+    The offset starts at 0, that is, at rounding to nearest; with a bound of one half it chooses between the two
+    neighbours on the grid. The result is ordinary codes.
+
+    Source: SignRound, in AutoRound (arXiv 2309.05516, equations 3 to 5): half a step, signed-gradient steps of
+    one over their number with linear decay.
+    """
+
+    lr: float | None = Field(None, gt=0, description="learning rate of the offsets, above 0; null: 1 / steps")
+    bound: float = Field(0.5, gt=0, le=8, description="how far an offset may go, in steps of the grid, above 0 to 8")
+
+    @property
+    def name(self) -> str:
+        return "rounding"
+
+    def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
+        del context
+        if quant.weight.bits == 16:
+            return PartState({})
+        parameters = {name: block.weights[name].new_zeros(block.weights[name].shape) for name in block.linears}
+        return PartState(
+            parameters, bounds=dict.fromkeys(parameters, (-self.bound, self.bound)), bulky=frozenset(parameters)
+        )
+
+    def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
+        return replace(draft, offsets=state.parameters)

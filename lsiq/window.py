@@ -1,0 +1,83 @@
+"""Cross-layer learning: the loss of a block may look at what the blocks behind it make of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lsiq.methods.base import Context
+from lsiq.methods.rtn import round_to_nearest
+from lsiq.models.block import Block, BlockFunction, run_stream
+from lsiq.parts.base import Part
+from lsiq.step import Trained, start_parts
+
+if TYPE_CHECKING:
+    from lsiq.config import QuantSettings
+    from lsiq.methods.learned import Training
+
+
+@dataclass(frozen=True)
+class Window:
+    """The outputs that a loss compares: a block's own and those of the blocks behind it.
+
+    Attributes:
+        weights: of each output's term in the loss.
+        targets: `(N, T, d)` each, what the float blocks make of the float stream; the block's own first.
+        later: give the functions of the later blocks at the present parameters.
+        companions: the later blocks that are trained along, if any.
+    """
+
+    weights: Sequence[float]
+    targets: Sequence[Tensor]
+    later: Sequence[Callable[[], BlockFunction]] = ()
+    companions: Sequence[Trained] = ()
+
+    def loss(self, out: Tensor, targets: Sequence[Tensor], power: Tensor) -> Tensor:
+        """Return `Σ weight · mean‖output - target‖² / power` for the block's outputs `(batch, T, d)`."""
+        first, *others = zip(self.weights, targets, strict=True)
+        loss = first[0] * (out.float() - first[1].float()).square().mean() / power
+        for function, (weight, target) in zip(self.later, others, strict=True):
+            out = function()(out)
+            loss = loss + weight * (out.float() - target.float()).square().mean() / power
+        return loss
+
+
+def look_ahead(
+    parts: Sequence[Part], training: Training, block: Block, quant: QuantSettings, context: Context
+) -> Window:
+    """Return the window of a block; it is shorter where fewer blocks follow.
+
+    The targets of later blocks are computed here once and kept beside the stream.
+
+    Source: CL (arXiv 2407.15508). With `later=learned` the later blocks are trained along, as in the sliding windows
+    of CBQ (arXiv 2312.07950); unlike there they start anew when their turn comes.
+    """
+    assert context.targets is not None
+    count = 0 if context.ahead is None else min(training.ahead.blocks, context.ahead.depth - 1 - block.index)
+    weights = (training.ahead.weights or [1.0] * (count + 1))[: count + 1]
+    targets = [context.targets]
+    later: list[Callable[[], BlockFunction]] = []
+    companions: list[Trained] = []
+    for distance in range(1, count + 1):
+        assert context.ahead is not None
+        following = context.ahead.block(block.index + distance)
+        device = next(iter(following.weights.values())).device
+        if training.ahead.later == "learned":
+            seen = replace(context, inputs=targets[-1])
+            states = start_parts(parts, following, quant, seen)
+            companion = Trained(parts, states, training.in_precision(following), quant).own()
+            companions.append(companion)
+            later.append(companion.function)
+        else:
+            function = _fixed(training.in_precision(following), quant, training.ahead.later == "rtn")
+            later.append(lambda function=function: function)
+        targets.append(run_stream(following.with_weights({}), targets[-1], context.batch, device))
+    return Window(weights, targets, later, companions)
+
+
+def _fixed(block: Block, quant: QuantSettings, rounded: bool) -> BlockFunction:
+    """The block as it is, or rounded to nearest with its activations in their format."""
+    return block.with_result(round_to_nearest(block, quant), quant.activation) if rounded else block.with_weights({})
