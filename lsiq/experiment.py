@@ -39,6 +39,8 @@ def carry_out(
     reset_peak()
     start = time.perf_counter()
     device = find_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs are recorded and memory is counted on the current one
     record.machine = describe(device)
     torch.manual_seed(config.seed)
 
