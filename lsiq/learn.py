@@ -119,7 +119,9 @@ class _Attempt:
 
     def run(self, epochs: list[Epoch], retry: int) -> Learned:
         """Train the epochs that `epochs` does not hold yet, adding to it."""
-        start = time.perf_counter()
+        # Epochs of earlier tries count: their time has passed as well.
+        spent, spent_on_weights = (epochs[-1].seconds, epochs[-1].weight_seconds) if epochs else (0.0, 0.0)
+        start = time.perf_counter() - spent
         self.good_epochs = self.first_epoch = len(epochs)
         best, best_epoch = (self._loss_of_stream(), self.trained.snapshot()), -1
         total = self.training.steps(len(self.context.targets))  # type: ignore[arg-type]
@@ -134,7 +136,7 @@ class _Attempt:
             if not math.isfinite(loss):
                 raise _NotFiniteError(index)
             elapsed = time.perf_counter() - start
-            weight_seconds = self.stepper.weight_path.seconds()
+            weight_seconds = spent_on_weights + self.stepper.weight_path.seconds()
             epochs.append(Epoch(index, loss, elapsed, weight_seconds, gradients, self._increments()))
             self.context.log({"learn/epoch": index, "learn/loss": loss, "learn/block": self.trained.block.index})
             if self._keeps_best and (found := self._loss_of_stream()) < best[0]:

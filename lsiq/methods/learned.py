@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -149,15 +151,19 @@ class Learned:
         with torch.no_grad():
             result = merge(apply_parts(parts, learned.states, block), block, quant)
             rows = trace(parts, learned, block, quant, result)
-        epochs = max(1, len(learned.epochs))
         metrics = {
             "steps": float(learned.steps),
             "retries": float(learned.retries),
-            "epoch_seconds": learned.seconds / epochs,
             "weight_path_share": learned.weight_seconds / max(learned.seconds, 1e-9),
         }
         if learned.epochs:
-            metrics |= {"loss_first": learned.epochs[0].loss, "loss_last": learned.epochs[-1].loss}
+            ends = [0.0, *(epoch.seconds for epoch in learned.epochs)]
+            metrics |= {
+                "loss_first": learned.epochs[0].loss,
+                "loss_last": learned.epochs[-1].loss,
+                # The median: the first epoch also pays for what is set up once.
+                "epoch_seconds": statistics.median(end - begin for begin, end in itertools.pairwise(ends)),
+            }
         state = {
             f"{part.name}:{name}": tensor
             for part, held in zip(parts, learned.states, strict=True)
