@@ -16,7 +16,17 @@ from lsiq import __version__
 from lsiq.errors import OutputError
 
 SCHEMA = 1
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "hydra-core", "datasets", "lm_eval", "wandb")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "hydra-core",
+    "datasets",
+    "lm_eval",
+    "wandb",
+)
 
 
 @dataclass

@@ -1,13 +1,14 @@
-"""The bundled task: which of four sentences goes on with a passage of the evaluation text?
+"""The bundled task: which of four endings finishes a sentence of the evaluation text?
 
     python -m lsiq.assets.cloze      # writes lsiq/assets/tasks/bundled_cloze.jsonl, the same on every machine
 
-The passage is two sentences of a piece, the answer the third; the others are sentences of about the same length from
-three other pieces of the same kind. Text and items are CC0.
+The query is a sentence of a piece and the first half of the next one, the true answer its second half; the others are
+second halves, of about the same length, from three other pieces of the same kind. Text and items are CC0.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -20,12 +21,14 @@ WRONG = 3
 _END = re.compile(r"(?<=[.!?]) (?=[A-Z])")
 
 
-def passages(piece: Path) -> list[list[str]]:
-    """Return three sentences in a row, from evenly spread places of a piece."""
-    paragraphs = piece.read_text(encoding="utf-8").strip().split("\n\n")
+def passages(piece: Path) -> list[tuple[str, str]]:
+    """Return queries and their true endings, from evenly spread places of a piece."""
     found = []
-    for sentences in map(_END.split, paragraphs):
-        found += [sentences[start : start + 3] for start in range(len(sentences) - 2)]
+    for sentences in map(_END.split, piece.read_text(encoding="utf-8").strip().split("\n\n")):
+        for before, sentence in itertools.pairwise(sentences):
+            words = sentence.split()
+            half = len(words) // 2
+            found.append((" ".join([before, *words[:half]]), " ".join(words[half:])))
     step = len(found) / ITEMS_PER_PIECE
     return [found[int(step * place)] for place in range(ITEMS_PER_PIECE)]
 
@@ -35,16 +38,18 @@ def items() -> list[dict[str, object]]:
     draw = random.Random(0)
     made = []
     for kind in KINDS:
-        pieces = bundled_text("evaluation", kind)
-        sentences = {piece: [row[2] for row in passages(piece)] for piece in pieces}
-        for piece in pieces:
-            for first, second, true in passages(piece):
-                choices = [true]
-                for other in draw.sample([p for p in pieces if p != piece], WRONG):
-                    choices.append(min(sentences[other], key=lambda wrong: abs(len(wrong) - len(true))))  # noqa: B023
+        parts = {piece: passages(piece) for piece in bundled_text("evaluation", kind)}
+        for piece, own in parts.items():
+            for query, true in own:
+                others = draw.sample([other for other in parts if other != piece], WRONG)
+                choices = [true, *(_nearest_in_length(true, [ending for _, ending in parts[p]]) for p in others)]
                 draw.shuffle(choices)
-                made.append({"query": f"{first} {second}", "choices": choices, "gold": choices.index(true)})
+                made.append({"query": query, "choices": choices, "gold": choices.index(true)})
     return made
+
+
+def _nearest_in_length(text: str, candidates: list[str]) -> str:
+    return min(candidates, key=lambda candidate: abs(len(candidate) - len(text)))
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ class EvaluationCache:
 
         Args:
             folder: where entries lie; None keeps and finds nothing.
-            identity: what decides every measurement of this run's reference models: model, precision, machine, versions.
+            identity: what decides every measurement of this run: model, precision, machine, versions.
             origin: what is written beside new entries.
         """
         self._folder = folder

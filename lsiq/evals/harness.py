@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import io
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +18,7 @@ import pandas
 from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.likelihood import Likelihoods, Pair, hash_pairs, measure_pairs
 from lsiq.evals.tasks import Tasks
-from lsiq.evals.windows import FLOAT, Variant
+from lsiq.evals.windows import Variant
 from lsiq.models.loading import Model
 from lsiq.results import Record
 from lsiq.track.console import stage
@@ -86,22 +88,29 @@ def measure_tasks(
     for prefix in variants:
         results = _evaluate(model, answers, prefix, tasks, settings.items)
         for name in tasks:
-            rows += _items(results["samples"][name], name, prefix)
+            samples = results["samples"][name]
             found = _metrics(results["results"][name], name)
-            record.metrics |= {f"{prefix}{key}": value for key, value in found.items()}
-            if prefix == FLOAT and "" not in variants:
-                record.metrics |= found
-            for key in found:
+            # The float setting measures one model, which is also the one under test.
+            for shown in (prefix, "") if "" not in variants else (prefix,):
+                rows += _items(samples, name, shown)
+                record.metrics |= {f"{shown}{key}": value for key, value in found.items()}
                 if (origin := answers.origin(prefix)) is not None:
-                    record.cached[f"{prefix}{key}"] = dict(origin)
-                record.protocol[key] = {
-                    "task_version": results["versions"].get(name),
-                    "items": len(results["samples"][name]),
-                    "fewshot": 0,
-                    "source": "file" if settings.tasks_local.get(name) else "harness",
-                    "lm_eval": importlib.metadata.version("lm_eval"),
-                }
+                    record.cached |= {f"{shown}{key}": dict(origin) for key in found}
+            protocol = {
+                "task_version": results["versions"].get(name),
+                "items": len(samples),
+                "fewshot": 0,
+                "requests": _hash_requests(samples),
+                "lm_eval": importlib.metadata.version("lm_eval"),
+            }
+            record.protocol |= {key: protocol for key in found if not key.partition("/")[0].endswith("_stderr")}
     pandas.DataFrame(rows).to_parquet(folder / "items.parquet", index=False)
+
+
+def _hash_requests(samples: Sequence[Mapping[str, Any]]) -> str:
+    """A hash of the prompts and answers of all items, and of which is right."""
+    asked = [[sample["doc_id"], sample["arguments"], str(sample["target"])] for sample in samples]
+    return hashlib.blake2b(json.dumps(asked, default=str).encode(), digest_size=8).hexdigest()
 
 
 def _metrics(results: Mapping[str, Any], task: str) -> dict[str, float]:
@@ -119,12 +128,9 @@ def _metrics(results: Mapping[str, Any], task: str) -> dict[str, float]:
 def _items(samples: Sequence[Mapping[str, Any]], task: str, prefix: str) -> list[dict[str, Any]]:
     return [
         {
-            "task": task,
-            "model": prefix.removesuffix("/") or "quantised",
+            "key": f"{prefix}{METRICS.get(metric, metric)}/{task}",
             "item": sample["doc_id"],
-            "metric": METRICS.get(metric, metric),
             "value": float(sample[metric]),
-            "prompt": sample["prompt_hash"],
         }
         for sample in samples
         for metric in sample["metrics"]
@@ -133,13 +139,13 @@ def _items(samples: Sequence[Mapping[str, Any]], task: str, prefix: str) -> list
 
 
 def _evaluate(model: Model, answers: Answers, prefix: str, tasks: Tasks, items: int | None) -> Mapping[str, Any]:
-    import lm_eval
+    from lm_eval.evaluator import evaluate
 
     from lsiq.evals.block_lm import BlockLM  # derives from a class of the harness
 
     lm = BlockLM(model.tokenizer, getattr(model.config, "max_position_embeddings", None), partial(answers.of, prefix))
     with _quiet():
-        found = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=items, bootstrap_iters=_BOOTSTRAP)
+        found = evaluate(lm, {"tasks": dict(tasks)}, limit=items, bootstrap_iters=_BOOTSTRAP)
     assert found is not None  # None is for the lower ranks of a distributed evaluation
     return found
 

@@ -92,7 +92,9 @@ def score_tokens(
         found = _score_batch(model, ids, {name: stream[position] for name, stream in left.items()}, reference)
         for name, columns in found.items():
             parts[name].append([column.view(len(ids), -1).cpu() for column in columns])
-    return {name: TokenScores(*(torch.cat(column) for column in zip(*rows, strict=True))) for name, rows in parts.items()}
+    return {
+        name: TokenScores(*(torch.cat(column) for column in zip(*rows, strict=True))) for name, rows in parts.items()
+    }
 
 
 def _score_batch(

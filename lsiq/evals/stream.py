@@ -74,7 +74,9 @@ def _keeper(model: Model, streams: Mapping[str, Sequence[Tensor]]) -> Callable[[
     if needed <= _SHARE_OF_DEVICE * torch.cuda.mem_get_info(model.device)[0]:
         return lambda hidden: hidden
     # Copies to and from pinned memory keep the order of the GPU's queue, so the host need not wait for them.
-    return lambda hidden: torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True).copy_(hidden, non_blocking=True)
+    return lambda hidden: torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True).copy_(
+        hidden, non_blocking=True
+    )
 
 
 def prefetched(prepare: Callable[[int], T], count: int, device: torch.device) -> Iterator[T]:
@@ -85,10 +87,10 @@ def prefetched(prepare: Callable[[int], T], count: int, device: torch.device) ->
     cuda = device.type == "cuda"
     side = torch.cuda.Stream(device) if cuda else None
 
-    def load(index: int) -> tuple[T, torch.cuda.Event | None]:
+    def load(index: int) -> tuple[T, Any]:
         with torch.no_grad(), torch.cuda.stream(side) if cuda else contextlib.nullcontext():
             prepared = prepare(index)
-            return prepared, side.record_event() if side is not None else None
+            return prepared, None if side is None else side.record_event()
 
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         upcoming = pool.submit(load, 0)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
 import logging
-import os.path
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,8 +64,9 @@ def _hellaswag(row: Row) -> Row:
 
 def _winogrande(row: Row) -> Row:
     first, second = row["context_options"]
-    shared = os.path.commonprefix([first, second])
-    shared = shared[: shared.rfind(" ") + 1]  # names may begin alike
+    alike = (a == b for a, b in zip(first, second, strict=False))
+    length = sum(1 for _ in itertools.takewhile(bool, alike))
+    shared = first[: first.rfind(" ", 0, length) + 1]  # names may begin alike
     return {
         "sentence": f"{shared}_ {row['continuation']}",
         "option1": first[len(shared) :],
@@ -119,7 +120,8 @@ def load_tasks(settings: EvalSettings) -> Tasks:
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in _SCORED:
             raise ConfigError(
-                f"eval.tasks: {name} generates text ({task.OUTPUT_TYPE}); only tasks that rank or score answers are measured"
+                f"eval.tasks: {name} generates text ({task.OUTPUT_TYPE}); "
+                "only tasks that rank or score answers are measured"
             )
         task.set_config("num_fewshot", 0)
     return tasks
@@ -224,15 +226,15 @@ def _build(manager: Any, spec: str | Row, name: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _short_patience() -> Iterator[None]:
     """Where the hub does not answer, let datasets look into its cache only: its own retries take half a minute."""
-    import datasets
-    import huggingface_hub
+    import datasets.config as datasets_config
+    import huggingface_hub.constants as hub_constants
 
     from lsiq.models.hub import answers
 
-    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    before = datasets_config.HF_HUB_OFFLINE, hub_constants.HF_HUB_OFFLINE
     if not any(before) and not answers():
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets_config.HF_HUB_OFFLINE = hub_constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+        datasets_config.HF_HUB_OFFLINE, hub_constants.HF_HUB_OFFLINE = before

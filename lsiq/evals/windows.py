@@ -70,9 +70,7 @@ def measure_windows(
     shelf = _Shelf(cache, windows, divergence)
     found = {corpus: shelf.take(corpus, variants) for corpus in windows}
     states = {corpus: shelf.states(corpus) if divergence else None for corpus in windows}
-    to_run = {
-        corpus: _to_run(variants, found[corpus], divergence and states[corpus] is None) for corpus in windows
-    }
+    to_run = {corpus: _to_run(variants, found[corpus], divergence and states[corpus] is None) for corpus in windows}
     for corpus, left in _run(model, batches, variants, to_run, advance).items():
         if FLOAT in left:
             shelf.keep_states(corpus, left[FLOAT])

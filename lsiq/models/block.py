@@ -27,7 +27,6 @@ class BlockFunction(Protocol):
     def __call__(self, hidden: Tensor, kwargs: Mapping[str, Any] | None = None, /) -> Tensor: ...
 
 
-
 @dataclass(frozen=True)
 class Block:
     """An immutable view of one transformer block.
