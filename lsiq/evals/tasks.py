@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import itertools
 import json
 import logging
@@ -182,7 +183,14 @@ def _manager(name: str) -> Any:
         known = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
         if name in known.task_index:
             return known
-    return lm_eval.tasks.TaskManager()
+    return _whole_index()
+
+
+@functools.cache
+def _whole_index() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _own_definition(name: str) -> Row:
@@ -207,6 +215,7 @@ def _data(rows: Sequence[Row]) -> Row:
         "training_split": None,
         "validation_split": None,
         "test_split": "test",
+        "fewshot_split": None,
     }
 
 
