@@ -52,7 +52,9 @@ class Difference:
         return "B is better" if (self.mean < 0) == self.lower_is_better else "A is better"
 
 
-def bootstrap_interval(differences: NDArray[np.float64], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    differences: NDArray[np.float64], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
     """Return an interval for the mean of `differences (pairs,)` at the given level.
 
     Pairs are drawn again with replacement, and the mean of each draw is taken relative to its own standard error.
@@ -65,7 +67,7 @@ def bootstrap_interval(differences: NDArray[np.float64], level: float = 0.95, se
         return mean, mean
     draw = np.random.default_rng(seed)
     ratios = []
-    for _ in range(0, RESAMPLES, 500):  # bounds the memory for tasks of ten thousand items
+    for _ in range(0, resamples, 500):  # bounds the memory for tasks of ten thousand items
         drawn = differences[draw.integers(0, count, (500, count))]
         errors = drawn.std(1, ddof=1) / np.sqrt(count)
         # A draw of equal pairs has no error of its own; it takes the sample's.
