@@ -28,6 +28,13 @@ def _corpus(name: str) -> str:
     return name
 
 
+def _task_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+        raise ValueError("not the name of a task (letters, digits and . _ + -)")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_task_name), Field(description="a task of lm-evaluation-harness by name")]
 Corpus = Annotated[str, AfterValidator(_corpus), Field(description="a corpus by name; file reads a path of yours")]
 
 
@@ -111,7 +118,7 @@ class EvalSettings:
     rtn: bool = Field(True, description="true measures round-to-nearest beside the method")
     windows: int | None = Field(None, ge=1, description="measure only the first windows; null measures all")
     divergence: bool = Field(True, description="true compares with the float model token by token")
-    tasks: list[Name] = Field(default_factory=list, description="tasks of lm-evaluation-harness by name, or empty")
+    tasks: list[TaskName] = Field(default_factory=list, description="tasks of lm-evaluation-harness by name, or empty")
     tasks_local: dict[str, str | None] = Field(
         default_factory=dict, description="by task, a jsonl file of its items instead of the hub's data"
     )

