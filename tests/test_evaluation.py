@@ -164,6 +164,15 @@ def test_a_damaged_entry_is_measured_again(
     assert "it is measured again" in capsys.readouterr().err
 
 
+def test_a_cache_that_cannot_be_written_costs_a_warning_not_the_run(
+    checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("a file, not a folder")
+    record = run(small_run(checkpoints["llama"], f"paths.cache={tmp_path / 'taken'}"))
+    assert record.status == "finished"
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
 def test_runs_may_share_a_cache_at_the_same_time(tmp_path: Path) -> None:
     def write(value: float) -> None:
         cache = EvaluationCache(tmp_path, {"model": "x"}, {"run": "r"})

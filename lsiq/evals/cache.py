@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lsiq.errors import OutputError
 from lsiq.track.console import warn
 
 _PACKAGE = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ class EvaluationCache:
             return None
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a measurement; OutputError where the folder cannot be written."""
+        """Keep a measurement. A folder that cannot be written costs a warning, never the run."""
         if self._folder is None:
             return
         from safetensors.torch import save_file
@@ -79,10 +79,10 @@ class EvaluationCache:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, self._origin)
             os.replace(partial, self._file(key))
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(
-                f"paths.cache={self._folder}: cannot be written ({error.strerror}); set paths.cache=DIR or null"
-            ) from error
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            warn(f"paths.cache={self._folder}: cannot be written ({error.strerror}); set paths.cache=DIR or null")
+            self._folder = None
 
     def _file(self, key: str) -> Path:
         assert self._folder is not None
