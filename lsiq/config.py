@@ -28,6 +28,13 @@ def _corpus(name: str) -> str:
     return name
 
 
+def _task_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+        raise ValueError("not the name of a task (letters, digits and . _ + -)")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_task_name), Field(description="a task of lm-evaluation-harness by name")]
 Corpus = Annotated[str, AfterValidator(_corpus), Field(description="a corpus by name; file reads a path of yours")]
 
 
@@ -110,6 +117,12 @@ class EvalSettings:
     batch: int = Field(8, ge=1, description="windows that pass through a block at once, at least 1")
     rtn: bool = Field(True, description="true measures round-to-nearest beside the method")
     windows: int | None = Field(None, ge=1, description="measure only the first windows; null measures all")
+    divergence: bool = Field(True, description="true compares with the float model token by token")
+    tasks: list[TaskName] = Field(default_factory=list, description="tasks of lm-evaluation-harness by name, or empty")
+    tasks_local: dict[str, str | None] = Field(
+        default_factory=dict, description="by task, a jsonl file of its items instead of the hub's data"
+    )
+    items: int | None = Field(None, ge=1, description="measure only the first items of each task; null measures all")
 
     def __post_init__(self) -> None:
         if "file" in self.corpora and self.path is None:
@@ -117,6 +130,9 @@ class EvalSettings:
         for name, path in self.local.items():
             if path is not None and name not in self.corpora:
                 raise ValueError(f"local.{name}={path}: {name} is not among eval.corpora={self.corpora}")
+        for name, path in self.tasks_local.items():
+            if path is not None and name not in self.tasks:
+                raise ValueError(f"tasks_local.{name}={path}: {name} is not among eval.tasks={self.tasks}")
 
 
 @settings
@@ -135,6 +151,7 @@ class TrackerSettings:
 @settings
 class PathSettings:
     runs: str = Field("runs", min_length=1, description="the folder that holds one folder per run")
+    cache: str | None = Field("runs/cache", description="the folder of what reference models scored; null keeps none")
 
 
 def _device(value: str) -> str:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from lsiq.calib.corpora import read_corpus
-from lsiq.calib.tokens import cut_windows, draw_windows, random_windows, token_hash
+from lsiq.calib.tokens import draw_windows, random_windows, token_hash
 from lsiq.config import RunConfig
 from lsiq.errors import ConfigError
-from lsiq.evals.perplexity import Perplexity, perplexity
+from lsiq.evals.evaluation import evaluate, evaluation_windows
+from lsiq.evals.tasks import load_tasks
 from lsiq.memory import peak_bytes, reset_peak
-from lsiq.methods.rtn import round_to_nearest
-from lsiq.models.block import Block, BlockFunction
 from lsiq.models.loading import Model, load
 from lsiq.quantize import BlockReport, check_formats, quantize
 from lsiq.results import Record
@@ -49,6 +48,7 @@ def carry_out(
     check_lengths(model, config)
     calibration = timed(record, "tokens", lambda: calibration_tokens(config, model))
     windows = timed(record, "tokens", lambda: evaluation_windows(config, model))
+    tasks = timed(record, "tasks", lambda: load_tasks(config.eval))
     if calibration is not None:
         samples, seqlen = calibration.shape
         record.calibration = {"samples": samples, "seqlen": seqlen, "tokens": token_hash(calibration)}
@@ -56,7 +56,7 @@ def carry_out(
     with make_tracker(config, plain, record.run_id, folder) as tracker:
         store = BlockStore(folder / "blocks")
         timed(record, "quantize", lambda: quantize_model(config, model, calibration, store, record, tracker))
-        timed(record, "evaluate", lambda: evaluate(config, model, windows, store, record, tracker))
+        timed(record, "evaluate", lambda: evaluate(config, model, windows, tasks, store, record, tracker))
         record.seconds["total"] = time.perf_counter() - start
         record.peak_bytes = peak_bytes()
         tracker.finish(record)
@@ -97,44 +97,6 @@ def block_row(report: BlockReport) -> dict[str, Any]:
     }
 
 
-def evaluate(
-    config: RunConfig, model: Model, windows: Mapping[str, Tensor], store: BlockStore, record: Record, tracker: Tracker
-) -> None:
-    """Measure the float model, round-to-nearest and the quantised model on every corpus."""
-    models = models_to_measure(config, store)
-    for corpus, tokens in windows.items():
-        key = f"{corpus}@{tokens.shape[1]}"
-        found: dict[str, Perplexity] = {}
-        with stage(corpus, model.depth * len(models)) as progress:
-            for prefix, function_of in models.items():
-                found[prefix] = perplexity(model, tokens, config.eval.batch, function_of, progress.advance)
-        found.setdefault("", found["float/"])
-        for prefix, measured in found.items():
-            record.metrics[f"{prefix}ppl/{key}"] = measured.value
-            if prefix != "float/":
-                record.metrics[f"{prefix}excess/{key}"] = measured.loss - found["float/"].loss
-        record.protocol[f"ppl/{key}"] = {
-            "windows": found[""].windows,
-            "predicted_tokens": found[""].tokens,
-            "tokens": token_hash(tokens),
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
-        tracker.log({name: value for name, value in record.metrics.items() if name.endswith(key)})
-
-
-def models_to_measure(config: RunConfig, store: BlockStore) -> dict[str, Callable[[Block], BlockFunction]]:
-    """Return, by the prefix of their metrics, the functions that turn a float block into the measured one."""
-    activation = config.quant.activation
-
-    models: dict[str, Callable[[Block], BlockFunction]] = {"float/": lambda block: block.with_weights({})}
-    if config.quant.name == "fp16":
-        return models
-    if config.eval.rtn and config.method.name != "rtn":
-        models["rtn/"] = lambda block: block.with_result(round_to_nearest(block, config.quant), activation)
-    models[""] = lambda block: block.with_result(store.read(block.index), activation)
-    return models
-
-
 def calibration_tokens(config: RunConfig, model: Model) -> Tensor | None:
     """Draw the calibration windows `(samples, seqlen)`; None for `calib=none`.
 
@@ -149,19 +111,6 @@ def calibration_tokens(config: RunConfig, model: Model) -> Tensor | None:
     text = read_corpus(calib.corpus, "calibration", calib.path, calib.fields)
     name = calib.path or calib.corpus
     return draw_windows(text, model.tokenizer, samples, calib.seqlen, config.seed, name)
-
-
-def evaluation_windows(config: RunConfig, model: Model) -> dict[str, Tensor]:
-    """Cut the evaluation windows `(N, seqlen)` of every corpus."""
-    cut: dict[str, Tensor] = {}
-    for corpus in config.eval.corpora:
-        if corpus == "random":
-            cut[corpus] = random_windows(model.config.vocab_size, config.eval.windows or 16, config.eval.seqlen, 1)
-            continue
-        path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
-        text = read_corpus(corpus, "evaluation", path, config.eval.fields)
-        cut[corpus] = cut_windows(text, model.tokenizer, config.eval.seqlen, path or corpus)[: config.eval.windows]
-    return cut
 
 
 def check_lengths(model: Model, config: RunConfig) -> None:

@@ -16,7 +16,17 @@ from lsiq import __version__
 from lsiq.errors import OutputError
 
 SCHEMA = 1
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "hydra-core", "datasets", "wandb")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "hydra-core",
+    "datasets",
+    "lm_eval",
+    "wandb",
+)
 
 
 @dataclass
@@ -31,6 +41,7 @@ class Record:
         inputs: content hashes of checkpoint and texts, by key.
         metrics: numbers by key, such as `ppl/bundled@512` and, of the float model, `float/ppl/bundled@512`.
         protocol: by metric key, how it was measured: windows, tokens, hash of the tokens.
+        cached: by metric key, the run that measured it and when, where a number was taken from the cache.
         calibration: samples, sequence length and token hash.
         average_bits: bits per original weight of the quantised linears, scales and zero points counted.
         seconds: wall time by stage and in all.
@@ -49,6 +60,7 @@ class Record:
     schema: int = SCHEMA
     metrics: dict[str, float] = field(default_factory=dict)
     protocol: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cached: dict[str, dict[str, str]] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     average_bits: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -89,6 +89,7 @@ def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str
         inputs["model"] = fingerprint(checkpoint, config.model.allow_pickle)
     paths = {"calib.path": config.calib.path, "eval.path": config.eval.path}
     paths |= {f"eval.local.{name}": path for name, path in config.eval.local.items()}
+    paths |= {f"eval.tasks_local.{name}": path for name, path in config.eval.tasks_local.items()}
     if isinstance(config.method, FineTune):
         inputs["method.run"] = Path(config.method.run).name  # a run's id already stands for all that made it
     for key, path in paths.items():
@@ -99,7 +100,7 @@ def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str
 
 def _hash_file(key: str, path: Path) -> str:
     if not path.is_file():
-        raise InputError(f"{key}={path}: no such file; give the path of a text, relative to where you run")
+        raise InputError(f"{key}={path}: no such file; give the path of a file, relative to where you run")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=10)).hexdigest()

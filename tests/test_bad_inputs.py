@@ -69,6 +69,13 @@ CONFIG_ERRORS = {
     "list-wanted": (["eval.corpora=bundled"], ["eval.corpora=bundled", "list"]),
     "empty-override": (["=3"], ["key=value"]),
     "local-not-measured": (["eval.local.c4=/nowhere"], ["eval.local.c4", "not among"]),
+    "task-file-not-measured": (["+eval.tasks_local.piqa=/nowhere"], ["eval.tasks_local.piqa", "not among"]),
+    "missing-task-file": (
+        ["eval=zeroshot", "eval.tasks_local.piqa=/nowhere"],
+        ["eval.tasks_local.piqa=/nowhere", "no such file"],
+    ),
+    "no-items": (["eval.items=0"], ["eval.items=0"]),
+    "task-with-a-path": (["eval.tasks=[../task.yaml]"], ["eval.tasks", "letters, digits"]),
     "mandatory-value": (["method=lsi-finetune"], ["method.run has no value"]),
     "missing-run": (["method=lsi-finetune", "method.run=nothing"], ["method.run=nothing", "no record"]),
     "no-hub": (["model=opt-125m"], ["facebook/opt-125m", "model.path", "cache"]),
@@ -148,6 +155,11 @@ def other_family(folder: Path, checkpoint: Path) -> list[str]:
     return ["model.path=model"]
 
 
+def wrong_item(folder: Path) -> list[str]:
+    (folder / "items.jsonl").write_text('{"query": "Question: x", "choices": ["a"], "gold": 3}\n')
+    return ["eval=zeroshot", "eval.tasks=[arc_easy]", "eval.tasks_local.arc_easy=items.jsonl"]
+
+
 INPUT_ERRORS: dict[str, tuple[Callable[..., list[str]], list[str]]] = {
     "empty-text": (empty_text, ["empty.txt", "empty"]),
     "short-text": (short_text, ["short.txt", "eval.seqlen=512"]),
@@ -165,6 +177,9 @@ INPUT_ERRORS: dict[str, tuple[Callable[..., list[str]], list[str]]] = {
     "group-that-does-not-divide": (lambda _: ["quant.weight.group=100"], ["quant.weight.group=100", "384", "128"]),
     "no-such-gpu": (lambda _: ["device=cuda:9"], ["device=cuda:9"]),
     "runs-is-a-file": (lambda folder: [f"paths.runs={(folder / 'taken').write_text('x') and 'taken'}"], ["paths.runs"]),
+    "unknown-task": (lambda _: ["eval.tasks=[arc_eazy]"], ["eval.tasks", "arc_eazy", "arc_easy"]),
+    "hub-task-offline": (lambda _: ["eval=zeroshot"], ["arc_easy", "eval.tasks_local.arc_easy=FILE"]),
+    "wrong-item": (wrong_item, ["items.jsonl", "line 1"]),
     "hub-corpus-offline": (lambda _: ["eval=wikitext2"], ["Salesforce/wikitext", "eval.local.wikitext2"]),
 }
 

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, compose_run
 from test_block import load_small
+from test_tasks import FLAT_ROWS, by_item, plain_accuracy
 
 from lsiq.assets import bundled_model
 from lsiq.calib.corpora import read_corpus
 from lsiq.calib.tokens import cut_windows
 from lsiq.evals.perplexity import perplexity
+from lsiq.evals.tasks import FLAT, read_rows
+from lsiq.run import run
 
 pytestmark = pytest.mark.shared
 WIKI = SHARED / "data" / "wikitext2" / "wiki.test.raw"
@@ -34,3 +37,54 @@ def test_the_bundled_models_keep_their_perplexity_on_wikitext(name: str) -> None
     golden = json.loads((Path(__file__).parent / "golden.json").read_text())
     assert found.value == pytest.approx(golden[name]["wikitext2@512, 40 windows"], rel=1e-4)
     assert torch.isfinite(torch.tensor(found.value))
+
+
+TASKS = SHARED / "data" / "tasks"
+
+
+def test_accuracy_equals_a_hand_written_scorer_on_200_items(tmp_path: Path) -> None:
+    record = run(
+        compose_run(
+            "quant=fp16",
+            "eval=zeroshot",
+            "eval.tasks=[arc_easy]",
+            f"eval.tasks_local.arc_easy={TASKS / 'arc_easy.jsonl'}",
+            "eval.items=200",
+            "calib=none",
+            "tracker=none",
+            f"paths.runs={tmp_path}",
+        )
+    )
+    rows = [json.loads(line) for line in (TASKS / "arc_easy.jsonl").read_text().splitlines()[:200]]
+    expected = plain_accuracy(bundled_model("tiny-llama"), rows, "{}\nAnswer:")
+    for metric, right in expected.items():
+        assert by_item(record, tmp_path, f"{metric}/arc_easy") == right
+
+
+def test_the_tasks_of_both_papers_run_offline(tmp_path: Path) -> None:
+    files = {"openbookqa": "openbook_qa", "hellaswag": "hellaswag_val"}
+    names = [*FLAT_ROWS]
+    record = run(
+        compose_run(
+            "eval=none",
+            f"eval.tasks=[{','.join(names)}]",
+            *(f"+eval.tasks_local.{name}={TASKS / files.get(name, name)}.jsonl" for name in names),
+            "eval.items=20",
+            "quant=fp16",
+            "calib=none",
+            "tracker=none",
+            f"paths.runs={tmp_path}",
+        )
+    )
+    for name in names:
+        assert 0 <= record.metrics[f"acc/{name}"] <= 1
+        assert record.metrics[f"acc_stderr/{name}"] >= 0
+        assert record.protocol[f"acc/{name}"]["items"] == 20
+
+
+def test_every_flat_row_is_understood() -> None:
+    for name, (_, fields, _) in FLAT.items():
+        file = TASKS / f"{ {'openbookqa': 'openbook_qa', 'hellaswag': 'hellaswag_val'}.get(name, name) }.jsonl"
+        rows = read_rows(file, name)
+        assert len(rows) >= 500
+        assert not any(set(fields) <= set(row) for row in rows[:50])

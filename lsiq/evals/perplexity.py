@@ -1,20 +1,20 @@
-"""Perplexity by the published protocol, streamed block by block."""
+"""Perplexity by the published protocol, and what is compared with the float model token by token."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lsiq.errors import NumericalError
-from lsiq.models.block import Block, BlockFunction, run_stream
+from lsiq.evals.stream import FunctionOf, run_blocks
 from lsiq.models.loading import Model
 
-# Tokens whose logits are held at once: 2048 × 128k pieces × 4 bytes is 1 GiB.
-_LOGIT_TOKENS = 2048
+# Tokens, and logits (256 MiB in float32), that are held at once for each model.
+_TOKENS, _LOGITS = 2048, 2**26
 
 
 @dataclass(frozen=True)
@@ -34,39 +34,94 @@ class Perplexity:
     windows: int
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """What one model says of every predicted token of some windows.
+
+    Attributes:
+        losses: `(N, T - 1)`, negative log likelihood in nats.
+        divergence: `(N, T - 1)`, Kullback-Leibler divergence from the reference model's prediction, in nats; None
+            where there is no reference.
+        agrees: `(N, T - 1)`, whether both give the same token the highest probability.
+    """
+
+    losses: Tensor
+    divergence: Tensor | None = None
+    agrees: Tensor | None = None
+
+    def perplexity(self) -> Perplexity:
+        """Return the perplexity; NumericalError where the loss is not finite."""
+        loss = self.losses.double().mean().item()
+        if not math.isfinite(loss):
+            raise NumericalError(f"the loss of the model is {loss}; try model.dtype=float32 or model.dtype=bfloat16")
+        value = math.exp(loss) if loss < 700 else math.inf
+        return Perplexity(value, loss, self.losses.numel(), len(self.losses))
+
+
 @torch.no_grad()
 def perplexity(
-    model: Model,
-    windows: Tensor,
-    batch: int,
-    function_of: Callable[[Block], BlockFunction],
-    advance: Callable[[], None],
+    model: Model, windows: Tensor, batch: int, function_of: FunctionOf, advance: Callable[[], None]
 ) -> Perplexity:
     """Measure, on `windows (N, T)` of token ids, the model whose blocks `function_of` makes of the float ones.
 
     Each window is read on its own; its first token is context only, the others are predicted. The loss is averaged
-    over all predicted tokens and exponentiated. Only one block is on the device at a time; `advance` is called after
-    each.
+    over all predicted tokens and exponentiated. `advance` is called after each block.
 
     Source: the protocol of GPTQ and OmniQuant.
 
     Raises:
         NumericalError: the loss is not finite.
     """
-    hidden, kwargs = model.embed(windows, batch)
-    for index in range(model.depth):
-        hidden = run_stream(function_of(model.block(index, kwargs)), hidden, batch, model.device)
-        advance()
-    total = 0.0
-    rows = max(1, _LOGIT_TOKENS // windows.shape[1])
-    for part, ids in zip(hidden.split(rows), windows.split(rows), strict=True):
-        logits = model.logits(part[:, :-1])
-        targets = ids[:, 1:].to(logits.device)
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        total += losses.double().sum().item()
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    loss = total / tokens
-    if not math.isfinite(loss):
-        raise NumericalError(f"the loss of the model is {loss}; try model.dtype=float32 or model.dtype=bfloat16")
-    value = math.exp(loss) if loss < 700 else math.inf
-    return Perplexity(value, loss, tokens, windows.shape[0])
+    batches = windows.split(batch)
+    left = run_blocks(model, {"": batches}, {"": function_of}, advance)
+    return score_tokens(model, batches, left)[""].perplexity()
+
+
+@torch.no_grad()
+def score_tokens(
+    model: Model, batches: Sequence[Tensor], left: Mapping[str, Sequence[Tensor]], reference: str | None = None
+) -> dict[str, TokenScores]:
+    """Return what each model says of the tokens in `batches (B, T)`.
+
+    Args:
+        left: by model, what left its last block: one `(B, T, d)` for each batch.
+        reference: the model that the others are compared with; None leaves divergence and agreement out.
+    """
+    parts: dict[str, list[list[Tensor]]] = {name: [] for name in left}
+    for position, ids in enumerate(batches):
+        found = _score_batch(model, ids, {name: stream[position] for name, stream in left.items()}, reference)
+        for name, columns in found.items():
+            parts[name].append([column.view(len(ids), -1).cpu() for column in columns])
+    return {
+        name: TokenScores(*(torch.cat(column) for column in zip(*rows, strict=True))) for name, rows in parts.items()
+    }
+
+
+def _score_batch(
+    model: Model, ids: Tensor, left: Mapping[str, Tensor], reference: str | None
+) -> dict[str, list[Tensor]]:
+    """Return by model the columns of TokenScores, flat; the logits of few tokens are held at once."""
+    targets = ids[:, 1:].flatten().to(model.device)
+    flat = {name: hidden[:, :-1].flatten(0, 1) for name, hidden in left.items()}
+    at_once = max(1, min(_TOKENS, _LOGITS // model.config.vocab_size))
+    parts: dict[str, list[list[Tensor]]] = {name: [] for name in left}
+    for start in range(0, len(targets), at_once):
+        part = slice(start, start + at_once)
+        known = None if reference is None else model.logits(flat[reference][part]).log_softmax(-1)
+        for name, hidden in flat.items():
+            if name == reference and known is not None:
+                parts[name].append([-known.gather(1, targets[part, None]).squeeze(1)])
+            else:
+                parts[name].append(_score(model.logits(hidden[part]), targets[part], known))
+    return {name: [torch.cat(column) for column in zip(*rows, strict=True)] for name, rows in parts.items()}
+
+
+def _score(logits: Tensor, targets: Tensor, known: Tensor | None) -> list[Tensor]:
+    if known is None:
+        return [torch.nn.functional.cross_entropy(logits, targets, reduction="none")]
+    predicted = logits.log_softmax(-1)
+    return [
+        -predicted.gather(1, targets[:, None]).squeeze(1),
+        torch.nn.functional.kl_div(predicted, known, reduction="none", log_target=True).sum(-1),
+        predicted.argmax(-1) == known.argmax(-1),
+    ]

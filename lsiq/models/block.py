@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,14 @@ from lsiq.models.spec import ModelSpec
 if TYPE_CHECKING:
     from lsiq.methods.base import BlockResult
 
-BlockFunction = Callable[[Tensor], Tensor]
+
+class BlockFunction(Protocol):
+    """A block with its weights: `(batch, T, d) -> (batch, T, d)`.
+
+    `kwargs` replace the keyword arguments that the block was read with, for sequences of another length.
+    """
+
+    def __call__(self, hidden: Tensor, kwargs: Mapping[str, Any] | None = None, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,12 @@ class Block:
         Differentiable in the weights. Nothing is written: the layer of transformers runs through `functional_call`.
         """
         cast = {name: weight.to(self.dtype) for name, weight in {**self.weights, **weights}.items()}
+        # The function outlives the block, and must not keep its float32 weights alive.
+        module, linears, own = self.module, self.spec.linears, self.kwargs
 
-        def run(hidden: Tensor) -> Tensor:
-            with activations(self.module, self.spec.linears, activation):
-                return functional_call(self.module, cast, (hidden,), dict(self.kwargs))
+        def run(hidden: Tensor, kwargs: Mapping[str, Any] | None = None, /) -> Tensor:
+            with activations(module, linears, activation):
+                return functional_call(module, cast, (hidden,), dict(own if kwargs is None else kwargs))
 
         return run
 

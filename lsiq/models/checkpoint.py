@@ -28,6 +28,7 @@ class FileCheckpoint:
     def __init__(self, folder: Path, tensors: Mapping[str, Any]) -> None:
         self.folder = folder
         self._tensors = tensors
+        self._finite: set[str] = set()  # a tensor is read once for each pass over the model, and checked once
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
         # Checkpoints written from the bare base model leave its prefix out; transformers accepts both, and so do we.
@@ -45,8 +46,9 @@ class FileCheckpoint:
             )
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise InputError(f"{self.folder}: {name} is {tensor.dtype}, not a float weight; give the float checkpoint")
-        if not tensor.isfinite().all():
+        if name not in self._finite and not tensor.isfinite().all():
             raise InputError(f"{self.folder}: {name} holds values that are not finite; fetch the checkpoint again")
+        self._finite.add(name)
         return tensor
 
 

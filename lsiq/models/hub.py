@@ -86,3 +86,14 @@ def _message(repository: str, revision: str, error: Exception, way_out: str) -> 
     return (
         f"{repository}: not in the cache {cache} (HF_HOME={os.environ.get('HF_HOME', 'unset')}), and {cause}; {way_out}"
     )
+
+
+def answers() -> bool:
+    """Whether the hub answers at all, asked once and briefly."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # DNS, proxy, TLS: each has its own class  # noqa: BLE001
+        return False
+    return True

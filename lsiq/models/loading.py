@@ -62,9 +62,10 @@ class Model:
         """Read one block's weights onto the device; `kwargs` come from `embed`."""
         module = self._blocks[index]
         weights = {
-            name: self.checkpoint.read(f"{self.spec.blocks}.{index}.{name}", parameter.shape).to(
-                self.device, torch.float32
-            )
+            # Moved first, widened there: half as many bytes travel to a GPU.
+            name: self.checkpoint.read(f"{self.spec.blocks}.{index}.{name}", parameter.shape)
+            .to(self.device)
+            .to(torch.float32)
             for name, parameter in module.named_parameters()
         }
         unfoldable = self.spec.why_not_foldable(self.config)

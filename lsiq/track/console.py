@@ -69,23 +69,48 @@ def gib(size: float) -> str:
 
 
 def show_record(record: Record) -> None:
-    """Print the table a run ends with: corpus, float, quantised, bits, seconds, peak memory."""
+    """Print the tables a run ends with: perplexities with bits, seconds and peak memory, and accuracies."""
     model, method = record.config["model"]["name"], record.run_id.split("_")[2]
-    table = Table(title=f"{model}  {record.run_id.split('_')[1]}  {method}  seed {record.seed}", title_justify="left")
-    has_rtn = any(key.startswith("rtn/") for key in record.metrics)
-    shown = ["float", "rtn", method] if has_rtn else ["float", method]
-    for column in ("corpus", *shown, "excess", "avg bits", "seconds", "peak memory"):
-        table.add_column(column, justify="left" if column == "corpus" else "right", no_wrap=True)
+    title = f"{model}  {record.run_id.split('_')[1]}  {method}  seed {record.seed}"
+    prefixes = {"float/": "float", "rtn/": "rtn", "": method}
+    if not any(key.startswith("rtn/") for key in record.metrics):
+        del prefixes["rtn/"]
+    keys = [key.removeprefix("ppl/") for key in record.metrics if key.startswith("ppl/")]
+    table = _table(title, "corpus", *prefixes.values(), "excess", "kl", "avg bits", "seconds", "peak memory")
     bits = "—" if record.average_bits is None else f"{record.average_bits:.3f}"
     cost = (bits, f"{record.seconds['total']:.1f}", gib(max(record.peak_bytes.values())))
-    keys = [key.removeprefix("ppl/") for key in record.metrics if key.startswith("ppl/")]
-    for key in keys or ["(nothing measured)"]:
-        prefixes = ["float/", "rtn/", ""] if has_rtn else ["float/", ""]
-        numbers = [record.metrics.get(f"{prefix}ppl/{key}") for prefix in prefixes]
-        numbers.append(record.metrics.get(f"excess/{key}"))
-        table.add_row(key, *("—" if n is None else f"{n:.4f}" if n < 1e4 else f"{n:.4g}" for n in numbers), *cost)
+    for key in keys or ["(no text)"]:
+        measured = [f"{prefix}ppl/{key}" for prefix in prefixes] + [f"excess/{key}", f"kl/{key}"]
+        table.add_row(key, *(_number(record.metrics.get(name)) for name in measured), *cost)
         cost = ("", "", "")
     OUT.print(table)
+    _show_tasks(record, prefixes)
     for key, value in record.config["model"]["published"].items():
         if key in keys:
             OUT.print(f"published float perplexity of {model}, {key}: {value}")
+
+
+def _show_tasks(record: Record, prefixes: dict[str, str]) -> None:
+    keys = [key for key, facts in record.protocol.items() if "task_version" in facts]
+    if not keys:
+        return
+    table = _table("", "task", *prefixes.values())
+    for key in keys:
+        metric, _, task = key.partition("/")
+        cells = []
+        for prefix in prefixes:
+            error = record.metrics.get(f"{prefix}{metric}_stderr/{task}")
+            cells.append(_number(record.metrics.get(f"{prefix}{key}")) + ("" if error is None else f" ± {error:.4f}"))
+        table.add_row(key, *cells)
+    OUT.print(table)
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title or None, title_justify="left")
+    for column in (first, *columns):
+        table.add_column(column, justify="left" if column == first else "right", no_wrap=True)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"

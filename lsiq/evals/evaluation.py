@@ -1,0 +1,114 @@
+"""What a run measures: the float model, round-to-nearest and the quantised model, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lsiq.calib.corpora import read_corpus
+from lsiq.calib.tokens import cut_windows, random_windows, token_hash
+from lsiq.config import RunConfig
+from lsiq.evals.cache import EvaluationCache
+from lsiq.evals.harness import measure_tasks
+from lsiq.evals.tasks import Tasks
+from lsiq.evals.windows import FLOAT, Measured, Variant, divergence_metrics, measure_windows, write_windows
+from lsiq.methods.rtn import round_to_nearest
+from lsiq.models.loading import Model
+from lsiq.results import Record
+from lsiq.store import BlockStore
+from lsiq.track.base import Tracker
+from lsiq.track.console import stage
+
+
+def evaluate(
+    config: RunConfig,
+    model: Model,
+    windows: Mapping[str, Tensor],
+    tasks: Tasks,
+    store: BlockStore,
+    record: Record,
+    tracker: Tracker,
+) -> None:
+    """Measure every model on every corpus and task, and write the numbers into `record`."""
+    variants = variants_to_measure(config, store)
+    cache = open_cache(config, model, record)
+    folder = store.folder.parent
+    before = set(record.metrics)
+    if windows:
+        with stage("evaluate", model.depth) as progress:
+            measured = measure_windows(
+                model, windows, variants, config.eval.batch, config.eval.divergence, cache, progress.advance
+            )
+        for corpus, found in measured.items():
+            _report(f"{corpus}@{config.eval.seqlen}", windows[corpus], found, model, record)
+        write_windows(folder, measured, config.eval.seqlen)
+    if tasks:
+        measure_tasks(tasks, config.eval, model, variants, cache, folder, record)
+    tracker.log({name: value for name, value in record.metrics.items() if name not in before})
+
+
+def variants_to_measure(config: RunConfig, store: BlockStore) -> dict[str, Variant]:
+    """Return the models to measure, by the prefix of their metrics."""
+    quant = config.quant
+    variants = {FLOAT: Variant(lambda block: block.with_weights({}), "float")}
+    if quant.name == "fp16":
+        return variants
+    if config.eval.rtn and config.method.name != "rtn":
+        variants["rtn/"] = Variant(
+            lambda block: block.with_result(round_to_nearest(block, quant), quant.activation),
+            f"rtn {quant.weight} {quant.activation}",
+        )
+    variants[""] = Variant(lambda block: block.with_result(store.read(block.index), quant.activation))
+    return variants
+
+
+def open_cache(config: RunConfig, model: Model, record: Record) -> EvaluationCache:
+    """Open the cache of reference measurements for this model on this machine."""
+    # Random weights have no content to hash: their shape and seed say which they are.
+    weights = record.inputs.get("model") or f"random {config.seed} {model.config.to_json_string()}"
+    identity: dict[str, Any] = {
+        "model": weights,
+        "dtype": str(model.dtype),
+        "batch": config.eval.batch,
+        "machine": {name: record.machine.get(name) for name in ("device", "gpu")},
+        "versions": {name: record.versions.get(name) for name in ("torch", "transformers")},
+    }
+    folder = None if config.paths.cache is None else Path(config.paths.cache).expanduser()
+    return EvaluationCache(folder, identity, {"run": record.run_id, "created": record.created})
+
+
+def _report(key: str, tokens: Tensor, found: Mapping[str, Measured], model: Model, record: Record) -> None:
+    """Write what was measured on one corpus into the record."""
+    reference = found[FLOAT]
+    for prefix, measured in {**found, "": found.get("", reference)}.items():
+        perplexity = measured.scores.perplexity()
+        record.metrics[f"{prefix}ppl/{key}"] = perplexity.value
+        if prefix != FLOAT:
+            record.metrics[f"{prefix}excess/{key}"] = perplexity.loss - reference.scores.perplexity().loss
+            compared = divergence_metrics(measured.scores, reference.scores.losses)
+            record.metrics |= {f"{prefix}{name}/{key}": value for name, value in compared.items()}
+        if measured.origin is not None:
+            record.cached[f"{prefix}ppl/{key}"] = dict(measured.origin)
+    perplexity = reference.scores.perplexity()
+    record.protocol[f"ppl/{key}"] = {
+        "windows": perplexity.windows,
+        "predicted_tokens": perplexity.tokens,
+        "tokens": token_hash(tokens),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def evaluation_windows(config: RunConfig, model: Model) -> dict[str, Tensor]:
+    """Cut the evaluation windows `(N, seqlen)` of every corpus."""
+    cut: dict[str, Tensor] = {}
+    for corpus in config.eval.corpora:
+        if corpus == "random":
+            cut[corpus] = random_windows(model.config.vocab_size, config.eval.windows or 16, config.eval.seqlen, 1)
+            continue
+        path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
+        text = read_corpus(corpus, "evaluation", path, config.eval.fields)
+        cut[corpus] = cut_windows(text, model.tokenizer, config.eval.seqlen, path or corpus)[: config.eval.windows]
+    return cut

@@ -1,0 +1,165 @@
+"""lm-evaluation-harness on models that need not fit the device: its tasks, prompts and metrics, our forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas
+
+from lsiq.evals.cache import EvaluationCache
+from lsiq.evals.likelihood import Likelihoods, Pair, hash_pairs, measure_pairs
+from lsiq.evals.tasks import Tasks
+from lsiq.evals.windows import Variant
+from lsiq.models.loading import Model
+from lsiq.results import Record
+from lsiq.track.console import stage
+
+if TYPE_CHECKING:
+    from lsiq.config import EvalSettings
+
+# The harness' name of a metric, and ours. Its perplexities are per word or byte of the untokenised text, or of the
+# last word alone, and none is the perplexity per token of `ppl/`.
+METRICS = {
+    "perplexity": "last_word_ppl",
+    "word_perplexity": "word_ppl",
+    "byte_perplexity": "byte_ppl",
+}
+# Resamples for the standard error of metrics that have no formula for it.
+_BOOTSTRAP = 1000
+
+
+class Answers:
+    """The likelihoods of every pair that the tasks ask about, measured for all models when the first of them asks."""
+
+    def __init__(
+        self, model: Model, variants: Mapping[str, Variant], batch_tokens: int, cache: EvaluationCache
+    ) -> None:
+        self._model, self._variants, self._batch_tokens, self._cache = model, variants, batch_tokens, cache
+        self._known: dict[str, dict[str, Likelihoods]] = {}
+        self._origins: list[dict[str, Mapping[str, str]]] = []
+
+    def of(self, prefix: str, pairs: Sequence[Pair]) -> Likelihoods:
+        """Return the likelihoods under one model."""
+        key = hash_pairs(pairs)
+        if key not in self._known:
+            with contextlib.ExitStack() as stack:
+                self._known[key], origins = measure_pairs(
+                    self._model,
+                    pairs,
+                    self._variants,
+                    self._batch_tokens,
+                    self._cache,
+                    lambda steps: stack.enter_context(stage("tasks", steps)).advance,
+                )
+            self._origins.append(origins)
+        return self._known[key][prefix]
+
+    def origin(self, prefix: str) -> Mapping[str, str] | None:
+        """Where a model's likelihoods come from, if all of them were in the cache."""
+        if all(prefix in origins for origins in self._origins):
+            return self._origins[0][prefix]
+        return None
+
+
+def measure_tasks(
+    tasks: Tasks,
+    settings: EvalSettings,
+    model: Model,
+    variants: Mapping[str, Variant],
+    cache: EvaluationCache,
+    folder: Path,
+    record: Record,
+) -> None:
+    """Measure every model on every task, and write metrics and standard errors into `record`.
+
+    `folder/items.parquet` gets a row for each item of each task, with the metrics of each model.
+    """
+    answers = Answers(model, variants, settings.batch * settings.seqlen, cache)
+    rows: list[dict[str, Any]] = []
+    for prefix in variants:
+        results = _evaluate(model, answers, prefix, tasks, settings.items)
+        for name in tasks:
+            samples = results["samples"][name]
+            found = _metrics(results["results"][name], name)
+            # The float setting measures one model, which is also the one under test.
+            for shown in (prefix, "") if "" not in variants else (prefix,):
+                rows += _items(samples, name, shown)
+                record.metrics |= {f"{shown}{key}": value for key, value in found.items()}
+                if (origin := answers.origin(prefix)) is not None:
+                    record.cached |= {f"{shown}{key}": dict(origin) for key in found}
+            protocol = {
+                "task_version": results["versions"].get(name),
+                "items": len(samples),
+                "fewshot": 0,
+                "requests": _hash_requests(samples),
+                "lm_eval": importlib.metadata.version("lm_eval"),
+            }
+            record.protocol |= {key: protocol for key in found if not key.partition("/")[0].endswith("_stderr")}
+    pandas.DataFrame(rows).to_parquet(folder / "items.parquet", index=False)
+
+
+def _hash_requests(samples: Sequence[Mapping[str, Any]]) -> str:
+    """A hash of the prompts and answers of all items, and of which is right."""
+    asked = [[sample["doc_id"], sample["arguments"], str(sample["target"])] for sample in samples]
+    return hashlib.blake2b(json.dumps(asked, default=str).encode(), digest_size=8).hexdigest()
+
+
+def _metrics(results: Mapping[str, Any], task: str) -> dict[str, float]:
+    """Return the numbers of one task by our keys: `acc/piqa`, `acc_stderr/piqa`."""
+    found = {}
+    for name, value in results.items():
+        metric, _, _ = name.partition(",")
+        stderr = metric.endswith("_stderr")
+        metric = metric.removesuffix("_stderr")
+        if "," in name and isinstance(value, (int, float)) and value == value:
+            found[f"{METRICS.get(metric, metric)}{'_stderr' if stderr else ''}/{task}"] = float(value)
+    return found
+
+
+def _items(samples: Sequence[Mapping[str, Any]], task: str, prefix: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "key": f"{prefix}{METRICS.get(metric, metric)}/{task}",
+            "item": sample["doc_id"],
+            "value": float(sample[metric]),
+        }
+        for sample in samples
+        for metric in sample["metrics"]
+        if isinstance(sample[metric], (int, float))
+    ]
+
+
+def _evaluate(model: Model, answers: Answers, prefix: str, tasks: Tasks, items: int | None) -> Mapping[str, Any]:
+    from lm_eval.evaluator import evaluate
+
+    from lsiq.evals.block_lm import BlockLM  # derives from a class of the harness
+
+    lm = BlockLM(model.tokenizer, getattr(model.config, "max_position_embeddings", None), partial(answers.of, prefix))
+    with _quiet():
+        found = evaluate(lm, {"tasks": dict(tasks)}, limit=items, bootstrap_iters=_BOOTSTRAP)
+    assert found is not None  # None is for the lower ranks of a distributed evaluation
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness' bars and remarks off the terminal, and its bootstrap in this process."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before

@@ -1,0 +1,191 @@
+"""Perplexity and divergence of several models on several corpora, in one pass over the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas
+import torch
+from torch import Tensor
+
+from lsiq.calib.tokens import token_hash
+from lsiq.evals.cache import EvaluationCache
+from lsiq.evals.perplexity import TokenScores, score_tokens
+from lsiq.evals.stream import FunctionOf, run_blocks
+from lsiq.models.loading import Model
+
+FLOAT = "float/"
+# What the float model leaves its last block with is kept for later comparisons up to this size; a larger model runs
+# along again where divergences are wanted.
+_STATES_BYTES = 2**30
+QUANTILES = (1, 5, 25, 50, 75, 95, 99)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the models that are measured side by side.
+
+    Attributes:
+        function_of: turns a float block into the one to run.
+        reference: what it is, for the cache; None for the model under test, which is never taken from there.
+    """
+
+    function_of: FunctionOf
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The scores of one model on one corpus, and where they come from if not from this run."""
+
+    scores: TokenScores
+    origin: Mapping[str, str] | None = None
+
+    def window_losses(self) -> Tensor:
+        """Mean loss `(N,)` of each window, nats per predicted token."""
+        return self.scores.losses.double().mean(1)
+
+
+def measure_windows(
+    model: Model,
+    windows: Mapping[str, Tensor],
+    variants: Mapping[str, Variant],
+    batch: int,
+    divergence: bool,
+    cache: EvaluationCache,
+    advance: Callable[[], None],
+) -> dict[str, dict[str, Measured]]:
+    """Return, by corpus and model, what each model says of the corpus' windows `(N, T)`.
+
+    Args:
+        variants: by the prefix of their metrics; `float/` is among them.
+        batch: windows that pass through a block at once.
+        divergence: whether the others are compared with the float model token by token.
+        advance: called after each block of the pass; there is none where everything was measured before.
+    """
+    batches = {corpus: ids.split(batch) for corpus, ids in windows.items()}
+    shelf = _Shelf(cache, windows, divergence)
+    found = {corpus: shelf.take(corpus, variants) for corpus in windows}
+    states = {corpus: shelf.states(corpus) if divergence else None for corpus in windows}
+    to_run = {corpus: _to_run(variants, found[corpus], divergence and states[corpus] is None) for corpus in windows}
+    for corpus, left in _run(model, batches, variants, to_run, advance).items():
+        if FLOAT in left:
+            shelf.keep_states(corpus, left[FLOAT])
+        elif (kept := states[corpus]) is not None:
+            left[FLOAT] = list(kept.split(batch))
+        scored = score_tokens(model, batches[corpus], left, FLOAT if divergence else None)
+        for prefix in to_run[corpus]:
+            found[corpus][prefix] = Measured(scored[prefix])
+            shelf.put(corpus, variants[prefix], scored[prefix])
+    return {corpus: {prefix: found[corpus][prefix] for prefix in variants} for corpus in windows}
+
+
+def _to_run(variants: Mapping[str, Variant], found: Mapping[str, Measured], wants_float: bool) -> list[str]:
+    missing = [prefix for prefix in variants if prefix not in found]
+    if missing and wants_float and FLOAT not in missing:
+        missing.insert(0, FLOAT)
+    return missing
+
+
+def _run(
+    model: Model,
+    batches: Mapping[str, Sequence[Tensor]],
+    variants: Mapping[str, Variant],
+    to_run: Mapping[str, Sequence[str]],
+    advance: Callable[[], None],
+) -> dict[str, dict[str, list[Tensor]]]:
+    """Return, by corpus and model, what leaves the last block; all corpora and models share one pass."""
+    reads = {prefix: [corpus for corpus in batches if prefix in to_run[corpus]] for prefix in variants}
+    reads = {prefix: corpora for prefix, corpora in reads.items() if corpora}
+    if not reads:
+        return {}
+    joined = {prefix: [part for corpus in corpora for part in batches[corpus]] for prefix, corpora in reads.items()}
+    left = run_blocks(model, joined, {prefix: variants[prefix].function_of for prefix in reads}, advance)
+    by_corpus: dict[str, dict[str, list[Tensor]]] = {corpus: {} for corpus in batches if to_run[corpus]}
+    for prefix, corpora in reads.items():
+        for corpus in corpora:
+            count = len(batches[corpus])
+            by_corpus[corpus][prefix], left[prefix] = left[prefix][:count], left[prefix][count:]
+    return by_corpus
+
+
+class _Shelf:
+    """What the cache holds of the float model and other references on these windows."""
+
+    def __init__(self, cache: EvaluationCache, windows: Mapping[str, Tensor], divergence: bool) -> None:
+        self._cache, self._divergence = cache, divergence
+        self._tokens = {
+            corpus: {"corpus": corpus, "tokens": token_hash(ids), "seqlen": ids.shape[1]}
+            for corpus, ids in windows.items()
+        }
+
+    def take(self, corpus: str, variants: Mapping[str, Variant]) -> dict[str, Measured]:
+        """Return by prefix what was measured before; a comparison counts only where all of it is there."""
+        found = {}
+        for prefix, variant in variants.items():
+            if variant.reference is None:
+                continue
+            entry = self._cache.read(self._key(corpus, variant.reference))
+            if entry is not None:
+                found[prefix] = Measured(TokenScores(**entry.tensors), entry.origin)
+        return found
+
+    def put(self, corpus: str, variant: Variant, scores: TokenScores) -> None:
+        if variant.reference is not None:
+            tensors = {name: tensor for name, tensor in vars(scores).items() if tensor is not None}
+            self._cache.write(self._key(corpus, variant.reference), tensors)
+
+    def states(self, corpus: str) -> Tensor | None:
+        """Return what the float model left its last block with, `(N, T, d)`."""
+        entry = self._cache.read(self._cache.key(**self._tokens[corpus], kind="states"))
+        return None if entry is None else entry.tensors["states"]
+
+    def keep_states(self, corpus: str, left: Sequence[Tensor]) -> None:
+        if self._divergence and sum(part.nbytes for part in left) <= _STATES_BYTES:
+            states = torch.cat([part.cpu() for part in left])
+            self._cache.write(self._cache.key(**self._tokens[corpus], kind="states"), {"states": states})
+
+    def _key(self, corpus: str, reference: str) -> str:
+        # The float model's own scores are the same with and without comparisons.
+        compared = self._divergence and reference != "float"
+        return self._cache.key(**self._tokens[corpus], kind="scores", reference=reference, compared=compared)
+
+
+def divergence_metrics(scores: TokenScores, float_losses: Tensor) -> dict[str, float]:
+    """Return the mean divergence from the float model, how often both agree, and how token losses changed.
+
+    `kl` in nats; `top1` the share of tokens at which both models find the same token most likely; `loss_change_qNN`
+    the NN-th percentile of a token's loss minus its loss under the float model, in nats.
+    """
+    if scores.divergence is None or scores.agrees is None:
+        return {}
+    changes = np.percentile((scores.losses - float_losses).double().numpy(), QUANTILES)
+    found = {
+        "kl": scores.divergence.double().mean().item(),
+        "top1": scores.agrees.double().mean().item(),
+    }
+    return found | {f"loss_change_q{q:02d}": float(change) for q, change in zip(QUANTILES, changes, strict=True)}
+
+
+def write_windows(folder: Path, measured: Mapping[str, Mapping[str, Measured]], seqlen: int) -> None:
+    """Write `folder/windows.parquet`: a row for each window with its mean loss under each model.
+
+    Columns: `key` (corpus@seqlen), `window`, `loss`, `kl` of the model under test, and `float_loss`, `rtn_loss` where
+    those were measured.
+    """
+    frames = []
+    for corpus, models in measured.items():
+        columns = {f"{prefix.replace('/', '_')}loss": found.window_losses().numpy() for prefix, found in models.items()}
+        under_test = models.get("", models[FLOAT])
+        columns["loss"] = under_test.window_losses().numpy()
+        if under_test.scores.divergence is not None:
+            columns["kl"] = under_test.scores.divergence.double().mean(1).numpy()
+        frame = pandas.DataFrame(columns)
+        frame.insert(0, "window", np.arange(len(frame)))
+        frame.insert(0, "key", f"{corpus}@{seqlen}")
+        frames.append(frame)
+    if frames:
+        pandas.concat(frames, ignore_index=True).to_parquet(folder / "windows.parquet", index=False)

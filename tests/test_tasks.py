@@ -1,0 +1,279 @@
+"""Zero-shot tasks: the harness' prompts and metrics, offline, item by item what a scorer of a few lines says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import torch
+from conftest import compose_run
+from omegaconf import DictConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lsiq.assets import bundled_model, bundled_task
+from lsiq.assets.cloze import items
+from lsiq.config import EvalSettings
+from lsiq.errors import ConfigError, InputError
+from lsiq.evals.tasks import load_tasks, read_rows
+from lsiq.results import Record
+from lsiq.run import run
+
+SmallRun = Callable[..., DictConfig]
+# Two rows in the flat layout of each task, as public evaluation sets have it, and the first prompt and answers that
+# the harness' definition makes of the hub's row of the same item.
+FLAT_ROWS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "arc_easy": (
+        {"query": "Question: What melts ice?", "choices": ["heat", "cold"], "gold": 0},
+        "Question: What melts ice?\nAnswer:",
+        [" heat", " cold"],
+    ),
+    "arc_challenge": (
+        {"query": "Question: What melts ice?", "choices": ["heat", "cold", "salt", "dust", "wind"], "gold": 4},
+        "Question: What melts ice?\nAnswer:",
+        [" heat", " cold", " salt", " dust", " wind"],
+    ),
+    "boolq": (
+        {"query": "Passage: Ice floats.\nQuestion: does ice float?", "choices": ["no", "yes"], "gold": 1},
+        "Ice floats.\nQuestion: does ice float?\nAnswer:",
+        [" no", " yes"],
+    ),
+    "piqa": (
+        {"query": "Question: melt ice\n", "choices": ["Warm it.", "Cool it."], "gold": 0},
+        "Question: melt ice\nAnswer:",
+        [" Warm it.", " Cool it."],
+    ),
+    "openbookqa": (
+        {"query": "Ice melts when it is", "choices": ["warm", "cold"], "gold": 0},
+        "Ice melts when it is",
+        [" warm", " cold"],
+    ),
+    "hellaswag": (
+        {"query": "Ice: A man skates. he", "choices": ["falls.", "flies."], "gold": 0},
+        "Ice: A man skates. He",
+        [" falls.", " flies."],
+    ),
+    "winogrande": (
+        {"context_options": ["Ann met Mary so Mary", "Ann met Mary so Marta"], "continuation": "waved.", "gold": 0},
+        "Ann met Mary so Mary",
+        [" waved.", " waved."],
+    ),
+    "lambada_openai": (
+        {"context": "The ice began\n\nto", "continuation": "melt"},
+        "The ice began\n\nto",
+        [" melt"],
+    ),
+}
+
+
+def settings(*overrides: str) -> EvalSettings:
+    from lsiq.config import parse
+
+    return parse(compose_run(*overrides)).eval
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def plain_likelihoods(folder: Path, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
+    """Log likelihood of each continuation, and whether it is the greedy one: one plain forward each."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for context, continuation in pairs:
+        ids = tokenizer(context + continuation, return_tensors="pt").input_ids
+        start = len(tokenizer(context).input_ids)
+        with torch.no_grad():
+            predicted = model(ids[:, :-1], use_cache=False).logits[0, start - 1 :].log_softmax(-1)
+        targets = ids[0, start:]
+        losses = predicted.gather(1, targets[:, None])
+        found.append((losses.sum().item(), bool((predicted.argmax(-1) == targets).all())))
+    return found
+
+
+def plain_accuracy(folder: Path, rows: list[dict[str, Any]], prompt: str) -> dict[str, list[float]]:
+    """Whether each item is right, by likelihood and by likelihood per character."""
+    pairs = [(prompt.format(row["query"]), f" {choice}") for row in rows for choice in row["choices"]]
+    scores = iter(plain_likelihoods(folder, pairs))
+    right: dict[str, list[float]] = {"acc": [], "acc_norm": []}
+    for row in rows:
+        sums = [next(scores)[0] for _ in row["choices"]]
+        per_character = [s / len(choice) for s, choice in zip(sums, row["choices"], strict=True)]
+        for metric, values in (("acc", sums), ("acc_norm", per_character)):
+            right[metric].append(float(values.index(max(values)) == row["gold"]))
+    return right
+
+
+def by_item(record: Record, runs: Path, key: str) -> list[float]:
+    rows = pandas.read_parquet(runs / record.run_id / "items.parquet")
+    return rows[rows["key"] == key].sort_values("item")["value"].tolist()
+
+
+@pytest.mark.parametrize("name", sorted(FLAT_ROWS))
+def test_flat_rows_give_the_prompts_of_the_harness(name: str, tmp_path: Path) -> None:
+    row, prompt, answers = FLAT_ROWS[name]
+    file = write_rows(tmp_path / "rows.jsonl", row, row)
+    (task,) = load_tasks(settings("eval=none", f"eval.tasks=[{name}]", f"+eval.tasks_local.{name}={file}")).values()
+    task.build_all_requests(limit=1)
+    assert task.instances[0].args[0] == prompt
+    assert [request.args[1] for request in task.instances] == answers
+    if name not in ("winogrande", "lambada_openai"):
+        assert task.doc_to_target(next(iter(task.test_docs()))) in (row["gold"], str(row["gold"]))
+    assert task.VERSION >= 1.0
+
+
+def test_rows_in_the_schema_of_the_hub_are_left_as_they_are(tmp_path: Path) -> None:
+    hub = {"question": "What melts ice?", "choices": {"text": ["heat", "cold"], "label": ["A", "B"]}, "answerKey": "A"}
+    file = write_rows(tmp_path / "rows.jsonl", hub)
+    assert read_rows(file, "arc_easy") == [hub]
+
+
+def test_the_bundled_task_is_what_its_script_writes() -> None:
+    path = bundled_task("bundled_cloze")
+    assert path is not None
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert rows == items()
+    assert len(rows) == 120
+    assert all(len(set(row["choices"])) == 4 for row in rows)
+
+
+def test_the_bundled_task_equals_a_hand_written_scorer_item_by_item(tmp_path: Path) -> None:
+    record = run(
+        compose_run(
+            "eval=zeroshot-bundled",
+            "eval.items=10",
+            "quant=fp16",
+            "calib=none",
+            "tracker=none",
+            f"paths.runs={tmp_path}",
+        )
+    )
+    path = bundled_task("bundled_cloze")
+    assert path is not None
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:10]
+    expected = plain_accuracy(bundled_model("tiny-llama"), rows, "{}")
+    for metric, right in expected.items():
+        assert by_item(record, tmp_path, f"{metric}/bundled_cloze") == right
+        assert record.metrics[f"{metric}/bundled_cloze"] == sum(right) / len(right)
+        assert record.metrics[f"{metric}_stderr/bundled_cloze"] > 0
+    assert record.protocol["acc/bundled_cloze"]["task_version"] == 1.0
+    assert record.protocol["acc/bundled_cloze"]["items"] == 10
+
+
+def test_all_models_share_one_measurement_and_references_are_cached(
+    checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path
+) -> None:
+    overrides = ("method=gptq", "eval=zeroshot-bundled", "eval.path=null", "eval.items=6")
+    first = run(small_run(checkpoints["llama"], *overrides))
+    second = run(small_run(checkpoints["llama"], "seed=1", *overrides))
+    assert first.cached == {}
+    assert {key.partition("/")[0] for key in second.cached} == {"float", "rtn"}
+    for key in second.cached:
+        assert second.metrics[key] == first.metrics[key]
+    assert by_item(second, tmp_path / "runs", "rtn/acc/bundled_cloze") == by_item(
+        first, tmp_path / "runs", "rtn/acc/bundled_cloze"
+    )
+
+
+def test_likelihoods_equal_the_plain_forward_whatever_is_batched(checkpoint: Path) -> None:
+    from test_block import load_small
+    from test_evaluation import NO_CACHE, unchanged
+
+    from lsiq.evals.likelihood import measure_pairs
+    from lsiq.evals.windows import Variant
+
+    texts = [
+        ("The boat", " carried salt"),
+        ("The boat", " sank"),
+        ("A harbour with a long wall", " holds the sea back"),
+    ]
+    model = load_small(checkpoint)
+    split = [
+        (c, w[len(c) :]) for a, b in texts if (c := model.tokenizer.encode(a)) and (w := model.tokenizer.encode(a + b))
+    ]
+    for batch_tokens in (1, 12, 1000):
+        found, _ = measure_pairs(model, split, {"": Variant(unchanged)}, batch_tokens, NO_CACHE, lambda _: lambda: None)
+        expected = plain_likelihoods(checkpoint, texts)
+        assert found[""].log_likelihood.tolist() == pytest.approx([value for value, _ in expected], rel=1e-5)
+        assert found[""].greedy.tolist() == [greedy for _, greedy in expected]
+
+
+def test_word_perplexity_has_a_key_of_its_own(
+    checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path
+) -> None:
+    page = " ".join(f"The {n} boats lay at anchor ." for n in range(40))
+    file = write_rows(tmp_path / "pages.jsonl", {"page": page})
+    record = run(
+        small_run(
+            checkpoints["llama"],
+            "eval=none",
+            "eval.path=null",
+            "eval.tasks=[wikitext]",
+            f"+eval.tasks_local.wikitext={file}",
+        )
+    )
+    assert record.metrics["float/word_ppl/wikitext"] > record.metrics["float/byte_ppl/wikitext"] > 1
+    assert not any(key.startswith(("ppl/", "float/ppl/")) for key in record.metrics)
+
+
+def test_a_name_nobody_knows_is_answered_with_near_ones() -> None:
+    with pytest.raises(ConfigError, match="did you mean arc_easy"):
+        load_tasks(settings("eval=none", "eval.tasks=[arc_eazy]"))
+
+
+def test_tasks_that_generate_are_refused(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", {"question": "1 + 1?", "answer": "#### 2"})
+    with pytest.raises(ConfigError, match="generates text"):
+        load_tasks(settings("eval=none", "eval.tasks=[gsm8k]", f"+eval.tasks_local.gsm8k={file}"))
+
+
+def test_a_damaged_file_of_items_names_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        '{"query": "Question: x", "choices": ["a", "b"], "gold": 0}\n{"query": "x", "choices": 3, "gold": 9}\n'
+    )
+    with pytest.raises(InputError, match="line 2"):
+        read_rows(file, "arc_easy")
+
+
+def test_hub_tasks_without_the_hub_say_how_to_go_on() -> None:
+    with pytest.raises(InputError, match=r"eval\.tasks_local\.arc_easy=FILE"):
+        load_tasks(settings("eval=zeroshot"))
+
+
+def test_the_harness_own_model_class_gives_the_same_likelihoods(checkpoint: Path) -> None:
+    pytest.importorskip("accelerate")  # the harness' class for transformers models wants it, this package does not
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from test_block import load_small
+    from test_evaluation import NO_CACHE, unchanged
+
+    from lsiq.evals.block_lm import BlockLM
+    from lsiq.evals.likelihood import measure_pairs
+    from lsiq.evals.windows import Variant
+
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    harness = HFLM(pretrained=plain, tokenizer=AutoTokenizer.from_pretrained(checkpoint), batch_size=2, device="cpu")
+    model = load_small(checkpoint)
+    ours = BlockLM(
+        model.tokenizer,
+        model.config.max_position_embeddings,
+        lambda pairs: measure_pairs(model, pairs, {"": Variant(unchanged)}, 64, NO_CACHE, lambda _: lambda: None)[0][
+            ""
+        ],
+    )
+    long = "The boat went to the harbour. " * 40  # more than the model's 128 positions
+    asked = [("", "The boat"), ("A trailing blank ", "moves"), (long, " again"), ("The boat", " sank slowly")]
+    ranked = [Instance("loglikelihood", {}, pair, 0) for pair in asked]
+    expected, found = (lm.loglikelihood(ranked, disable_tqdm=True) for lm in (harness, ours))
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-5)  # measured: 2e-7
+    rolled = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (long, "Short.")]
+    assert ours.loglikelihood_rolling(rolled) == pytest.approx(
+        harness.loglikelihood_rolling(rolled, disable_tqdm=True), rel=1e-5
+    )
