@@ -106,7 +106,7 @@ def test_divergence_is_that_of_the_two_plain_predictions(checkpoint: Path) -> No
     scores = found[""].scores
     assert scores.divergence is not None
     assert scores.agrees is not None
-    assert torch.allclose(scores.divergence.double(), expected, rtol=1e-4, atol=1e-5)  # measured: 2e-6
+    assert torch.allclose(scores.divergence.double(), expected, rtol=1e-4, atol=1e-5)  # measured: 8e-6 relative
     assert torch.equal(scores.agrees, p.argmax(-1) == q.argmax(-1))
     assert found[FLOAT].scores.divergence is None
 
