@@ -50,8 +50,11 @@ def carry_out(
         source = Source(model, store, config.quant, checkpoint)
         config.export.check_model(source)
     if record.status != "finished":
-        measure(config, plain, model, store, record, folder)
-        record.seconds["total"] = record.seconds.get("total", 0.0) + time.perf_counter() - start
+        try:
+            measure(config, plain, model, store, record, folder)
+        finally:
+            record.seconds["total"] = record.seconds.get("total", 0.0) + time.perf_counter() - start
+            record.peak_bytes = peak_bytes()
         record.status = "finished"
         write_record(record, folder)
     if config.export is not None:
@@ -82,7 +85,6 @@ def measure(
             timed(record, "quantize", lambda: quantize_model(config, model, calibration, store, record, tracker))
             write_record(record, folder)
         timed(record, "evaluate", lambda: evaluate(config, model, windows, store, record, tracker))
-        record.peak_bytes = peak_bytes()
         tracker.finish(record)
 
 

@@ -137,7 +137,6 @@ def _add_settings(writer: Any, source: Source, kind: str) -> None:
     # llama.cpp's llama attends to everything: within the window that is the same function.
     if getattr(config, "sliding_window", None):
         positions = min(positions, config.sliding_window)
-    writer.add_name(source.checkpoint.name)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
