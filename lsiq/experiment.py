@@ -45,10 +45,11 @@ def carry_out(
     torch.manual_seed(config.seed)
     model = timed(record, "load", lambda: load(config.model, checkpoint, device, config.seed))
     store = BlockStore(folder / "blocks")
-    if config.export is not None:
+    exporter, source = config.export, None
+    if exporter is not None:
         assert checkpoint is not None  # random weights are not exported
         source = Source(model, store, config.quant, checkpoint)
-        config.export.check_model(source)
+        exporter.check_model(source)
     if record.status != "finished":
         try:
             measure(config, plain, model, store, record, folder)
@@ -57,8 +58,8 @@ def carry_out(
             record.peak_bytes = peak_bytes()
         record.status = "finished"
         write_record(record, folder)
-    if config.export is not None:
-        timed(record, "export", lambda: export(config.export, source, config, record, folder))
+    if exporter is not None and source is not None:
+        timed(record, "export", lambda: export(exporter, source, config, record, folder))
 
 
 def measure(

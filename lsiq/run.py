@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from lsiq.config import RunConfig, parse, plain_config, run_id
 from lsiq.errors import InputError, LsiqError
-from lsiq.export.finished import export_finished, export_missing
+from lsiq.export.finished import export_finished, exports_left
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
@@ -42,7 +42,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
     identity = run_id(config, plain, inputs)
     folder = Path(config.paths.runs) / identity
     found = None if config.force else read_record(folder)
-    if found is not None and found.status == "finished" and not (config.export and export_missing(config.export, found)):
+    if found is not None and found.status == "finished" and not exports_left(config, found):
         say(f"found {folder / 'record.json'} (force=true runs it again)")
         show_record(found)
         return found

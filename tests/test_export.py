@@ -28,6 +28,7 @@ from lsiq.run import run
 from lsiq.store import BlockStore
 
 SmallRun = Callable[..., DictConfig]
+W8A8 = ("quant=w8a8", "quant.weight.group=null", "quant.activation.attention=false")
 QUICK = ("calib=none", "eval=none", "quant.weight.scale=float16")
 FAMILIES = {
     **SHAPES,
@@ -85,9 +86,9 @@ EXPORTS = [
     ("llama", "export=compressed-tensors", "quant.weight.bits=3"),
     ("llama", "export=compressed-tensors", "quant.weight.bits=2", "quant.weight.symmetric=true"),
     ("llama", "export=compressed-tensors", "quant.weight.bits=5", "quant.weight.group=null"),
-    ("llama", "export=compressed-tensors", "quant=w8a8", "quant.weight.group=null", "quant.activation.attention=false"),
+    ("llama", "export=compressed-tensors", *W8A8),
     ("opt", "export=compressed-tensors", "quant.weight.bits=7"),
-    ("opt", "export=compressed-tensors", "quant=w8a8", "quant.weight.group=null", "quant.activation.attention=false", "quant.weight.symmetric=true"),
+    ("opt", "export=compressed-tensors", *W8A8, "quant.weight.symmetric=true"),
     ("opt", "export=plain", "quant.weight.scale=float32"),
     ("llama", "export=gguf", "quant.weight.bits=2"),
     ("llama", "export=gguf", "quant.weight.bits=4"),
@@ -137,7 +138,9 @@ def test_the_gptq_layout_holds_codes_zero_points_and_scales(
 ) -> None:
     from safetensors.numpy import load_file
 
-    record = run(small_run(families["llama"], *QUICK, f"quant.weight.bits={bits}", "export=gptq", "export.verify=false"))
+    record = run(
+        small_run(families["llama"], *QUICK, f"quant.weight.bits={bits}", "export=gptq", "export.verify=false")
+    )
     folder = Path(record.exports["gptq"]["folder"])
     tensors = load_file(folder / "model.safetensors")
     kept = BlockStore(tmp_path / "runs" / record.run_id / "blocks").read(1).weights["mlp.down_proj.weight"]
@@ -161,9 +164,14 @@ def test_the_gptq_layout_holds_codes_zero_points_and_scales(
 def test_an_export_is_as_large_as_its_average_bits_say(model: str, quant: str, form: str, tmp_path: Path) -> None:
     record = run(
         compose_run(
-            f"model={model}", f"quant={quant}", *QUICK, "tracker=none", f"paths.runs={tmp_path}",
-            f"export={form}", "export.verify=false",
-        )  # fmt: skip
+            f"model={model}",
+            f"quant={quant}",
+            *QUICK,
+            "tracker=none",
+            f"paths.runs={tmp_path}",
+            f"export={form}",
+            "export.verify=false",
+        )
     )
     source = source_of(record, tmp_path)
     floats = sum(tensor.numel() * tensor.element_size() for _, tensor in source.outside())
@@ -258,14 +266,22 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     "gguf-group": ("llama", ["export=gguf", "quant.weight.group=16"], r"quant\.weight\.group=16; use a multiple of 32"),
     "gguf-bits": ("llama", ["export=gguf", "quant.weight.bits=8"], r"the nearest is Q8_0 with quant\.weight\.bits=7"),
     "gguf-type": ("llama", ["export=gguf", "quant.weight.bits=4", "export.type=Q4_0"], r"smallest type .* is Q5_0"),
-    "gptq-bits": ("llama", ["export=gptq", "quant.weight.bits=5"], r"quant\.weight\.bits=5; use one of them, or export="),
+    "gptq-bits": (
+        "llama",
+        ["export=gptq", "quant.weight.bits=5"],
+        r"quant\.weight\.bits=5; use one of them, or export=",
+    ),
     "gptq-group": ("llama", ["export=gptq", "quant.weight.group=16"], r"multiples of 32"),
     "plain-activations": ("llama", ["export=plain", "quant=w6a6"], r"rounds them to 6 bits; use export=compressed"),
     "low-activations": ("llama", ["export=compressed-tensors", "quant=w4a4"], r"use quant=w8a8"),
-    "attention": ("llama", ["export=compressed-tensors", "quant=w8a8", "quant.weight.group=null"], r"quant\.activation\.attention=false"),
+    "attention": (
+        "llama",
+        ["export=compressed-tensors", "quant=w8a8", "quant.weight.group=null"],
+        r"quant\.activation\.attention=false",
+    ),
     "per-tensor": (
         "llama",
-        ["export=compressed-tensors", "quant=w8a8", "quant.weight.group=null", "quant.activation.attention=false", "quant.activation.per=tensor"],
+        ["export=compressed-tensors", *W8A8, "quant.activation.per=tensor"],
         r"quant\.activation\.per=token",
     ),
     "float": ("llama", ["export=plain", "quant=fp16"], r"quantises none; choose another quant"),
@@ -294,7 +310,9 @@ def test_a_tensor_that_the_architecture_lacks_is_refused(
         run(small_run(families["llama"], *QUICK, "export=plain"))
 
 
-def test_pushing_without_a_hub_leaves_the_export(families: dict[str, Path], small_run: SmallRun, tmp_path: Path) -> None:
+def test_pushing_without_a_hub_leaves_the_export(
+    families: dict[str, Path], small_run: SmallRun, tmp_path: Path
+) -> None:
     with pytest.raises(OutputError, match=r"export\.push=someone/model: .*hf auth login"):
         run(small_run(families["llama"], *QUICK, "export=plain", "export.push=someone/model"))
     (file,) = tmp_path.glob("runs/*/record.json")

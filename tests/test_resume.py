@@ -123,7 +123,7 @@ def test_an_export_that_cannot_be_written_leaves_a_finished_run(
 ) -> None:
     (tmp_path / "taken").write_text("a file, not a folder")
     arguments = ("export=plain", f"export.folder={tmp_path / 'taken' / 'export'}")
-    with pytest.raises(OutputError, match="set export.folder=DIR"):
+    with pytest.raises(OutputError, match=r"set export\.folder=DIR"):
         run(small_run(model, *arguments))
     record, folder = only_run(tmp_path)
     assert record.status == "finished"

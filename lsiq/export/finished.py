@@ -9,9 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lsiq.config import parse, plain_config
+from lsiq.config import RunConfig, parse, plain_config
 from lsiq.errors import ConfigError, InputError
-from lsiq.export.base import Exporter
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.results import Record, read_record
 
@@ -68,13 +67,17 @@ def _find_run(named: str, runs: str) -> tuple[Record, Path]:
     for folder in (Path(runs) / named, Path(named)):
         if (record := read_record(folder)) is not None:
             if not record.quantised and record.status != "finished":
-                raise InputError(f"from={named}: that run is {record.status} and left no blocks; run it to its end first")
+                raise InputError(
+                    f"from={named}: that run is {record.status} and left no blocks; run it to its end first"
+                )
             return record, folder
     raise InputError(f"from={named}: no record there; give a run id below paths.runs={runs} or a run's folder")
 
 
-def export_missing(exporter: Exporter, record: Record) -> bool:
-    """Whether the export that the settings ask for is not among those that the record has."""
-    entry = record.exports.get(exporter.name, {})
-    done = entry.get("status") == "finished" and entry["settings"] == asdict(exporter)  # type: ignore[call-overload]
+def exports_left(config: RunConfig, record: Record) -> bool:
+    """Whether the settings ask for an export that the record does not have."""
+    if config.export is None:
+        return False
+    entry = record.exports.get(config.export.name, {})
+    done = entry.get("status") == "finished" and entry["settings"] == asdict(config.export)  # type: ignore[call-overload]
     return not (done and Path(entry["folder"]).is_dir())

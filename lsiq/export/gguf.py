@@ -12,6 +12,7 @@ from lsiq.export.base import (
     Destination,
     Loader,
     Logits,
+    installed,
     refuse_activations,
     refuse_float,
     refuse_wide_scales,
@@ -90,6 +91,8 @@ class GGUF(Destination):
         refuse_wide_scales(fmt, self.round_scales, f"export=gguf ({exact})")
 
     def check_model(self, source: Source) -> None:
+        if installed(("gguf",))["gguf"] is None:
+            raise ConfigError("export=gguf: the package gguf writes it and is not installed; install lsiq[export]")
         from lsiq.export.llamacpp import check_architecture
 
         check_architecture(source)

@@ -145,8 +145,7 @@ def _load(folder: Path) -> Logits:
     from lsiq.export.verify import as_logits
 
     loaded = GPTQModel.load(str(folder), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
-    config = AutoConfig.from_pretrained(folder)
-    del config.quantization_config
+    config = AutoConfig.from_pretrained(folder, quantization_config=None)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     unpacked = {}
     for name, module in loaded.named_modules():

@@ -17,14 +17,12 @@ from lsiq.export.source import Source
 from lsiq.formats.tensor import QuantizedTensor
 
 # The pre-tokenizers that llama.cpp knows by name, by the expression that tokenizer.json splits words with; the plain
-# byte-level splitter of GPT-2 carries none.
+# byte-level splitter of GPT-2 carries none. LLaMA-3 and Qwen differ in how many digits they keep together.
+_BEFORE_DIGITS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_AFTER_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITTERS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        "llama-bpe"
-    ),
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        "qwen2"
-    ),
+    _BEFORE_DIGITS + r"\p{N}{1,3}" + _AFTER_DIGITS: "llama-bpe",
+    _BEFORE_DIGITS + r"\p{N}" + _AFTER_DIGITS: "qwen2",
 }
 
 
@@ -89,12 +87,12 @@ def encode(weight: QuantizedTensor, kind: str) -> np.ndarray:
     """
     if kind in ("F16", "F32"):
         return weight.decode().numpy().astype(np.float16 if kind == "F16" else np.float32)
-    rows, columns = weight.codes.shape
+    rows = len(weight.codes)
     groups = weight.format.grouped(weight.codes).to(torch.int16)
     numbers = (groups - weight.zero.to(torch.int16)).reshape(-1, BLOCK).numpy()
     repeats = groups.shape[2] // BLOCK
     scale = weight.scale.reshape(-1).repeat_interleave(repeats).numpy().astype("<f2")
-    parts = [scale[:, None].view(np.uint8)]
+    parts: list[np.ndarray] = [scale[:, None].view(np.uint8)]
     if kind == "Q8_0":
         parts.append(numbers.astype(np.int8).view(np.uint8))
     else:

@@ -22,8 +22,8 @@ def push(folder: Path, repository: str) -> str:
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by lsiq")
     except Exception as error:  # the hub's client, its HTTP library and the operating system each have their own
         raise OutputError(
-            f"export.push={repository}: {type(error).__name__}: {error}; log in with `hf auth login`, then run the same "
-            f"command again ({folder} is finished)"
+            f"export.push={repository}: {type(error).__name__}: {error}; log in with `hf auth login`, then run the "
+            f"same command again ({folder} is finished)"
         ) from error
     say(f"pushed to {address}")
     return str(address)

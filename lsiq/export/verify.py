@@ -58,11 +58,12 @@ def verify(exporter: Exporter, source: Source, config: RunConfig, folder: Path) 
         difference = (_load(loader, exporter, folder)(tokens) - stored).abs().max().item()
         if not difference <= TOLERANCE:
             raise OutputError(
-                f"export={exporter.name}: read back by {name}, its logits differ by {difference:.3g} from those written "
-                f"(at most {TOLERANCE}); {folder} is kept to look at, and should not be used"
+                f"export={exporter.name}: read back by {name}, its logits differ by {difference:.3g} from those "
+                f"written (at most {TOLERANCE}); {folder} is kept to look at, and should not be used"
             )
         rounding = (stored - run).abs().max().item()
-        say(f"read back by {name}: logits differ by {difference:.2g}" + (f", rounded by {rounding:.2g}" * (rounding > 0)))
+        rounded = f", and from the run's own by {rounding:.2g} of rounding" if rounding > 0 else ""
+        say(f"read back by {name}: logits differ by {difference:.2g}{rounded}")
         found.append(
             {
                 "loader": name,
@@ -87,8 +88,8 @@ def _load(loader: Loader, exporter: Exporter, folder: Path) -> Logits:
             return loader.load(folder)
     except Exception as error:  # each loader has its own kinds
         raise OutputError(
-            f"export={exporter.name}: {', '.join(loader.packages)} cannot read it back ({type(error).__name__}: {error}); "
-            f"{folder} is kept to look at, and export.verify=false leaves the reading out"
+            f"export={exporter.name}: {', '.join(loader.packages)} cannot read it back "
+            f"({type(error).__name__}: {error}); {folder} is kept to look at; export.verify=false leaves this out"
         ) from error
 
 
