@@ -51,11 +51,7 @@ def carry_out(
         source = Source(model, store, config.quant, checkpoint)
         exporter.check_model(source)
     if record.status != "finished":
-        try:
-            measure(config, plain, model, store, record, folder)
-        finally:
-            record.seconds["total"] = record.seconds.get("total", 0.0) + time.perf_counter() - start
-            record.peak_bytes = peak_bytes()
+        measure(config, plain, model, store, record, folder, start)
         record.status = "finished"
         write_record(record, folder)
     if exporter is not None and source is not None:
@@ -63,9 +59,15 @@ def carry_out(
 
 
 def measure(
-    config: RunConfig, plain: Mapping[str, Any], model: Model, store: BlockStore, record: Record, folder: Path
+    config: RunConfig,
+    plain: Mapping[str, Any],
+    model: Model,
+    store: BlockStore,
+    record: Record,
+    folder: Path,
+    start: float,
 ) -> None:
-    """Quantise the model, unless its blocks are in `store` already, and evaluate it."""
+    """Quantise the model, unless its blocks are in `store` already, and evaluate it; the clock ran from `start`."""
     reset_peak()
     record.machine = describe(model.device)
     check_formats(model, config.quant)
@@ -80,12 +82,16 @@ def measure(
         record.calibration = {"samples": samples, "seqlen": seqlen, "tokens": token_hash(calibration)}
 
     with make_tracker(config, plain, record.run_id, folder) as tracker:
-        if record.quantised:
-            say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")
-        else:
-            timed(record, "quantize", lambda: quantize_model(config, model, calibration, store, record, tracker))
-            write_record(record, folder)
-        timed(record, "evaluate", lambda: evaluate(config, model, windows, store, record, tracker))
+        try:
+            if record.quantised:
+                say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")
+            else:
+                timed(record, "quantize", lambda: quantize_model(config, model, calibration, store, record, tracker))
+                write_record(record, folder)
+            timed(record, "evaluate", lambda: evaluate(config, model, windows, store, record, tracker))
+        finally:
+            record.seconds["total"] = record.seconds.get("total", 0.0) + time.perf_counter() - start
+            record.peak_bytes = peak_bytes()
         tracker.finish(record)
 
 

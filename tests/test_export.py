@@ -177,9 +177,9 @@ def test_an_export_is_as_large_as_its_average_bits_say(model: str, quant: str, f
     floats = sum(tensor.numel() * tensor.element_size() for _, tensor in source.outside())
     weights = 0
     for index in range(source.model.depth):
-        quantised, beside = source.block(index)
-        floats += sum(tensor.numel() * tensor.element_size() for tensor in beside.values())
-        weights += sum(weight.codes.numel() for weight in quantised.values())
+        result = source.block(index)
+        floats += sum(tensor.numel() * tensor.element_size() for tensor in result.floats.values())
+        weights += sum(weight.codes.numel() for weight in result.weights.values())
     assert record.average_bits is not None
     expected = record.average_bits * weights / 8 + floats
     assert record.exports[form]["weight_bytes"] == pytest.approx(expected, rel=0.02)  # measured: +0.2 to +0.6 %

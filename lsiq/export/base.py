@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lsiq.config import QuantSettings
     from lsiq.export.source import Source
     from lsiq.formats.integer import Integer
-    from lsiq.formats.tensor import QuantizedTensor
+    from lsiq.methods.base import BlockResult
 
 # The largest difference of logits, in float32, between an export read by its foreign loader and what was written.
 TOLERANCE = 1e-3
@@ -81,8 +81,8 @@ class Exporter(Protocol):
         """Raise ConfigError or InputError where the format cannot hold the model."""
         ...
 
-    def stored(self, weight: QuantizedTensor) -> Tensor:
-        """Return the weight `(out, in)` that the files stand for: the run's own unless the settings ask to round."""
+    def stored(self, result: BlockResult) -> dict[str, Tensor]:
+        """Return the tensors of a block that the files stand for: the run's own unless the settings ask to round."""
         ...
 
     def write(self, source: Source, folder: Path) -> None:

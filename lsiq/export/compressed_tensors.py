@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lsiq.config import QuantSettings
     from lsiq.export.source import Source
     from lsiq.formats.tensor import QuantizedTensor
+    from lsiq.methods.base import BlockResult
 
 
 @settings
@@ -70,8 +71,10 @@ class CompressedTensors(Destination):
     def check_model(self, source: Source) -> None:
         del source  # transformers reads its own architectures
 
-    def stored(self, weight: QuantizedTensor) -> Tensor:
-        return weight.decode()
+    def stored(self, result: BlockResult) -> dict[str, Tensor]:
+        from lsiq.export.source import decoded
+
+        return decoded(result)
 
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.shards import ShardWriter, copy_companions, write_json
@@ -80,13 +83,13 @@ class CompressedTensors(Destination):
         for name, tensor in source.outside():
             writer.add(name, tensor)
         for index in range(source.model.depth):
-            weights, floats = source.block(index)
-            for name, tensor in floats.items():
-                writer.add(name, tensor)
-            for name, weight in weights.items():
+            result, prefix = source.block(index), source.prefix(index)
+            for name, tensor in result.floats.items():
+                writer.add(prefix + name, tensor)
+            for name, weight in result.weights.items():
                 parts = _integers(weight) if source.quant.activation.active else _packed(weight)
                 for part, tensor in parts.items():
-                    writer.add(f"{name.removesuffix('.weight')}.{part}", tensor)
+                    writer.add(f"{prefix}{name.removesuffix('.weight')}.{part}", tensor)
         writer.finish()
         write_json(folder / "config.json", {**source.config, "quantization_config": _config(source)})
         copy_companions(source.checkpoint, folder)

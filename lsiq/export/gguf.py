@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lsiq.config import QuantSettings
     from lsiq.export.source import Source
     from lsiq.formats.integer import Integer
-    from lsiq.formats.tensor import QuantizedTensor
+    from lsiq.methods.base import BlockResult
 
 FILE = "model.gguf"
 BLOCK = 32
@@ -102,14 +102,14 @@ class GGUF(Destination):
                     f"export=gguf: {name} has {columns} inputs, no multiple of {BLOCK}; use export.type=F32"
                 )
 
-    def stored(self, weight: QuantizedTensor) -> Tensor:
-        from dataclasses import replace
+    def stored(self, result: BlockResult) -> dict[str, Tensor]:
+        from lsiq.export.source import decoded, with_half_scales
 
         if self.type == "F32":
-            return weight.decode()
+            return decoded(result)
         if self.type == "F16":
-            return weight.decode().half()
-        return replace(weight, scale=weight.scale.half().float()).decode()
+            return {name: x.half() if name in result.weights else x for name, x in decoded(result).items()}
+        return decoded(with_half_scales(result))
 
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.llamacpp import write_file

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lsiq.config import QuantSettings
     from lsiq.export.source import Source
     from lsiq.formats.tensor import QuantizedTensor
+    from lsiq.methods.base import BlockResult
 
 _BITS = (2, 3, 4, 8)
 _WORD = 32
@@ -71,8 +72,10 @@ class GPTQLayout(Destination):
                     f"{rows} × {columns} in groups of {group or columns}; use export=compressed-tensors"
                 )
 
-    def stored(self, weight: QuantizedTensor) -> Tensor:
-        return _rounded(weight).decode()
+    def stored(self, result: BlockResult) -> dict[str, Tensor]:
+        from lsiq.export.source import decoded, with_half_scales
+
+        return decoded(with_half_scales(result))
 
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.shards import ShardWriter, copy_companions, write_json
@@ -81,23 +84,17 @@ class GPTQLayout(Destination):
         for name, tensor in source.outside():
             writer.add(name, tensor)
         for index in range(source.model.depth):
-            weights, floats = source.block(index)
-            for name, tensor in floats.items():
-                writer.add(name, tensor)
-            for name, weight in weights.items():
-                for part, tensor in _packed(_rounded(weight)).items():
-                    writer.add(f"{name.removesuffix('.weight')}.{part}", tensor)
+            result, prefix = source.block(index), source.prefix(index)
+            for name, tensor in result.floats.items():
+                writer.add(prefix + name, tensor)
+            for name, weight in result.weights.items():
+                for part, tensor in _packed(weight).items():
+                    writer.add(f"{prefix}{name.removesuffix('.weight')}.{part}", tensor)
         writer.finish()
         settings = _config(source)
         write_json(folder / "config.json", {**source.config, "quantization_config": settings})
         write_json(folder / "quantize_config.json", settings)
         copy_companions(source.checkpoint, folder)
-
-
-def _rounded(weight: QuantizedTensor) -> QuantizedTensor:
-    from dataclasses import replace
-
-    return replace(weight, scale=weight.scale.half().float())
 
 
 def _packed(weight: QuantizedTensor) -> dict[str, Tensor]:

@@ -65,13 +65,13 @@ def write_file(source: Source, path: Path, kind: str) -> None:
     for name, tensor in source.outside():
         add(name, *_float(tensor))
     for index in range(source.model.depth):
-        weights, floats = source.block(index)
-        for name, tensor in floats.items():
-            add(name, *_float(_order_rows(name, tensor, source)))
-        for name, weight in weights.items():
+        result, prefix = source.block(index), source.prefix(index)
+        for name, tensor in result.floats.items():
+            add(prefix + name, *_float(_order_rows(name, tensor, source)))
+        for name, weight in result.weights.items():
             parts = (weight.codes, weight.scale, weight.zero)
             codes, scale, zero = (_order_rows(name, part, source) for part in parts)
-            add(name, encode(replace(weight, codes=codes, scale=scale, zero=zero), kind), kind)
+            add(prefix + name, encode(replace(weight, codes=codes, scale=scale, zero=zero), kind), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

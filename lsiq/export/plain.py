@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lsiq.config import QuantSettings
     from lsiq.export.source import Source
-    from lsiq.formats.tensor import QuantizedTensor
+    from lsiq.methods.base import BlockResult
 
 
 @settings
@@ -51,10 +51,13 @@ class Plain(Destination):
     def check_model(self, source: Source) -> None:
         del source  # the architecture stays as it was
 
-    def stored(self, weight: QuantizedTensor) -> Tensor:
+    def stored(self, result: BlockResult) -> dict[str, Tensor]:
         import torch
 
-        return weight.decode().to(getattr(torch, self.dtype))
+        from lsiq.export.source import decoded
+
+        dtype = getattr(torch, self.dtype)
+        return {name: x.to(dtype) if name in result.weights else x for name, x in decoded(result).items()}
 
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.shards import ShardWriter, copy_companions, write_json
@@ -63,11 +66,8 @@ class Plain(Destination):
         for name, tensor in source.outside():
             writer.add(name, tensor)
         for index in range(source.model.depth):
-            weights, floats = source.block(index)
-            for name, tensor in floats.items():
-                writer.add(name, tensor)
-            for name, weight in weights.items():
-                writer.add(name, self.stored(weight))
+            for name, tensor in self.stored(source.block(index)).items():
+                writer.add(source.prefix(index) + name, tensor)
         writer.finish()
         config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
         write_json(folder / "config.json", {**config, "dtype": self.dtype})

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lsiq.errors import InputError
+from lsiq.methods.base import BlockResult
+from lsiq.models.block import result_weights
 from lsiq.models.loading import Model
 from lsiq.store import BlockStore
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
-    from lsiq.formats.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,17 @@ class Source:
             if not name.startswith(f"{self.model.spec.blocks}."):
                 yield name, self.model.checkpoint.read(name, parameter.shape)
 
-    def block(self, index: int) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-        """Return the quantised linears of a block and its float tensors, by full name.
+    def prefix(self, index: int) -> str:
+        """What stands before the names of a block's tensors in the checkpoint."""
+        return f"{self.model.spec.blocks}.{index}."
+
+    def block(self, index: int) -> BlockResult:
+        """Return what the run made of a block, its `floats` completed by those that stayed as they were.
 
         Raises:
             InputError: a block is missing or damaged, or holds a tensor that the architecture has no place for.
         """
-        prefix = f"{self.model.spec.blocks}.{index}."
-        module = self.model.skeleton.get_submodule(prefix.rstrip("."))
+        module = self.model.skeleton.get_submodule(f"{self.model.spec.blocks}.{index}")
         shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         result = self.store.read(index)
         if strangers := sorted(set(result.floats) - set(shapes)):
@@ -75,12 +79,20 @@ class Source:
                 f"block {index}: the method made {', '.join(strangers)}, which {type(module).__name__} of transformers "
                 "does not have, so no loader could place it; use a method that folds only into what is there"
             )
-        floats = {
-            name: result.floats[name] if name in result.floats else self.model.checkpoint.read(prefix + name, shape)
+        kept = {
+            name: self.model.checkpoint.read(self.prefix(index) + name, shape)
             for name, shape in shapes.items()
-            if name not in result.weights
+            if name not in result.weights and name not in result.floats
         }
-        return (
-            {prefix + name: weight for name, weight in result.weights.items()},
-            {prefix + name: tensor for name, tensor in floats.items()},
-        )
+        return replace(result, floats={**kept, **result.floats})
+
+
+def decoded(result: BlockResult) -> dict[str, Tensor]:
+    """The weights and floats of a block as the run computes with them, on the CPU."""
+    return result_weights(result, {name: weight.codes for name, weight in result.weights.items()})
+
+
+def with_half_scales(result: BlockResult) -> BlockResult:
+    """Return the block with its scales rounded to float16, held as float32."""
+    weights = {name: replace(weight, scale=weight.scale.half().float()) for name, weight in result.weights.items()}
+    return replace(result, weights=weights)

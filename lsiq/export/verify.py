@@ -14,7 +14,7 @@ from lsiq.calib.tokens import random_windows
 from lsiq.config import RunConfig
 from lsiq.errors import OutputError
 from lsiq.export.base import TOLERANCE, Exporter, Loader, Logits, installed
-from lsiq.export.source import Source
+from lsiq.export.source import Source, decoded
 from lsiq.models.block import run_stream
 from lsiq.models.loading import load
 from lsiq.track.console import say, warn
@@ -103,10 +103,10 @@ def _logits(exporter: Exporter, source: Source, config: RunConfig, tokens: Tenso
     for index in range(model.depth):
         block = model.block(index, kwargs)
         result = source.store.read(index)
-        weights = {name: exporter.stored(weight).float() for name, weight in result.weights.items()}
-        exact = exact and all(torch.equal(weights[name], weight.decode()) for name, weight in result.weights.items())
+        written = {name: tensor.float() for name, tensor in exporter.stored(result).items()}
+        exact = exact and all(torch.equal(written[name], tensor) for name, tensor in decoded(result).items())
         if not exact:
-            stored = run_stream(block.with_weights({**result.floats, **weights}), stored, _WINDOWS, cpu)
+            stored = run_stream(block.with_weights(written), stored, _WINDOWS, cpu)
         run = run_stream(block.with_result(result), run, _WINDOWS, cpu)
         if exact:
             stored = run
