@@ -182,7 +182,7 @@ def test_an_export_is_as_large_as_its_average_bits_say(model: str, quant: str, f
         weights += sum(weight.codes.numel() for weight in result.weights.values())
     assert record.average_bits is not None
     expected = record.average_bits * weights / 8 + floats
-    assert record.exports[form]["weight_bytes"] == pytest.approx(expected, rel=0.02)  # measured: +0.2 to +0.6 %
+    assert record.exports[form]["weight_bytes"] == pytest.approx(expected, rel=0.02)  # measured: +0.4 % and +1.3 %
 
 
 def source_of(record: Record, runs: Path) -> Source:
