@@ -14,7 +14,7 @@ from lsiq.run import run
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
     with one_line(multirun=HydraConfig.get().mode == RunMode.MULTIRUN):
-        return run(cfg).objective
+        return run(cfg, HydraConfig.get().overrides.task).objective
 
 
 if __name__ == "__main__":

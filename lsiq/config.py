@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field
 
 from lsiq.calib.corpora import CORPORA
 from lsiq.errors import ConfigError
+from lsiq.export.base import Exporter
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
 from lsiq.methods.base import Method
@@ -175,8 +176,13 @@ class RunConfig:
     device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda or cuda:N")
     force: bool = Field(False, description="true or false")
     trace: bool = Field(False, description="true or false")
+    export: Exporter | None = Field(None, description="a format of conf/export/, or null")
 
     def __post_init__(self) -> None:
+        if self.export is not None:
+            self.export.check(self.quant)
+            if self.model.weights == "random":
+                raise ValueError("model.weights=random: there is nothing to export; give a checkpoint")
         if self.calib.corpus is None and self.method.needs:
             raise ValueError(
                 f"calib.corpus=null: method {self.method.name} needs calibration tokens; "
@@ -209,6 +215,8 @@ def parse(cfg: DictConfig) -> RunConfig:
         values[key] = fill(_PARTS[key], built, key) if key in _PARTS else built
     if not isinstance(values.get("method"), Method):
         raise ConfigError(f"method={plain.get('method')}: not a method; choose a file of conf/method/")
+    if not isinstance(values.get("export"), Exporter | None):
+        raise ConfigError(f"export={plain.get('export')}: not an export; choose a file of conf/export/")
     return fill(RunConfig, values)
 
 
@@ -223,6 +231,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key} has no value; give it as {error.full_key}=…") from error
     assert isinstance(plain, dict)
+    plain.pop("from", None)  # says whose settings these are, and is none of them
     model = plain.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         model.update(bundled=None, hub=None, published={})
@@ -233,7 +242,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
 
 
 # How and where a run is carried out, against what it is.
-_NOT_IDENTITY = ("tracker", "paths", "force", "trace")
+_NOT_IDENTITY = ("tracker", "paths", "force", "trace", "export")
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

@@ -18,13 +18,15 @@ from lsiq.config import RunConfig
 from lsiq.errors import ConfigError
 from lsiq.evals.evaluation import evaluate, evaluation_windows
 from lsiq.evals.tasks import load_tasks
+from lsiq.export.source import Source
+from lsiq.export.stage import export
 from lsiq.memory import peak_bytes, reset_peak
 from lsiq.models.loading import Model, load
 from lsiq.quantize import BlockReport, check_formats, quantize
-from lsiq.results import Record
+from lsiq.results import Record, write_record
 from lsiq.store import BlockStore
 from lsiq.track.base import Tracker, make_tracker
-from lsiq.track.console import stage
+from lsiq.track.console import say, stage, warn
 
 T = TypeVar("T")
 # Sequences that suffice to report block errors where a method needs none.
@@ -34,31 +36,62 @@ SAMPLES_TO_MEASURE = 8
 def carry_out(
     config: RunConfig, plain: Mapping[str, Any], checkpoint: Path | None, folder: Path, record: Record
 ) -> None:
-    """Do the run and write what it finds into `record`."""
-    reset_peak()
+    """Do what is left to do of the run, and write what it finds into `record`."""
     start = time.perf_counter()
     device = find_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # graphs are recorded and memory is counted on the current one
-    record.machine = describe(device)
     torch.manual_seed(config.seed)
-
     model = timed(record, "load", lambda: load(config.model, checkpoint, device, config.seed))
+    store = BlockStore(folder / "blocks")
+    exporter, source = config.export, None
+    if exporter is not None:
+        assert checkpoint is not None  # random weights are not exported
+        source = Source(model, store, config.quant, checkpoint)
+        exporter.check_model(source)
+    if record.status != "finished":
+        measure(config, plain, model, store, record, folder, start)
+        record.status = "finished"
+        write_record(record, folder)
+    if exporter is not None and source is not None:
+        timed(record, "export", lambda: export(exporter, source, config, record, folder))
+
+
+def measure(
+    config: RunConfig,
+    plain: Mapping[str, Any],
+    model: Model,
+    store: BlockStore,
+    record: Record,
+    folder: Path,
+    start: float,
+) -> None:
+    """Quantise the model, unless its blocks are in `store` already, and evaluate it; the clock ran from `start`."""
+    reset_peak()
+    record.machine = describe(model.device)
     check_formats(model, config.quant)
     check_lengths(model, config)
-    calibration = timed(record, "tokens", lambda: calibration_tokens(config, model))
     windows = timed(record, "tokens", lambda: evaluation_windows(config, model))
     tasks = timed(record, "tasks", lambda: load_tasks(config.eval))
+    if record.quantised and not store.complete(model.depth):
+        warn(f"{store.folder} lacks blocks or holds damaged ones; the model is quantised again")
+        record.quantised = False
+    calibration = None if record.quantised else timed(record, "tokens", lambda: calibration_tokens(config, model))
     if calibration is not None:
         samples, seqlen = calibration.shape
         record.calibration = {"samples": samples, "seqlen": seqlen, "tokens": token_hash(calibration)}
 
     with make_tracker(config, plain, record.run_id, folder) as tracker:
-        store = BlockStore(folder / "blocks")
-        timed(record, "quantize", lambda: quantize_model(config, model, calibration, store, record, tracker))
-        timed(record, "evaluate", lambda: evaluate(config, model, windows, tasks, store, record, tracker))
-        record.seconds["total"] = time.perf_counter() - start
-        record.peak_bytes = peak_bytes()
+        try:
+            if record.quantised:
+                say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")
+            else:
+                timed(record, "quantize", lambda: quantize_model(config, model, calibration, store, record, tracker))
+                write_record(record, folder)
+            timed(record, "evaluate", lambda: evaluate(config, model, windows, tasks, store, record, tracker))
+        finally:
+            record.seconds["total"] = record.seconds.get("total", 0.0) + time.perf_counter() - start
+            record.peak_bytes = peak_bytes()
         tracker.finish(record)
 
 
@@ -69,6 +102,7 @@ def quantize_model(
     if config.quant.name == "fp16":
         return  # the float model under the same protocol
     store.clear()
+    record.blocks.clear()
     reports: list[BlockReport] = []
     with stage("quantize", model.depth) as progress:
         for report in quantize(
@@ -85,6 +119,7 @@ def quantize_model(
         tracker.table("trajectory", trajectory)
     weights = sum(report.weights for report in reports)
     record.average_bits = sum(report.stored_bits for report in reports) / weights
+    record.quantised = True
 
 
 def block_row(report: BlockReport) -> dict[str, Any]:

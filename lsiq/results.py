@@ -35,7 +35,7 @@ class Record:
 
     Attributes:
         run_id: also the name of its folder.
-        status: running, finished, failed or interrupted.
+        status: running, finished, failed, evaluation failed or interrupted.
         created: start, UTC, ISO 8601.
         config: the resolved configuration.
         inputs: content hashes of checkpoint and texts, by key.
@@ -49,6 +49,8 @@ class Record:
         blocks: one entry per block.
         versions, commit, clean, command, machine: where the numbers come from; `clean` is None outside a checkout.
         error: why it did not finish.
+        quantised: whether all blocks are on disk; the same command then goes on from there.
+        exports: by format, where the last export of it lies, its status, and what reading it back found.
     """
 
     run_id: str
@@ -72,6 +74,8 @@ class Record:
     command: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    quantised: bool = False
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def objective(self) -> float | None:

@@ -4,38 +4,74 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from lsiq.config import RunConfig, parse, plain_config, run_id
 from lsiq.errors import InputError, LsiqError
+from lsiq.export.finished import export_finished, exports_left
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
 from lsiq.track.console import say, show_record
 
 
-def run(cfg: DictConfig) -> Record:
+def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
     """Carry out the run that `cfg` describes, or return its record where it has been carried out before.
 
+    A run that stopped after its blocks were quantised goes on from there; `from=` exports one that was finished.
+
+    Args:
+        overrides: what the command line said, `key=value` each.
+
     Raises:
-        LsiqError: one line that says what to change; a record with status `failed` keeps it if work had begun.
+        LsiqError: one line that says what to change; a record keeps it, and what was done, if work had begun.
     """
+    if cfg.get("from") is not None:
+        record = export_finished(cfg, overrides)
+        show_record(record)
+        return record
     config, plain = parse(cfg), plain_config(cfg)
     config = find_parent(config)
     checkpoint = find_folder(config.model)
     inputs = identify_inputs(config, checkpoint)
     identity = run_id(config, plain, inputs)
     folder = Path(config.paths.runs) / identity
-    found = read_record(folder)
-    if found is not None and found.status == "finished" and not config.force:
+    found = None if config.force else read_record(folder)
+    if found is not None and found.status == "finished" and not exports_left(config, found):
         say(f"found {folder / 'record.json'} (force=true runs it again)")
         show_record(found)
         return found
 
-    record = Record(
+    record = found if found is not None and found.quantised else new_record(config, plain, inputs, identity)
+    if record.status != "finished":
+        record.status, record.error = "running", None
+        write_record(record, folder)
+    try:
+        from lsiq.experiment import carry_out  # torch and transformers: only now that there is work for them
+
+        carry_out(config, plain, checkpoint, folder, record)
+    except BaseException as error:
+        if record.status != "finished":  # then an export failed, and has noted it; the run stays what it was
+            failed = "evaluation failed" if record.quantised else "failed"
+            record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else failed
+            record.error = str(error) if isinstance(error, LsiqError) else f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        path = write_record(record, folder)
+    show_record(record)
+    say(f"record: {path}")
+    return record
+
+
+def new_record(config: RunConfig, plain: dict[str, Any], inputs: dict[str, str], identity: str) -> Record:
+    """Return the record of a run that begins."""
+    commit, clean = source_state()
+    return Record(
         run_id=identity,
         status="running",
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -44,23 +80,9 @@ def run(cfg: DictConfig) -> Record:
         inputs=inputs,
         versions=versions(),
         command=command_line(),
+        commit=commit,
+        clean=clean,
     )
-    record.commit, record.clean = source_state()
-    write_record(record, folder)
-    try:
-        from lsiq.experiment import carry_out  # torch and transformers: only now that there is work for them
-
-        carry_out(config, plain, checkpoint, folder, record)
-        record.status = "finished"
-    except BaseException as error:
-        record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        record.error = str(error) if isinstance(error, LsiqError) else f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        path = write_record(record, folder)
-    show_record(record)
-    say(f"record: {path}")
-    return record
 
 
 def find_parent(config: RunConfig) -> RunConfig:

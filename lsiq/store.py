@@ -31,6 +31,18 @@ class BlockStore:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
 
+    def complete(self, depth: int) -> bool:
+        """Whether the folder holds `depth` blocks, none of them cut off."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            for index in range(depth):
+                with safe_open(self._file(index), framework="pt"):  # checks the length against the header
+                    pass
+        except (OSError, SafetensorError):
+            return False
+        return True
+
     def write(self, index: int, result: BlockResult) -> None:
         """Store a block; the file appears whole or not at all."""
         from safetensors.torch import save_file

@@ -78,6 +78,17 @@ CONFIG_ERRORS = {
     "task-with-a-path": (["eval.tasks=[../task.yaml]"], ["eval.tasks", "letters, digits"]),
     "mandatory-value": (["method=lsi-finetune"], ["method.run has no value"]),
     "missing-run": (["method=lsi-finetune", "method.run=nothing"], ["method.run=nothing", "no record"]),
+    "unknown-export": (["export=onnx"], ["export=onnx", "gguf"]),
+    "export-without-group": (["export.push=me/model"], ["export.push", "no such setting"]),
+    "export-target": (["+export._target_=lsiq.methods.rtn.RTN"], ["export", "not an export"]),
+    "export-bits": (["export=gguf", "quant.weight.bits=8"], ["asymmetric", "Q8_0", "quant.weight.bits=7"]),
+    "export-type": (["export=gguf", "export.type=Q3_K"], ["export.type=Q3_K", "Q5_0"]),
+    "export-scales": (["export=gptq"], ["quant.weight.scale=float32", "export.round_scales=true"]),
+    "export-push": (["export=plain", "export.push=me"], ["export.push=me", "owner/name"]),
+    "export-of-random-weights": (["export=plain", "model.weights=random"], ["model.weights=random", "checkpoint"]),
+    "from-nothing": (["from=nothing", "export=plain"], ["from=nothing", "no record"]),
+    "from-without-export": (["from=nothing"], ["from=nothing", "export="]),
+    "from-with-settings": (["from=x", "export=plain", "quant=w2a16"], ["quant=w2a16", "from=x"]),
     "no-hub": (["model=opt-125m"], ["facebook/opt-125m", "model.path", "cache"]),
 }
 

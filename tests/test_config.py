@@ -24,6 +24,8 @@ def test_every_file_composes_to_checked_settings(group: str, choice: str, text_f
         overrides.append(f"{group}.path={text_file}")
     if "run: ???" in (CONF / group / f"{choice}.yaml").read_text():
         overrides.append("method.run=some-run")
+    if group == "export":
+        overrides.append("quant.weight.scale=float16")
     config = parse(compose_run(*overrides))
     assert config.model.seqlen >= 8
 
@@ -51,6 +53,8 @@ def test_settings_are_checked_without_importing_torch() -> None:
         f"    for file in sorted(Path({str(CONF)!r}, 'method').glob('*.yaml')):\n"
         "        run = ['method.run=x'] if 'run: ???' in file.read_text() else []\n"
         "        lsiq.run.parse(compose('config', overrides=[f'method={file.stem}', *run]))\n"
+        f"    for file in Path({str(CONF)!r}, 'export').glob('*.yaml'):\n"
+        "        lsiq.run.parse(compose('config', overrides=[f'export={file.stem}', 'quant.weight.scale=float16']))\n"
         "assert not {'torch', 'transformers', 'wandb', 'datasets'} & set(sys.modules), sorted(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

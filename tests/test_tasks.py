@@ -272,7 +272,9 @@ def test_the_harness_own_model_class_gives_the_same_likelihoods(checkpoint: Path
     ranked = [Instance("loglikelihood", {}, pair, 0) for pair in asked]
     expected, found = (lm.loglikelihood(ranked, disable_tqdm=True) for lm in (harness, ours))
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-5)  # measured: 1.2e-7
+    assert [value for value, _ in found] == pytest.approx(
+        [value for value, _ in expected], rel=1e-5
+    )  # measured: 1.2e-7
     rolled = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (long, "Short.")]
     assert ours.loglikelihood_rolling(rolled) == pytest.approx(
         harness.loglikelihood_rolling(rolled, disable_tqdm=True), rel=1e-5

@@ -84,7 +84,7 @@ class Integer:
         if self.scale == "float16":
             half = scale.half().to(scale.dtype)
             scale = scale + (half - scale).detach()
-            scale = scale.clamp(6.0e-8, 65504.0)  # the smallest and largest half-precision numbers
+            scale = scale.clamp(2.0**-24, 65504.0)  # the smallest and largest half-precision numbers
         scale = scale.clamp(MIN_SCALE, MAX_SCALE)
         if self.symmetric:
             return scale, scale.detach().new_full(scale.shape, 2 ** (self.bits - 1))

@@ -1,0 +1,127 @@
+"""What an exporter is: settings that know what their format can hold, how it is written and who reads it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from pydantic import Field
+
+from lsiq.settings import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lsiq.config import QuantSettings
+    from lsiq.export.source import Source
+    from lsiq.formats.integer import Integer
+    from lsiq.methods.base import BlockResult
+
+# The largest difference of logits, in float32, between an export read by its foreign loader and what was written.
+TOLERANCE = 1e-3
+Logits = Callable[["Tensor"], "Tensor"]
+
+
+@settings
+class Destination:
+    """Where an export goes, and whether it is read back."""
+
+    folder: str | None = Field(None, description="the folder to write, or null for runs/<run id>/export/<format>")
+    verify: bool = Field(True, description="true reads the export back with its foreign loader and compares logits")
+    push: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="a repository of the Hugging Face hub, owner/name, that gets the folder (private if new), or null",
+    )
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A program that is not ours and reads the format.
+
+    Attributes:
+        packages: what must be installed, by distribution name.
+        load: takes the folder and returns the model as a function of token ids `(batch, T)` to logits in float32.
+    """
+
+    packages: tuple[str, ...]
+    load: Callable[[Path], Logits]
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """Settings of one format. They import without torch, so that what cannot be held is refused at once."""
+
+    folder: str | None
+    verify: bool
+    push: str | None
+
+    @property
+    def name(self) -> str:
+        """What the group, the record and the folder call the format."""
+        ...
+
+    @property
+    def usage(self) -> str:
+        """How the exported folder is loaded, in a line or two of code."""
+        ...
+
+    @property
+    def loaders(self) -> tuple[Loader, ...]:
+        """Who can read the export back."""
+        ...
+
+    def check(self, quant: QuantSettings) -> None:
+        """Raise ValueError, naming the setting and the way out, where the format cannot hold the number formats."""
+        ...
+
+    def check_model(self, source: Source) -> None:
+        """Raise ConfigError or InputError where the format cannot hold the model."""
+        ...
+
+    def stored(self, result: BlockResult) -> dict[str, Tensor]:
+        """Return the tensors of a block that the files stand for: the run's own unless the settings ask to round."""
+        ...
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Fill the empty `folder`."""
+        ...
+
+
+def refuse_float(quant: QuantSettings, name: str) -> None:
+    """Raise ValueError for a setting that quantises no weights."""
+    if quant.weight.bits == 16:
+        raise ValueError(f"{name} holds quantised weights, but quant={quant.name} quantises none; choose another quant")
+
+
+def refuse_activations(quant: QuantSettings, name: str) -> None:
+    """Raise ValueError for formats that hold weights alone, so that no half of a setting stands under its name."""
+    if quant.activation.active:
+        raise ValueError(
+            f"{name} says nothing of activations, but quant={quant.name} rounds them to {quant.activation.bits} bits; "
+            "use export=compressed-tensors (8 bits), or a weight-only quant"
+        )
+
+
+def refuse_wide_scales(fmt: Integer, round_scales: bool, name: str) -> None:
+    """Raise ValueError where scales of 32 bits would have to be rounded and nobody asked for it."""
+    if fmt.scale != "float16" and not round_scales:
+        raise ValueError(
+            f"{name} holds scales of 16 bits, but quant.weight.scale={fmt.scale}; quantise with "
+            "quant.weight.scale=float16, or let export.round_scales=true round the scales of this run"
+        )
+
+
+def installed(packages: tuple[str, ...]) -> Mapping[str, str | None]:
+    """The version of each package, None for those that are missing."""
+    import importlib.metadata
+
+    found: dict[str, Any] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,107 @@
+"""The model card that goes along with an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lsiq.config import RunConfig
+from lsiq.export.base import Exporter
+from lsiq.results import Record, command_line
+
+
+def write_card(
+    exporter: Exporter, config: RunConfig, record: Record, checks: list[dict[str, Any]], folder: Path
+) -> None:
+    """Write `README.md`: what the model is, what was measured on it, how to load it, how to make it again."""
+    model, quant = config.model, config.quant
+    base = model.hub or model.name
+    lines = [
+        "---",
+        *([f"base_model: {model.hub}"] if model.hub else []),
+        "tags:",
+        *(f"- {tag}" for tag in ("lsiq", quant.name, config.method.name, exporter.name)),
+        "---",
+        "",
+        f"# {base}, {quant.name}, {config.method.name}",
+        "",
+        f"{base}, quantised by lsiq and exported as {exporter.name}.",
+        "",
+        "| setting | value |",
+        "| --- | --- |",
+        f"| run | `{record.run_id}` |",
+        f"| method | {config.method.name} |",
+        f"| weights | {_weights(config)} |",
+        f"| activations | {_activations(config)} |",
+        f"| average bits, scales and zero points counted | {record.average_bits:.4f} |",
+        f"| calibration | {_calibration(config, record)} |",
+        f"| seed | {record.seed} |",
+        "",
+        "## Results",
+        "",
+        *_results(record),
+        "",
+        "## Read back",
+        "",
+        *(_check(check) for check in checks),
+        *(["Nobody has read it back: `export.verify=false`."] if not checks else []),
+        "",
+        "## Loading",
+        "",
+        "```python",
+        exporter.usage,
+        "```",
+        "",
+        "## Making it again",
+        "",
+        "```",
+        *dict.fromkeys([record.command, command_line()]),
+        "```",
+        "",
+        f"lsiq {record.versions.get('lsiq', '')}, commit {record.commit or 'unknown'}"
+        + ("" if record.clean in (True, None) else ", with changes that were not committed")
+        + f", torch {record.versions.get('torch', '')}, transformers {record.versions.get('transformers', '')}.",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _weights(config: RunConfig) -> str:
+    fmt = config.quant.weight
+    kind = "symmetric" if fmt.symmetric else "asymmetric"
+    shared = f"groups of {fmt.group} inputs" if fmt.group else "one scale per output channel"
+    return f"{fmt.bits} bits, {kind}, {shared}, {fmt.scale} scales"
+
+
+def _activations(config: RunConfig) -> str:
+    fmt = config.quant.activation
+    return f"{fmt.bits} bits per {fmt.per}, ranges found while it runs" if fmt.active else "float"
+
+
+def _calibration(config: RunConfig, record: Record) -> str:
+    if not (found := record.calibration):
+        return "none"
+    return f"{found['samples']} sequences of {found['seqlen']} tokens, {config.calib.path or config.calib.corpus}"
+
+
+def _results(record: Record) -> list[str]:
+    keys = [key for key in record.metrics if key.startswith("ppl/")]
+    if not keys:
+        return ["Nothing was measured."]
+    rows = [f"| {key.removeprefix('ppl/')} | {_float(record, key)} | {record.metrics[key]:.4f} |" for key in keys]
+    return ["| perplexity, corpus@window | float | this model |", "| --- | --- | --- |", *rows]
+
+
+def _float(record: Record, key: str) -> str:
+    value: float | None = record.metrics.get(f"float/{key}")
+    return "—" if value is None else f"{value:.4f}"
+
+
+def _check(check: Mapping[str, Any]) -> str:
+    if check["status"] == "skipped":
+        return f"- not by {check['loader']}: {check['reason']}"
+    rounded = f"; storing it rounded the run's own logits by {check['rounding']:.2g}" if check["rounding"] else ""
+    return (
+        f"- by {check['loader']}: logits in float32 within {check['difference']:.2g} of those written "
+        f"(largest logit {check['largest_logit']:.3g}){rounded}"
+    )

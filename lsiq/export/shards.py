@@ -1,0 +1,76 @@
+"""Writing a checkpoint in the transformers layout, one shard in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+# What lies beside the weights of a checkpoint and holds for its quantised form as well.
+_COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+_COMPANIONS += ("chat_template*", "generation_config.json")
+
+
+class ShardWriter:
+    """Takes named tensors and writes them to `model-….safetensors` files of at most `limit` bytes, and their index."""
+
+    def __init__(self, folder: Path, limit: int = 4 * 2**30) -> None:
+        self._folder, self._limit = folder, limit
+        self._held: dict[str, Tensor] = {}
+        self._size = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._size + size > self._limit:
+            self._flush()
+        self._held[name] = tensor.cpu().contiguous()
+        self._size += size
+        self._total += size
+
+    def finish(self) -> None:
+        """Write what is left, and give the files the names that transformers expects."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            os.replace(self._part(0), self._folder / "model.safetensors")
+            return
+        places: dict[str, str] = {}
+        for index, names in enumerate(self._shards):
+            final = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            os.replace(self._part(index), self._folder / final)
+            places |= dict.fromkeys(names, final)
+        write_json(
+            self._folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": self._total}, "weight_map": places},
+        )
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        part = self._part(len(self._shards))
+        save_file(self._held, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors writes for the owner alone; an export is to be shared
+        self._shards.append(list(self._held))
+        self._held, self._size = {}, 0
+
+    def _part(self, index: int) -> Path:
+        return self._folder / f"part-{index:05d}.safetensors"
+
+
+def copy_companions(checkpoint: Path, folder: Path) -> None:
+    """Copy tokenizer and generation settings."""
+    for pattern in _COMPANIONS:
+        for file in checkpoint.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,98 @@
+"""What an export reads: the model as it came, and the blocks that a run made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lsiq.errors import InputError
+from lsiq.methods.base import BlockResult
+from lsiq.models.block import result_weights
+from lsiq.models.loading import Model
+from lsiq.store import BlockStore
+
+if TYPE_CHECKING:
+    from lsiq.config import QuantSettings
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, the quantised blocks of a run, and the folder that the model came from.
+
+    Names are those of the transformers checkpoint. Float tensors keep the width they have in the checkpoint; norms and
+    biases that the method folded into are float32.
+    """
+
+    model: Model
+    store: BlockStore
+    quant: QuantSettings
+    checkpoint: Path
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The checkpoint's `config.json`."""
+        import json
+
+        return json.loads((self.checkpoint / "config.json").read_text(encoding="utf-8"))
+
+    @property
+    def float_linears(self) -> list[str]:
+        """Dotted names of the linears outside the blocks, which no run quantises."""
+        return [
+            name
+            for name, module in self.model.skeleton.named_modules()
+            if isinstance(module, nn.Linear) and not name.startswith(f"{self.model.spec.blocks}.")
+        ]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """`(out, in)` of the linears of a block, by their name inside it."""
+        block = self.model.skeleton.get_submodule(f"{self.model.spec.blocks}.0")
+        linears = ((name, block.get_submodule(name)) for name in self.model.spec.linears)
+        return {name: (linear.out_features, linear.in_features) for name, linear in linears}  # type: ignore[misc]
+
+    def outside(self) -> Iterator[tuple[str, Tensor]]:
+        """Embeddings, final norm and head, a tied head left out."""
+        for name, parameter in self.model.skeleton.named_parameters():
+            if not name.startswith(f"{self.model.spec.blocks}."):
+                yield name, self.model.checkpoint.read(name, parameter.shape)
+
+    def prefix(self, index: int) -> str:
+        """What stands before the names of a block's tensors in the checkpoint."""
+        return f"{self.model.spec.blocks}.{index}."
+
+    def block(self, index: int) -> BlockResult:
+        """Return what the run made of a block, its `floats` completed by those that stayed as they were.
+
+        Raises:
+            InputError: a block is missing or damaged, or holds a tensor that the architecture has no place for.
+        """
+        module = self.model.skeleton.get_submodule(f"{self.model.spec.blocks}.{index}")
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        result = self.store.read(index)
+        if strangers := sorted(set(result.floats) - set(shapes)):
+            raise InputError(
+                f"block {index}: the method made {', '.join(strangers)}, which {type(module).__name__} of transformers "
+                "does not have, so no loader could place it; use a method that folds only into what is there"
+            )
+        kept = {
+            name: self.model.checkpoint.read(self.prefix(index) + name, shape)
+            for name, shape in shapes.items()
+            if name not in result.weights and name not in result.floats
+        }
+        return replace(result, floats={**kept, **result.floats})
+
+
+def decoded(result: BlockResult) -> dict[str, Tensor]:
+    """The weights and floats of a block as the run computes with them, on the CPU."""
+    return result_weights(result, {name: weight.codes for name, weight in result.weights.items()})
+
+
+def with_half_scales(result: BlockResult) -> BlockResult:
+    """Return the block with its scales rounded to float16, held as float32."""
+    weights = {name: replace(weight, scale=weight.scale.half().float()) for name, weight in result.weights.items()}
+    return replace(result, weights=weights)
