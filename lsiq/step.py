@@ -181,5 +181,6 @@ class Stepper:
         self.losses.index_copy_(0, self.position, loss[None].to(self.losses.dtype))
         self.position += 1
         moved = [(self.norms[name], p.grad) for name, p in self.trained.named() if p.grad is not None]
-        lengths = torch._foreach_norm([gradient for _, gradient in moved])
-        torch._foreach_add_([total for total, _ in moved], [length.float() for length in lengths])
+        lengths = torch._foreach_norm([gradient for _, gradient in moved])  # pyright: ignore[reportPrivateImportUsage]
+        totals, added = [total for total, _ in moved], [length.float() for length in lengths]
+        torch._foreach_add_(totals, added)  # pyright: ignore[reportPrivateImportUsage]
