@@ -16,7 +16,7 @@ from lsiq.calib.corpora import CORPORA
 from lsiq.errors import ConfigError
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
-from lsiq.methods.base import Method
+from lsiq.methods.base import Method, WholeMethod
 from lsiq.settings import build, fill, settings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", description="letters, digits and . _ + -")]
@@ -166,7 +166,7 @@ class RunConfig:
 
     model: ModelSettings
     quant: QuantSettings
-    method: Method
+    method: Method | WholeMethod
     calib: CalibSettings
     eval: EvalSettings
     tracker: TrackerSettings
@@ -207,7 +207,7 @@ def parse(cfg: DictConfig) -> RunConfig:
         if key in _PARTS and not isinstance(built, dict):
             raise ConfigError(f"{key}={built}: a group of settings is expected; choose a file of conf/{key}/")
         values[key] = fill(_PARTS[key], built, key) if key in _PARTS else built
-    if not isinstance(values.get("method"), Method):
+    if not isinstance(values.get("method"), (Method, WholeMethod)):
         raise ConfigError(f"method={plain.get('method')}: not a method; choose a file of conf/method/")
     return fill(RunConfig, values)
 
