@@ -39,6 +39,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "singular-corner": (Singular(corner=8),),
     "all": (Singular(corner=8), Equivalent(), Clip()),
     "band": (Expansion(width=3, corner=8), Clip()),
+    "hardened": (Rounding(hardening=0.5), Clip(form="linear")),
     "rounding": (Rounding(), Clip(form="linear")),
     "dense": (Dense(tensors="all"), Clip(search=True)),
     "everything": (Expansion(), Equivalent(search=True), Dense(), Clip(search=True), Rounding()),
