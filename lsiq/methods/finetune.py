@@ -36,7 +36,11 @@ class FineTune:
     to. EfficientQAT trains its step sizes on text; the float model's distribution says more per token.
     """
 
-    label: str = Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$", description="the method's name in records and tables")
+    label: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9][a-z0-9.+-]*$",
+        description="the method's name in records and tables; null: e2e, after the name of the method it starts from",
+    )
     run: str | None = Field(
         None, min_length=1, description="the run to start from: its id below paths.runs or a folder"
     )
@@ -63,7 +67,7 @@ class FineTune:
 
     @property
     def name(self) -> str:
-        return self.label if self.start is None else f"{self.start.name}+{self.label}"
+        return self.label or ("e2e" if self.start is None else f"{self.start.name}+e2e")
 
     @property
     def needs(self) -> frozenset[Need]:
