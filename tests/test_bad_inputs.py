@@ -80,7 +80,7 @@ CONFIG_ERRORS = {
     "missing-run": (["method=lsi-finetune", "method.run=nothing"], ["method.run=nothing", "no record"]),
     "two-starts": (["method=best", "method.run=x"], ["run and start", "one of them"]),
     "signed-part-unknown": (["method=lsi", "method.training.signed=[clap]"], ["training.signed", "has no clap"]),
-    "window-weights": (["method=lsi", "method.training.ahead.weights=[1,1]"], ["ahead.weights", "blocks=0 needs 1"]),
+    "window-weights": (["method=lsi", "method.training.ahead.weights=[1,1]"], ["training.ahead", "blocks=0 needs 1"]),
     "no-full-logit": (["method=lwc", "method.parts.0.start_logit=null"], ["start_logit=null", "form=linear"]),
     "no-hub": (["model=opt-125m"], ["facebook/opt-125m", "model.path", "cache"]),
 }
