@@ -17,7 +17,7 @@ from lsiq.errors import ConfigError
 from lsiq.export.base import Exporter
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
-from lsiq.methods.base import Method
+from lsiq.methods.base import Method, WholeMethod
 from lsiq.settings import build, fill, settings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", description="letters, digits and . _ + -")]
@@ -167,7 +167,7 @@ class RunConfig:
 
     model: ModelSettings
     quant: QuantSettings
-    method: Method
+    method: Method | WholeMethod
     calib: CalibSettings
     eval: EvalSettings
     tracker: TrackerSettings
@@ -213,7 +213,7 @@ def parse(cfg: DictConfig) -> RunConfig:
         if key in _PARTS and not isinstance(built, dict):
             raise ConfigError(f"{key}={built}: a group of settings is expected; choose a file of conf/{key}/")
         values[key] = fill(_PARTS[key], built, key) if key in _PARTS else built
-    if not isinstance(values.get("method"), Method):
+    if not isinstance(values.get("method"), (Method, WholeMethod)):
         raise ConfigError(f"method={plain.get('method')}: not a method; choose a file of conf/method/")
     if not isinstance(values.get("export"), Exporter | None):
         raise ConfigError(f"export={plain.get('export')}: not an export; choose a file of conf/export/")

@@ -40,11 +40,11 @@ class SignedDescent(torch.optim.Optimizer):
             moved = [p for p in group["params"] if p.grad is not None]
             if not moved:
                 continue
-            directions = list(torch._foreach_sign([p.grad for p in moved]))
+            directions = list(torch._foreach_sign([p.grad for p in moved]))  # pyright: ignore[reportPrivateImportUsage]
             if self.found_inf is not None:
                 directions = [torch.where(self.found_inf > 0, 0.0, direction) for direction in directions]
-            torch._foreach_mul_(directions, group["lr"])
-            torch._foreach_sub_(moved, directions)
+            torch._foreach_mul_(directions, group["lr"])  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_sub_(moved, directions)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Descent:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,8 @@ from lsiq.evals.tasks import load_tasks
 from lsiq.export.source import Source
 from lsiq.export.stage import export
 from lsiq.memory import peak_bytes, reset_peak
+from lsiq.methods.base import Method, WholeMethod
+from lsiq.methods.finetune import FineTune
 from lsiq.models.loading import Model, load
 from lsiq.quantize import BlockReport, check_formats, quantize
 from lsiq.results import Record, write_record
@@ -86,7 +88,14 @@ def measure(
             if record.quantised:
                 say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")
             else:
-                timed(record, "quantize", lambda: quantize_model(config, model, calibration, store, record, tracker))
+                record.blocks.clear()
+                method = make_start(config, model, calibration, folder, record, tracker)
+                timed(
+                    record,
+                    "quantize",
+                    lambda: quantize_model(config, method, model, calibration, store, record, tracker),
+                )
+                record.quantised = bool(record.blocks)
                 write_record(record, folder)
             timed(record, "evaluate", lambda: evaluate(config, model, windows, tasks, store, record, tracker))
         finally:
@@ -95,21 +104,43 @@ def measure(
         tracker.finish(record)
 
 
+def make_start(
+    config: RunConfig, model: Model, tokens: Tensor | None, folder: Path, record: Record, tracker: Tracker
+) -> Method | WholeMethod:
+    """Return the method to carry out; if it starts from another one, that one's blocks lie in `folder/start` then."""
+    method = config.method
+    if not isinstance(method, FineTune) or method.start is None:
+        return method
+    store = BlockStore(folder / "start" / "blocks")
+    first = method.start
+    timed(record, "start", lambda: quantize_model(config, first, model, tokens, store, record, tracker))
+    return method.after(str(folder / "start"))
+
+
 def quantize_model(
-    config: RunConfig, model: Model, tokens: Tensor | None, store: BlockStore, record: Record, tracker: Tracker
+    config: RunConfig,
+    method: Method | WholeMethod,
+    model: Model,
+    tokens: Tensor | None,
+    store: BlockStore,
+    record: Record,
+    tracker: Tracker,
 ) -> None:
-    """Fill `store` with the quantised blocks, and the record with a row for each."""
+    """Fill `store` with the quantised blocks, and the record with a row for each.
+
+    Rows that are there already are those of the method it started from; their metrics are kept as `start/…`.
+    """
     if config.quant.name == "fp16":
         return  # the float model under the same protocol
     store.clear()
-    record.blocks.clear()
     reports: list[BlockReport] = []
+    before, record.blocks = record.blocks, []
     with stage("quantize", model.depth) as progress:
         for report in quantize(
-            model, config.method, config.quant, tokens, config.calib.batch, config.seed, store, tracker.log
+            model, method, config.quant, tokens, config.calib.batch, config.seed, store, tracker.log
         ):
             reports.append(report)
-            row = block_row(report)
+            row = block_row(report, before)
             record.blocks.append(row)
             tracker.log({f"block/{key}": row[key] for key in ("index", "error", "seconds") if row[key] is not None})
             progress.advance("" if report.error is None else f"error {report.error:.3g}")
@@ -119,16 +150,20 @@ def quantize_model(
         tracker.table("trajectory", trajectory)
     weights = sum(report.weights for report in reports)
     record.average_bits = sum(report.stored_bits for report in reports) / weights
-    record.quantised = True
 
 
-def block_row(report: BlockReport) -> dict[str, Any]:
+def block_row(report: BlockReport, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    started = {}
+    if before:
+        row = before[report.index]
+        started = {f"start/{key}": value for key, value in row["metrics"].items()}
+        started |= {f"start/{key}": row[key] for key in ("error", "seconds") if row[key] is not None}
     return {
         "index": report.index,
         "seconds": report.seconds,
         "error": report.error,
         "average_bits": report.stored_bits / report.weights,
-        "metrics": dict(report.metrics),
+        "metrics": {**report.metrics, **started},
     }
 
 

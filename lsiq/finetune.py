@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,30 +13,52 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import InputError, NumericalError
-from lsiq.formats.tensor import QuantizedTensor
-from lsiq.methods.base import BlockResult, Context
-from lsiq.models.block import Block, BlockFunction, result_weights
-from lsiq.parts.base import Draft, PartState
+from lsiq.methods.base import BlockResult, Context, Method, Need
+from lsiq.models.block import Block, BlockFunction, run_stream
 from lsiq.store import BlockStore
+from lsiq.tuned import TunedBlock
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
     from lsiq.methods.finetune import FineTune
 
 
-def tune(settings: FineTune, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
-    """Return the run's own result for an early block, and a trained one for the last blocks."""
-    store = BlockStore(Path(settings.run) / "blocks")
-    found = store.read(block.index)
-    _check(found, block, quant, settings.run)
+@dataclass(frozen=True)
+class Finished:
+    """A method that hands out blocks which are done."""
+
+    name: str
+    results: Sequence[BlockResult]
+    needs: frozenset[Need] = field(default_factory=frozenset)
+
+    def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
+        del quant, context
+        return self.results[block.index]
+
+
+def tune(settings: FineTune, quant: QuantSettings, context: Context) -> Method:
+    """Return a method that hands out the run's own early blocks and trained last ones.
+
+    Raises:
+        InputError: the run is of another model or format.
+        NumericalError: the loss is not finite.
+    """
+    assert settings.run is not None
     assert context.ahead is not None
-    if block.index < context.ahead.depth - settings.blocks:
-        return found
-    return _Tuner(settings, block, found, quant, context, store).train()
+    store = BlockStore(Path(settings.run) / "blocks")
+    results = [store.read(index) for index in range(context.ahead.depth)]
+    for index, found in enumerate(results):
+        _check(found, context.ahead.block(index), quant, settings.run)
+    first = max(0, len(results) - (settings.blocks or len(results)))
+    indices = list(range(first, len(results)))
+    tuner = _Tuner(settings, results, quant, context)
+    for group in [indices] if settings.together else [[index] for index in indices]:
+        tuner.train(group)
+    return Finished(settings.name, tuner.results)
 
 
 def _check(found: BlockResult, block: Block, quant: QuantSettings, run: str) -> None:
-    """The run must be of this model and this format: its codes are kept."""
+    """The run must be of this model and this format: its grids are kept."""
     for name in block.linears:
         weight = found.weights.get(name)
         if weight is None or weight.codes.shape != block.weights[name].shape:
@@ -48,54 +71,57 @@ def _check(found: BlockResult, block: Block, quant: QuantSettings, run: str) -> 
 
 
 class _Tuner:
-    """The increments of one block, trained through the rest of the model."""
+    """Trains groups of blocks of one model, each group through all that lies behind it."""
 
     def __init__(
-        self,
-        settings: FineTune,
-        block: Block,
-        found: BlockResult,
-        quant: QuantSettings,
-        context: Context,
-        store: BlockStore,
+        self, settings: FineTune, results: Sequence[BlockResult], quant: QuantSettings, context: Context
     ) -> None:
-        assert context.ahead is not None
         assert context.inputs is not None
-        assert context.tokens is not None
-        self.settings, self.found, self.quant, self.context = settings, found, quant, context
-        self.block = settings.training.in_precision(
-            replace(block, weights={**block.weights, **result_weights(found, block.weights)})
-        )
+        self.settings, self.quant, self.context = settings, quant, context
+        self.results = list(results)
+        self.hidden, self.reached = context.inputs, 0  # what the quantised model feeds the block `reached`
+        block = self._block(0)
         self.device = next(iter(block.weights.values())).device
-        start = settings.part.start(self.block, quant, context)
-        parameters = {name: parameter.requires_grad_() for name, parameter in start.parameters.items()}
-        self.state = PartState(parameters, start.constants)
-        self.rest: list[BlockFunction] = [
-            settings.training.in_precision(later).with_result(store.read(later.index), quant.activation)
-            for later in map(context.ahead.block, range(block.index + 1, context.ahead.depth))
-        ]
-        self.grids: Mapping[str, QuantizedTensor] = {
-            name: replace(
-                weight, codes=weight.codes, scale=weight.scale.to(self.device), zero=weight.zero.to(self.device)
-            )
-            for name, weight in found.weights.items()
-        }
+        self.dtype = settings.training.in_precision(block).dtype
+        self.reference = self._float_outputs() if settings.loss == "float" else None
 
-    def train(self) -> BlockResult:
-        """Train for the settings' epochs and return the block on its grid."""
-        training = self.settings.training
-        optimizer = torch.optim.AdamW(self.state.parameters.values(), lr=self.settings.part.lr, weight_decay=0.0)
-        tokens = self.context.tokens
-        assert tokens is not None
-        steps, total = 0, training.steps(len(tokens))
+    def train(self, group: Sequence[int]) -> None:
+        """Train the blocks of consecutive indices together and replace their results."""
+        assert self.context.tokens is not None
+        start = time.perf_counter()
+        self._advance(group[0])
+        tuned = [
+            TunedBlock(self.settings, self._block(index), self.results[index], self.quant, self.context)
+            for index in group
+        ]
+        behind = [
+            self.settings.training.in_precision(self._block(index)).with_result(
+                self.results[index], self.quant.activation
+            )
+            for index in range(group[-1] + 1, len(self.results))
+        ]
+        chain = [*(one.forward for one in tuned), *behind]
+        optimizer = torch.optim.AdamW([group for one in tuned for group in one.groups], weight_decay=0.0)
+        losses = self._epochs(group[0], chain, optimizer)
+        metrics = {"seconds": time.perf_counter() - start}
+        if losses:
+            metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
+        for index, one in zip(group, tuned, strict=True):
+            self.results[index] = one.result(metrics)
+
+    def _epochs(self, first: int, chain: Sequence[BlockFunction], optimizer: torch.optim.Optimizer) -> list[float]:
+        """Train through `chain`, the blocks from `first` on; return the epochs' mean losses."""
+        training, samples = self.settings.training, len(self.hidden)
+        generator = torch.Generator().manual_seed(self.context.generator.initial_seed() + first)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        steps, total = 0, training.steps(samples)
         losses: list[float] = []
         for epoch in range(training.epochs):
-            order = torch.randperm(len(tokens), generator=self.context.generator)
             sums = []
-            for samples in order.split(training.batch):
-                for group in optimizer.param_groups:
-                    group["lr"] = self.settings.part.lr * training.rate_factor(steps / total)
-                loss = self._loss(samples)
+            for chosen in torch.randperm(samples, generator=generator).split(training.batch):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * training.rate_factor(steps / total)
+                loss = self._loss(chain, chosen)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -104,40 +130,41 @@ class _Tuner:
             losses.append(torch.stack(sums).mean().item())
             if not math.isfinite(losses[-1]):
                 raise NumericalError(
-                    f"block {self.block.index}: the loss is not finite in epoch {epoch}; lower method.part.lr"
+                    f"block {first}: the loss is not finite in epoch {epoch}; lower the learning rates of method"
                 )
-            self.context.log({"finetune/loss": losses[-1], "finetune/block": self.block.index, "finetune/epoch": epoch})
-        return self._result(losses)
+            self.context.log({"finetune/loss": losses[-1], "finetune/block": first, "finetune/epoch": epoch})
+        return losses
 
-    def _weights(self, draft: Draft) -> dict[str, Tensor]:
-        fmt = self.quant.weight
-        rounded = {n: fmt.fake(draft.weights[n], g.scale, g.zero) for n, g in self.grids.items()}
-        return {**draft.weights, **rounded}
-
-    def _loss(self, samples: Tensor) -> Tensor:
-        inputs, tokens, ahead = self.context.inputs, self.context.tokens, self.context.ahead
-        assert inputs is not None
-        assert tokens is not None
-        assert ahead is not None
-        draft = self.settings.part.apply(Draft(self.block.weights), self.state, self.block)
-        hidden = inputs[samples].to(self.device, self.block.dtype)
-        hidden = self.block.with_weights(self._weights(draft), self.quant.activation)(hidden)
-        for function in self.rest:
+    def _loss(self, chain: Sequence[BlockFunction], chosen: Tensor) -> Tensor:
+        assert self.context.tokens is not None
+        assert self.context.ahead is not None
+        logits_of = self.context.ahead.logits
+        hidden = self.hidden[chosen].to(self.device, self.dtype)
+        for function in chain:
             hidden = function(hidden)
-        logits = ahead.logits(hidden[:, :-1])
-        targets = tokens[samples][:, 1:].to(self.device)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        hidden = hidden.to(self.hidden.dtype)
+        if self.reference is None:
+            targets = self.context.tokens[chosen][:, 1:].to(self.device)
+            return torch.nn.functional.cross_entropy(logits_of(hidden[:, :-1]).flatten(0, 1), targets.flatten())
+        with torch.no_grad():
+            expected = logits_of(self.reference[chosen].to(self.device)).flatten(0, 1).log_softmax(-1)
+        found = logits_of(hidden).flatten(0, 1).log_softmax(-1)
+        return torch.nn.functional.kl_div(found, expected, reduction="batchmean", log_target=True)
 
-    @torch.no_grad()
-    def _result(self, losses: list[float]) -> BlockResult:
-        draft = self.settings.part.apply(Draft(self.block.weights), self.state, self.block)
-        weights = {
-            name: replace(grid, codes=self.quant.weight.encode(draft.weights[name], grid.scale, grid.zero))
-            for name, grid in self.grids.items()
-        }
-        flips = [(weights[n].codes.cpu() != self.found.weights[n].codes).float().mean().item() for n in weights]
-        metrics = {"flip_rate": sum(flips) / len(flips)}
-        if losses:
-            metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
-        state = {f"singular:{name}": parameter.detach() for name, parameter in self.state.parameters.items()}
-        return BlockResult(weights, self.found.floats, metrics, state)
+    def _block(self, index: int) -> Block:
+        assert self.context.ahead is not None
+        return self.context.ahead.block(index)
+
+    def _advance(self, to: int) -> None:
+        """Run the quantised stream up to the block `to`."""
+        for index in range(self.reached, to):
+            function = self._block(index).with_result(self.results[index], self.quant.activation)
+            self.hidden = run_stream(function, self.hidden, self.context.batch, self.device)
+        self.reached = to
+
+    def _float_outputs(self) -> Tensor:
+        """What leaves the last block of the float model, `(N, T, d)`."""
+        hidden = self.hidden
+        for index in range(len(self.results)):
+            hidden = run_stream(self._block(index).with_weights({}), hidden, self.context.batch, self.device)
+        return hidden

@@ -163,8 +163,9 @@ class _Attempt:
         order = torch.randperm(len(self.context.targets), generator=self.context.generator)  # type: ignore[arg-type]
         batches = order.to(self.device if stepper.feed.resident else "cpu").split(self.training.batch)
         for samples in batches:
-            stepper.step(samples, self.training.rate_factor(self.steps / total))
+            stepper.step(samples, self.steps / total)
             self.steps += 1
+        self.trained.tell(1.0)
         return stepper.read(len(batches))
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import NumericalError
-from lsiq.methods.base import Ahead, BlockResult, Context, Method
+from lsiq.methods.base import Ahead, BlockResult, Context, Method, WholeMethod
 from lsiq.models.block import Block, run_stream
 from lsiq.models.loading import Model
 from lsiq.store import BlockStore
@@ -52,7 +52,7 @@ def check_formats(model: Model, quant: QuantSettings) -> None:
 
 def quantize(
     model: Model,
-    method: Method,
+    method: Method | WholeMethod,
     quant: QuantSettings,
     tokens: Tensor | None,
     batch: int,
@@ -72,20 +72,26 @@ def quantize(
     hidden, kwargs = model.embed(torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens, batch)
     floats = hidden if tokens is not None else None
     quantised = floats
-    for index in range(model.depth):
-        start = time.perf_counter()
-        block = model.block(index, kwargs)
-        targets = None if floats is None else run_stream(block.with_weights({}), floats, batch, model.device)
-        context = Context(
+    ahead = Ahead(model.depth, lambda later: model.block(later, kwargs), model.logits)
+
+    def context_of(index: int, targets: Tensor | None) -> Context:
+        return Context(
             inputs=quantised if "inputs" in method.needs else None,
             targets=targets if "targets" in method.needs else None,
             generator=torch.Generator().manual_seed(seed * 100_003 + index),
             batch=batch,
             log=log,
             tokens=tokens,
-            ahead=Ahead(model.depth, lambda later: model.block(later, kwargs), model.logits),
+            ahead=ahead,
         )
-        result = method.quantize_block(block, quant, context)
+
+    start = time.perf_counter()
+    by_block = method.prepare(quant, context_of(0, None)) if isinstance(method, WholeMethod) else method
+    for index in range(model.depth):
+        block = model.block(index, kwargs)
+        targets = None if floats is None else run_stream(block.with_weights({}), floats, batch, model.device)
+        context = context_of(index, targets)
+        result = by_block.quantize_block(block, quant, context)
         _check(result, block)
         store.write(index, result)
         error = None
@@ -102,6 +108,7 @@ def quantize(
             dict(result.metrics),
             result.trace,
         )
+        start = time.perf_counter()
 
 
 def _check(result: BlockResult, block: Block) -> None:

@@ -87,7 +87,7 @@ def new_record(config: RunConfig, plain: dict[str, Any], inputs: dict[str, str],
 
 def find_parent(config: RunConfig) -> RunConfig:
     """Return the settings with `method.run`, where the method starts from a finished run, as that run's folder."""
-    if not isinstance(config.method, FineTune):
+    if not isinstance(config.method, FineTune) or config.method.run is None:
         return config
     named = config.method.run
     for folder in (Path(config.paths.runs) / named, Path(named)):
@@ -98,7 +98,7 @@ def find_parent(config: RunConfig) -> RunConfig:
             raise InputError(
                 f"method.run={named}: that run is {found.status} or left no blocks; run it to its end first"
             )
-        return replace(config, method=replace(config.method, run=str(folder)))
+        return replace(config, method=config.method.after(str(folder)))
     raise InputError(
         f"method.run={named}: no record there; give a run id below paths.runs={config.paths.runs} or a folder"
     )
@@ -112,7 +112,7 @@ def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str
     paths = {"calib.path": config.calib.path, "eval.path": config.eval.path}
     paths |= {f"eval.local.{name}": path for name, path in config.eval.local.items()}
     paths |= {f"eval.tasks_local.{name}": path for name, path in config.eval.tasks_local.items()}
-    if isinstance(config.method, FineTune):
+    if isinstance(config.method, FineTune) and config.method.run is not None:
         inputs["method.run"] = Path(config.method.run).name  # a run's id already stands for all that made it
     for key, path in paths.items():
         if path is not None:

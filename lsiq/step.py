@@ -62,6 +62,12 @@ class Trained:
             for name, parameter in state.parameters.items():
                 yield f"{part.name}:{name}", parameter
 
+    def tell(self, done: float) -> None:
+        """Let parts that follow a schedule know that the share `done` of the steps is behind; 1 is the end."""
+        for state in self.states:
+            if (clock := state.constants.get("done")) is not None:
+                clock.fill_(done)
+
     def function(self) -> BlockFunction:
         """Return the block at the present parameters."""
         return self.block.with_weights(self.weights(), self.quant.activation)
@@ -122,9 +128,11 @@ class Stepper:
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         self.norms = {name: torch.zeros((), device=self.device) for name, _ in trained.named()}
 
-    def step(self, samples: Tensor, rate_factor: float) -> None:
-        """Take one step on the sequences `samples (n,)` at the parts' rates times `rate_factor`."""
-        self.descent.set_rates(rate_factor)
+    def step(self, samples: Tensor, done: float) -> None:
+        """Take one step on the sequences `samples (n,)`, with the share `done` of all steps behind."""
+        self.descent.set_rates(self.training.rate_factor(done))
+        for trained in (self.trained, *self.window.companions):
+            trained.tell(done)
         self.feed.load(samples)
         full = len(samples) == len(self.feed.x)
         if not (self.record_steps and full and self.warm >= WARM_STEPS):
@@ -181,5 +189,6 @@ class Stepper:
         self.losses.index_copy_(0, self.position, loss[None].to(self.losses.dtype))
         self.position += 1
         moved = [(self.norms[name], p.grad) for name, p in self.trained.named() if p.grad is not None]
-        lengths = torch._foreach_norm([gradient for _, gradient in moved])
-        torch._foreach_add_([total for total, _ in moved], [length.float() for length in lengths])
+        lengths = torch._foreach_norm([gradient for _, gradient in moved])  # pyright: ignore[reportPrivateImportUsage]
+        totals, added = [total for total, _ in moved], [length.float() for length in lengths]
+        torch._foreach_add_(totals, added)  # pyright: ignore[reportPrivateImportUsage]

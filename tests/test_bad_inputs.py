@@ -89,6 +89,10 @@ CONFIG_ERRORS = {
     "from-nothing": (["from=nothing", "export=plain"], ["from=nothing", "no record"]),
     "from-without-export": (["from=nothing"], ["from=nothing", "export="]),
     "from-with-settings": (["from=x", "export=plain", "quant=w2a16"], ["quant=w2a16", "from=x"]),
+    "two-starts": (["method=best", "method.run=x"], ["run and start", "one of them"]),
+    "signed-part-unknown": (["method=lsi", "method.training.signed=[clap]"], ["training.signed", "has no clap"]),
+    "window-weights": (["method=lsi", "method.training.ahead.weights=[1,1]"], ["training.ahead", "blocks=0 needs 1"]),
+    "no-full-logit": (["method=lwc", "method.parts.0.start_logit=null"], ["start_logit=null", "form=linear"]),
     "no-hub": (["model=opt-125m"], ["facebook/opt-125m", "model.path", "cache"]),
 }
 

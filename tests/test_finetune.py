@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import compose_run
 from omegaconf import DictConfig
+from test_block import load_small
 
-from lsiq.errors import InputError
+from lsiq.config import parse
+from lsiq.errors import ConfigError, InputError
+from lsiq.methods.base import Context
+from lsiq.models.block import result_weights
 from lsiq.run import run
 from lsiq.store import BlockStore
+from lsiq.tuned import TunedBlock
 
 SmallRun = Callable[..., DictConfig]
 TUNE = ("method=lsi-finetune", "method.training.batch=2")
@@ -58,3 +64,82 @@ def test_a_run_that_does_not_fit_is_refused(checkpoint: Path, small_run: SmallRu
     parent = run(small_run(checkpoint))
     with pytest.raises(InputError, match=r"was quantised to 3 bits in groups of 32; give the same quant="):
         run(small_run(checkpoint, *TUNE, f"method.run={parent.run_id}", "quant.weight.bits=4"))
+
+
+def end_to_end(*overrides: str) -> tuple[str, ...]:
+    return ("method=e2e", "method.training.batch=2", "method.training.epochs=6", "eval.rtn=false", *overrides)
+
+
+def test_the_whole_model_comes_closer_to_the_float_one_at_the_same_codes(
+    checkpoint: Path, small_run: SmallRun, tmp_path: Path
+) -> None:
+    parent = run(small_run(checkpoint, "method=smoothquant"))
+    child = run(
+        small_run(checkpoint, *end_to_end("method.scales=1e-2", "method.floats=1e-2", f"method.run={parent.run_id}"))
+    )
+    metrics = child.blocks[0]["metrics"]
+    assert metrics["loss_last"] < 0.8 * metrics["loss_first"]  # measured: 0.36 to 0.60
+    assert metrics["flip_rate"] == 0
+    assert child.average_bits == parent.average_bits
+    before, after = (BlockStore(tmp_path / "runs" / r.run_id / "blocks").read(1) for r in (parent, child))
+    for name, weight in before.weights.items():
+        assert torch.equal(weight.codes, after.weights[name].codes)
+        assert not torch.equal(weight.scale, after.weights[name].scale)
+    assert after.floats
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "{_target_: lsiq.parts.singular.Singular, corner: 8, lr: 0.01}",
+        "{_target_: lsiq.parts.dense.Dense, tensors: all}",
+    ],
+    ids=["singular", "dense"],
+)
+def test_increments_and_step_sizes_train_together_and_are_stored_as_trained(
+    checkpoint: Path, small_run: SmallRun, part: str
+) -> None:
+    parent = run(small_run(checkpoint))
+    config = parse(small_run(checkpoint, *end_to_end(f"method.run={parent.run_id}", f"method.part={part}")))
+    model = load_small(checkpoint)
+    tokens = torch.randint(0, 4096, (4, 24), generator=torch.Generator().manual_seed(3))
+    hidden, kwargs = model.embed(tokens, batch=2)
+    block = model.block(1, kwargs)
+    context = Context(hidden, None, torch.Generator().manual_seed(0), 2, lambda values: None, tokens)
+    found = BlockStore(Path(config.paths.runs) / parent.run_id / "blocks").read(1)
+    tuned = TunedBlock(config.method, block, found, config.quant, context)
+    assert all(torch.equal(w, found.weights[n].decode()) for n, w in tuned.weights().items() if n in found.weights)
+    with torch.no_grad():
+        for group in tuned.groups:
+            for parameter in group["params"]:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    trained, stored = tuned.weights(), result_weights(tuned.result({}), block.weights)
+    assert all(torch.equal(trained[name], stored[name]) for name in stored)
+    assert tuned.result({}).metrics["flip_rate"] > 0
+
+
+def test_a_method_to_start_from_runs_first_and_stays_in_the_record(
+    checkpoint: Path, small_run: SmallRun, tmp_path: Path
+) -> None:
+    start = ("method@method.start=lwc", "method.start.training.epochs=1", "method.run=null")
+    record = run(small_run(checkpoint, *end_to_end(*start)))
+    assert record.run_id.split("_")[2] == "lwc+e2e"
+    assert record.seconds["start"] > 0
+    assert {"start/error", "start/loss_last", "loss_last"} <= set(record.blocks[0]["metrics"])
+    alone = run(small_run(checkpoint, "method=lwc", "method.training.epochs=1"))
+    folders = [tmp_path / "runs" / alone.run_id, tmp_path / "runs" / record.run_id / "start"]
+    first, second = (BlockStore(folder / "blocks").read(1) for folder in folders)
+    assert all(torch.equal(first.weights[n].codes, second.weights[n].codes) for n in first.weights)
+
+
+def test_wrong_settings_of_fine_tuning_name_the_way_out() -> None:
+    for overrides, message in (
+        (["method.run=null"], "run and start: give one of them"),
+        (["method.run=x", "method.scales=null", "method.floats=null"], "leaves nothing to train"),
+        (
+            ["method.run=x", "method.part={_target_: lsiq.parts.clip.Clip}"],
+            "part=Clip: .* use singular, expansion or dense",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse(compose_run("method=e2e", *overrides))

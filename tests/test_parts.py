@@ -24,7 +24,7 @@ from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.expansion import Expansion
 from lsiq.parts.rounding import Rounding
 from lsiq.parts.singular import Singular
-from lsiq.step import apply_parts, start_parts
+from lsiq.step import Trained, apply_parts, start_parts
 
 
 def dense_core(state: PartState, name: str) -> Tensor:
@@ -127,6 +127,23 @@ def test_signed_steps_travel_one_half_in_all(checkpoint: Path) -> None:
     reach = sum(1 - step / steps for step in range(steps)) / steps
     farthest = max(p.abs().max().item() for p in learned.states[0].parameters.values())
     assert farthest == pytest.approx(reach, rel=1e-5)
+
+
+def test_hardening_starts_unrounded_and_ends_on_the_grid(checkpoint: Path) -> None:
+    block, context = setting(checkpoint)
+    parts = (Rounding(hardening=0.5),)
+    trained = Trained(parts, start_parts(parts, block, W2, context), block, W2)
+    name = block.linears[0]
+    hard = trained.weights()[name]
+    trained.tell(0.0)
+    assert torch.allclose(trained.weights()[name], block.weights[name], atol=1e-6)  # measured: 3e-8
+    trained.tell(0.25)
+    assert torch.allclose(trained.weights()[name], (hard + block.weights[name]) / 2, atol=1e-6)
+    trained.tell(0.5)
+    assert torch.equal(trained.weights()[name], hard)
+    learned = learn(parts, schedule_of(epochs=3, keep="best", signed=["rounding"]), block, W2, context)
+    final = Trained(parts, learned.states, block, W2).weights()[name]
+    assert torch.equal(merge(apply_parts(parts, learned.states, block), block, W2).weights[name].decode(), final)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

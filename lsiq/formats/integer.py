@@ -81,15 +81,19 @@ class Integer:
         and, straight through the rounding, through the zero point.
         """
         scale = (-lo).maximum(hi) / (2 ** (self.bits - 1) - 1) if self.symmetric else (hi - lo) / self.levels
-        if self.scale == "float16":
-            half = scale.half().to(scale.dtype)
-            scale = scale + (half - scale).detach()
-            scale = scale.clamp(2.0**-24, 65504.0)  # the smallest and largest half-precision numbers
-        scale = scale.clamp(MIN_SCALE, MAX_SCALE)
+        scale = self.storable(scale)
         if self.symmetric:
             return scale, scale.detach().new_full(scale.shape, 2 ** (self.bits - 1))
         zero = round_through(-lo / scale).clamp(0, self.levels)
         return scale, zero
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Return step sizes as they can be stored; the gradient passes as if nothing had been rounded."""
+        if self.scale == "float16":
+            half = scale.half().to(scale.dtype)
+            scale = scale + (half - scale).detach()
+            scale = scale.clamp(2.0**-24, 65504.0)  # the smallest and largest half-precision numbers
+        return scale.clamp(MIN_SCALE, MAX_SCALE)
 
     def fake(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return `w (out, in)` on the grid, in its own dtype; rounding lets gradients straight through.

@@ -93,6 +93,21 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class WholeMethod(Protocol):
+    """Settings of a method that looks at all blocks before it answers for the first."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+
+    def prepare(self, quant: QuantSettings, context: Context) -> Method:
+        """Return the method that answers block by block; `context` is that of the first block."""
+        ...
+
+
 def quantize_prepared(
     method: Method, block: Block, changed: Mapping[str, Tensor], quant: QuantSettings, context: Context
 ) -> BlockResult:

@@ -85,7 +85,9 @@ class Training(Course):
     signed: list[str] = Field(
         [], description="names of the parts that take signed-gradient steps; the others take AdamW's"
     )
-    ahead: LookAhead = Field(default_factory=LookAhead, description="how far the loss looks past the block")
+    ahead: LookAhead = Field(
+        LookAhead(blocks=0, weights=None, later="float"), description="how far the loss looks past the block"
+    )
     aug_loss: bool = Field(False, description="true adds the loss against the float block on the quantised stream")
     keep: Literal["last", "best"] = Field(
         "last", description="last iterate, or best by calibration loss after an epoch, start included"

@@ -26,11 +26,14 @@ class Draft:
             of its grid; a linear that is not named keeps its full range.
         offsets: by name of a linear's weight, what is added to each weight before it is rounded, `(out, in)`, in steps
             of its grid; the grid itself is fitted without it.
+        softness: how much of the rounding is still left out, a scalar from 1 (all) to 0; None for 0. What is stored is
+            rounded whatever it says.
     """
 
     weights: Tensors
     clip: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     offsets: Tensors = field(default_factory=dict)
+    softness: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class PartState:
 
     Attributes:
         parameters: trained; start at values that leave the draft as it is, or at the part's own start.
-        constants: fixed once made, such as singular vectors.
+        constants: fixed once made, such as singular vectors. One named `done`, a scalar that starts at 1, is kept at
+            the share of the steps that are behind while a step is taken.
         bounds: by parameter, the interval that it is brought back to after every step; none for one not named.
         bulky: parameters as large as the weights; they are neither stored nor followed epoch by epoch.
     """
@@ -93,5 +97,10 @@ def rounded(draft: Draft, linears: tuple[str, ...], quant: QuantSettings) -> dic
     """Return every tensor of the draft, its linears on their grids; gradients pass straight through the rounding."""
     if quant.weight.bits == 16:
         return dict(draft.weights)
-    on_grid = {name: quant.weight.fake(*placed(draft, name, quant)) for name in linears}
-    return {**draft.weights, **on_grid}
+    made: dict[str, Tensor] = {}
+    for name in linears:
+        weight, scale, zero = placed(draft, name, quant)
+        made[name] = quant.weight.fake(weight, scale, zero)
+        if draft.softness is not None:
+            made[name] = made[name] + draft.softness * (weight - made[name])
+    return {**draft.weights, **made}

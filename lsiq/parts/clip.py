@@ -64,7 +64,7 @@ class Clip:
             ends |= self._searched(block, quant, context)
         if self.form == "linear":
             return PartState(ends, bounds=dict.fromkeys(ends, (0.0, 1.0)))
-        if self.search:
+        if self.search or self.start_logit is None:
             return PartState({key: end.logit() for key, end in ends.items()})
         return PartState({key: end.new_full(end.shape, self.start_logit) for key, end in ends.items()})
 

@@ -23,12 +23,17 @@ class Rounding:
     The offset starts at 0, that is, at rounding to nearest; with a bound of one half it chooses between the two
     neighbours on the grid. The result is ordinary codes.
 
+    With `hardening` the rounding sets in slowly: over that share of the steps a weight goes linearly from the unrounded
+    to the rounded one, so that the offsets first follow a smooth loss.
+
     Source: SignRound, in AutoRound (arXiv 2309.05516, equations 3 to 5): half a step, signed-gradient steps of
     one over their number with linear decay.
     """
 
     lr: float | None = Field(None, gt=0, description="learning rate of the offsets, above 0; null: 1 / steps")
     bound: float = Field(0.5, gt=0, le=8, description="how far an offset may go, in steps of the grid, above 0 to 8")
+
+    hardening: float = Field(0.0, ge=0, le=1, description="share of the steps in which rounding sets in; 0 for none")
 
     @property
     def name(self) -> str:
@@ -39,9 +44,11 @@ class Rounding:
         if quant.weight.bits == 16:
             return PartState({})
         parameters = {name: block.weights[name].new_zeros(block.weights[name].shape) for name in block.linears}
-        return PartState(
-            parameters, bounds=dict.fromkeys(parameters, (-self.bound, self.bound)), bulky=frozenset(parameters)
-        )
+        bounds = dict.fromkeys(parameters, (-self.bound, self.bound))
+        some = block.weights[block.linears[0]]
+        constants = {"done": some.new_ones(())} if self.hardening else {}
+        return PartState(parameters, constants, bounds, frozenset(parameters))
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
-        return replace(draft, offsets=state.parameters)
+        softness = (1 - state.constants["done"] / self.hardening).clamp(min=0) if self.hardening else None
+        return replace(draft, offsets=state.parameters, softness=softness)
