@@ -183,7 +183,7 @@ class RunConfig:
             self.export.check(self.quant)
             if self.model.weights == "random":
                 raise ValueError("model.weights=random: there is nothing to export; give a checkpoint")
-        if self.calib.corpus is None and self.method.needs:
+        if self.calib.corpus is None and self.method.needs and self.quant.name != "fp16":
             raise ValueError(
                 f"calib.corpus=null: method {self.method.name} needs calibration tokens; "
                 "choose calib=bundled or calib=file"

@@ -86,7 +86,7 @@ def quantize(
         )
 
     start = time.perf_counter()
-    by_block = method.prepare(quant, context_of(0, None)) if isinstance(method, WholeMethod) else method
+    by_block = method.begin(quant, context_of(0, None)) if isinstance(method, WholeMethod) else method
     for index in range(model.depth):
         block = model.block(index, kwargs)
         targets = None if floats is None else run_stream(block.with_weights({}), floats, batch, model.device)

@@ -86,10 +86,12 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_run(text_file: Path, tmp_path: Path) -> Callable[..., DictConfig]:
-    """Compose a run on a small checkpoint and a short text, with further overrides."""
+    """Compose a run on a small checkpoint and a short text, rounding to nearest unless the overrides say otherwise."""
 
     def make(checkpoint: Path, *overrides: str) -> DictConfig:
+        method = [] if any(override.startswith("method=") for override in overrides) else ["method=rtn"]
         return compose_run(
+            *method,
             f"model.path={checkpoint}",
             "calib=file",
             f"calib.path={text_file}",

@@ -166,6 +166,7 @@ def test_an_export_is_as_large_as_its_average_bits_say(model: str, quant: str, f
         compose_run(
             f"model={model}",
             f"quant={quant}",
+            "method=rtn",
             *QUICK,
             "tracker=none",
             f"paths.runs={tmp_path}",

@@ -137,6 +137,7 @@ def test_random_weights_run_through_the_whole_program(tmp_path: Path) -> None:
         compose_run(
             "model=llama-2-7b",
             "model.weights=random",
+            "method=rtn",
             f"model.architecture={shape}",
             "calib=random",
             "calib.samples=2",
@@ -170,7 +171,7 @@ def test_the_objective_of_a_run_is_its_first_perplexity(checkpoint: Path, small_
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
 def test_the_bundled_models_run_from_any_folder(model: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(CONF.parent / "run.py"), f"model={model}", "tracker=none", "calib.samples=8"]
+    command = [sys.executable, str(CONF.parent / "run.py"), f"model={model}", "method=rtn", "tracker=none"]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr
     assert "bundled@512" in first.stdout

@@ -103,7 +103,7 @@ class WholeMethod(Protocol):
     @property
     def needs(self) -> frozenset[Need]: ...
 
-    def prepare(self, quant: QuantSettings, context: Context) -> Method:
+    def begin(self, quant: QuantSettings, context: Context) -> Method:
         """Return the method that answers block by block; `context` is that of the first block."""
         ...
 

@@ -78,7 +78,7 @@ class FineTune:
         """Return the same settings starting from what lies in `folder`."""
         return replace(self, run=folder, start=None)
 
-    def prepare(self, quant: QuantSettings, context: Context) -> Method:
+    def begin(self, quant: QuantSettings, context: Context) -> Method:
         from lsiq.finetune import tune
 
         return tune(self, quant, context)
