@@ -15,8 +15,8 @@ from pydantic import AfterValidator, Field
 from lsiq.calib.corpora import CORPORA
 from lsiq.errors import ConfigError
 from lsiq.export.base import Exporter
-from lsiq.formats.activation import Activation
-from lsiq.formats.integer import Integer
+from lsiq.formats import ActivationFormat, WeightFormat
+from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.methods.base import Method
 from lsiq.settings import build, fill, settings
 
@@ -72,8 +72,10 @@ class ModelSettings:
 class QuantSettings:
     """The number formats of the linears in every block."""
 
-    weight: Integer
-    activation: Activation
+    weight: WeightFormat = Field(description="a _target_ under lsiq.formats with its settings: Integer or MXInt")
+    activation: ActivationFormat = Field(
+        description="a _target_ under lsiq.formats with its settings: Activation or MXActivation"
+    )
 
     def __post_init__(self) -> None:
         if self.weight.bits == 16 and self.activation.active:
@@ -84,10 +86,18 @@ class QuantSettings:
 
     @property
     def name(self) -> str:
-        """The field's name of the setting, such as w4a16g128; made from the formats, so an override cannot belie it."""
+        """The field's name of the setting, such as w4a16g128; made from the formats, so an override cannot belie it.
+
+        Blocks say -mxint; activations in another format than the weights add theirs.
+        """
         if self.weight.bits == 16 and self.activation.bits == 16:
             return "fp16"
-        return f"w{self.weight.bits}a{self.activation.bits}{self.weight.suffix}"
+        weight = f"-{self.weight.suffix}" if isinstance(self.weight, MXInt) else self.weight.suffix
+        name = f"w{self.weight.bits}a{self.activation.bits}{weight}"
+        if isinstance(self.activation, MXActivation):
+            same = isinstance(self.weight, MXInt) and self.activation.suffix == self.weight.suffix
+            return name if same else f"{name}-a{self.activation.suffix}"
+        return f"{name}-aint" if isinstance(self.weight, MXInt) and self.activation.active else name
 
 
 @settings

@@ -42,7 +42,7 @@ def _check(found: BlockResult, block: Block, quant: QuantSettings, run: str) -> 
             raise InputError(f"method.run={run}: its blocks do not fit this model; give a run of the same model")
         if weight.format != quant.weight:
             raise InputError(
-                f"method.run={run}: was quantised to {weight.format.bits} bits in groups of {weight.format.group}; "
+                f"method.run={run}: was quantised to {weight.format.bits} bits in groups of {weight.format.width}; "
                 "give the same quant= as that run"
             )
 

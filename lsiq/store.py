@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lsiq.errors import InputError, OutputError
-from lsiq.formats.integer import Integer
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.methods.base import BlockResult
+from lsiq.settings import build, describe_settings
 
 
 class BlockStore:
@@ -50,7 +50,7 @@ class BlockStore:
         tensors: dict[str, Tensor] = {}
         formats: dict[str, dict[str, object]] = {}
         for name, weight in result.weights.items():
-            formats[name] = {field: getattr(weight.format, field) for field in ("bits", "group", "symmetric", "scale")}
+            formats[name] = describe_settings(weight.format)
             for part, tensor in (("codes", weight.codes), ("scale", weight.scale), ("zero", weight.zero)):
                 tensors[f"{name}:{part}"] = tensor.cpu().contiguous()
         tensors |= {f"{name}:float": tensor.float().cpu().contiguous() for name, tensor in result.floats.items()}
@@ -76,7 +76,7 @@ class BlockStore:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             weights = {
                 name: QuantizedTensor(
-                    tensors[f"{name}:codes"], tensors[f"{name}:scale"], tensors[f"{name}:zero"], Integer(**fmt)
+                    tensors[f"{name}:codes"], tensors[f"{name}:scale"], tensors[f"{name}:zero"], build(fmt)
                 )
                 for name, fmt in json.loads(metadata["formats"]).items()
             }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lsiq.formats.activation import Activation
+from lsiq.formats import ActivationFormat
 from lsiq.models.attention import activations
 from lsiq.models.spec import ModelSpec
 
@@ -70,7 +70,7 @@ class Block:
 
         return replace(self, dtype=dtype, kwargs={name: cast(value) for name, value in self.kwargs.items()})
 
-    def with_weights(self, weights: Mapping[str, Tensor], activation: Activation | None = None) -> BlockFunction:
+    def with_weights(self, weights: Mapping[str, Tensor], activation: ActivationFormat | None = None) -> BlockFunction:
         """Return the block as a function `(batch, T, d) -> (batch, T, d)` in which `weights` replace the block's own.
 
         With `activation`, the inputs of the linears and queries, keys and values are put into that format.
@@ -86,7 +86,7 @@ class Block:
 
         return run
 
-    def with_result(self, result: BlockResult, activation: Activation | None = None) -> BlockFunction:
+    def with_result(self, result: BlockResult, activation: ActivationFormat | None = None) -> BlockFunction:
         """Return the block with the weights that a result stands for."""
         return self.with_weights(result_weights(result, self.weights), activation)
 
