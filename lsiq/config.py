@@ -92,12 +92,13 @@ class QuantSettings:
         """
         if self.weight.bits == 16 and self.activation.bits == 16:
             return "fp16"
-        weight = f"-{self.weight.suffix}" if isinstance(self.weight, MXInt) else self.weight.suffix
-        name = f"w{self.weight.bits}a{self.activation.bits}{weight}"
+        blocks = isinstance(self.weight, MXInt)
+        name = f"w{self.weight.bits}a{self.activation.bits}{'-' if blocks else ''}{self.weight.suffix}"
+        if not self.activation.active:
+            return name
         if isinstance(self.activation, MXActivation):
-            same = isinstance(self.weight, MXInt) and self.activation.suffix == self.weight.suffix
-            return name if same else f"{name}-a{self.activation.suffix}"
-        return f"{name}-aint" if isinstance(self.weight, MXInt) and self.activation.active else name
+            return name if self.activation.suffix == self.weight.suffix else f"{name}-a{self.activation.suffix}"
+        return f"{name}-aint" if blocks else name
 
 
 @settings

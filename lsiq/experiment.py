@@ -15,6 +15,7 @@ from torch import Tensor
 from lsiq.calib.corpora import read_corpus
 from lsiq.calib.tokens import draw_windows, random_windows, token_hash
 from lsiq.config import RunConfig
+from lsiq.cost import float_cost, model_cost
 from lsiq.errors import ConfigError
 from lsiq.evals.evaluation import evaluate, evaluation_windows
 from lsiq.evals.tasks import load_tasks
@@ -100,6 +101,7 @@ def quantize_model(
 ) -> None:
     """Fill `store` with the quantised blocks, and the record with a row for each."""
     if config.quant.name == "fp16":
+        record.cost = model_cost(model, [float_cost(model)] * model.depth)
         return  # the float model under the same protocol
     store.clear()
     record.blocks.clear()
@@ -117,8 +119,8 @@ def quantize_model(
         trajectory = pandas.DataFrame(rows)
         trajectory.to_parquet(store.folder.parent / "trajectory.parquet", index=False)
         tracker.table("trajectory", trajectory)
-    weights = sum(report.weights for report in reports)
-    record.average_bits = sum(report.stored_bits for report in reports) / weights
+    record.cost = model_cost(model, (report.cost for report in reports))
+    record.average_bits = record.cost["average_bits"]
     record.quantised = True
 
 
@@ -127,7 +129,7 @@ def block_row(report: BlockReport) -> dict[str, Any]:
         "index": report.index,
         "seconds": report.seconds,
         "error": report.error,
-        "average_bits": report.stored_bits / report.weights,
+        "average_bits": report.cost.stored_bits / report.cost.weights,
         "metrics": dict(report.metrics),
     }
 

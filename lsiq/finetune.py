@@ -35,7 +35,11 @@ def tune(settings: FineTune, block: Block, quant: QuantSettings, context: Contex
 
 
 def _check(found: BlockResult, block: Block, quant: QuantSettings, run: str) -> None:
-    """The run must be of this model and this format: its codes are kept."""
+    """The run must be of this model and this format, for its codes are kept, and all of it in codes."""
+    if found.branches:
+        raise InputError(
+            f"method.run={run}: has low-rank side branches, which are not trained here; give a run without them"
+        )
     for name in block.linears:
         weight = found.weights.get(name)
         if weight is None or weight.codes.shape != block.weights[name].shape:

@@ -84,15 +84,21 @@ class MXActivation:
     head. The softmax output stays in float unless `softmax` asks otherwise.
     """
 
-    bits: int = Field(ge=4, le=8, description="4 to 8 bits per activation, the sign included")
+    bits: int = Field(ge=4, le=16, description="4 to 8 bits per activation, or 16 to leave them in float")
     block: int = Field(BLOCK, ge=1, description="channels that share an exponent, at least 1")
     exponent: Literal[4, 8] = Field(8, description="bits of the shared exponent, 4 or 8")
     attention: bool = Field(True, description="true quantises queries, keys and values as well")
     softmax: bool = Field(False, description="true quantises the attention weights as well")
 
+    def __post_init__(self) -> None:
+        if 8 < self.bits < 16:
+            raise ValueError(
+                f"bits={self.bits}: nothing lies between 8 and 16; use 4 to 8, or 16 for float activations"
+            )
+
     @property
     def active(self) -> bool:
-        return True
+        return self.bits < 16
 
     @property
     def suffix(self) -> str:
@@ -101,6 +107,8 @@ class MXActivation:
 
     def fake(self, x: Tensor) -> Tensor:
         """Return `x (…, channels)` on its grid, in its own dtype; rounding lets gradients straight through."""
+        if not self.active:
+            return x
         import torch
 
         channels = x.shape[-1]
