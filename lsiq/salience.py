@@ -138,7 +138,7 @@ def search_clip(w: Tensor, gram: Tensor, fmt: WeightFormat, steps: int, shrink: 
     return clamped(_least_error(w, gram, fmt, candidates, lambda bound: round_to_nearest(clamped(bound), fmt)))
 
 
-def search_range(w: Tensor, gram: Tensor, fmt: Integer, widest: float, steps: int, shrink: float) -> Tensor:
+def search_range(w: Tensor, gram: Tensor, fmt: WeightFormat, widest: float, steps: int, shrink: float) -> Tensor:
     """Return the factor of each group's extremes, `(out, groups, 1)`, whose grid rounds with the least output error.
 
     The factors tried are `(1 - shrink · k / steps) · widest` for `k = 0 … steps - 1`, the same at both ends.
@@ -149,7 +149,7 @@ def search_range(w: Tensor, gram: Tensor, fmt: Integer, widest: float, steps: in
 
 
 def _least_error(
-    w: Tensor, gram: Tensor, fmt: Integer, candidates: Sequence[Tensor], rounded: Callable[[Tensor], Tensor]
+    w: Tensor, gram: Tensor, fmt: WeightFormat, candidates: Sequence[Tensor], rounded: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Return, for each group, the candidate `(out, groups, 1)` whose rounding of `w` costs the least output error.
 
