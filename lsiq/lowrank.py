@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lsiq.calib.gram import check_finite, input_grams
 from lsiq.calib.statistics import visit_inputs
+from lsiq.clock import stage
 from lsiq.errors import NumericalError
 from lsiq.formats.branch import SideBranch, round_factors
 from lsiq.methods.base import BlockResult, Context
@@ -28,13 +29,15 @@ def repair(
     The share is the mean over linears of `‖(E - up · down) T‖² / ‖E T‖²`, factors as they are stored.
     """
     floats = {name: result.reference.get(name, block.weights[name]) for name in block.linears}
-    costs = input_costs(settings, {**result.floats, **floats}, block, quant, context)
+    with stage("statistics"):
+        costs = input_costs(settings, {**result.floats, **floats}, block, quant, context)
     fmt = settings.factor_format(quant)
     branches, left = {}, 0.0
     for name in block.linears:
         decoded = result.weights[name].decode().to(floats[name].device)
         error, cost = (floats[name] - decoded).double(), costs[name]
-        up, down = project(error, cost, min(settings.rank, *error.shape))
+        with stage("low rank"):
+            up, down = project(error, cost, min(settings.rank, *error.shape))
         branches[name] = round_factors(up.float(), down.float(), fmt, name)
         kept_up, kept_down = branches[name].decode()
         remaining = error - kept_up.double() @ kept_down.double()
@@ -59,18 +62,16 @@ def input_costs(
     Raises:
         NumericalError: an input is not finite.
     """
-    heads = [stage[0] for stage in block.spec.stages]  # linears of a stage share their input
+    heads = [linears[0] for linears in block.spec.stages]  # linears of a stage share their input
     if settings.scale == "none":
         found = {name: block.weights[f"{name}.weight"].new_ones(1, dtype=torch.float64) for name in heads}
     else:
         assert context.inputs is not None  # the method asks for them
         if settings.scale == "covariance":
             found = input_grams(block, weights, context.inputs, context.batch, heads, quant.activation)
-            for gram in found.values():
-                gram.diagonal().add_(settings.damping * gram.diagonal().mean())
         else:
             found = _diagonals(settings, weights, block, quant, context, heads)
-    return {f"{name}.weight": found[stage[0]] for stage in block.spec.stages for name in stage}
+    return {f"{name}.weight": found[linears[0]] for linears in block.spec.stages for name in linears}
 
 
 def _diagonals(
@@ -121,7 +122,7 @@ def _left_vectors(error: Tensor, cost: Tensor, rank: int) -> Tensor:
     if error.shape[0] <= error.shape[1]:
         weighted = error @ cost if cost.dim() == 2 else error * cost
         return _first_eigenvectors(weighted @ error.t(), rank)
-    turned = error @ _cholesky(cost) if cost.dim() == 2 else error * cost.sqrt()
+    turned = error @ _root(cost) if cost.dim() == 2 else error * cost.sqrt()
     return torch.linalg.qr(turned @ _first_eigenvectors(turned.t() @ turned, rank)).Q
 
 
@@ -129,14 +130,10 @@ def _first_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh((symmetric + symmetric.t()) / 2).eigenvectors[:, -rank:].flip(1)
 
 
-def _cholesky(cost: Tensor) -> Tensor:
-    lower, failed = torch.linalg.cholesky_ex(cost)
-    if failed.item():
-        raise NumericalError(
-            "the covariance of a linear's inputs is not positive definite; raise method.damping, such as to 1e-4, or "
-            "give more calibration tokens"
-        )
-    return lower
+def _root(cost: Tensor) -> Tensor:
+    """`T (in, in)` with `T Tᵀ = cost`; what rounding left below zero counts as zero, so few tokens are enough."""
+    values, vectors = torch.linalg.eigh(cost)
+    return vectors * values.clamp(min=0).sqrt()
 
 
 def _energy(error: Tensor, cost: Tensor) -> float:

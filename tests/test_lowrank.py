@@ -92,7 +92,7 @@ def test_the_product_is_that_of_the_published_formulas(case: tuple[Tensor, Tenso
     covariance = x.t() @ x / len(x)
     for cost, root in (
         (x.square().mean(0), torch.diag(x.square().mean(0).sqrt())),
-        (covariance, torch.linalg.cholesky(covariance + 0 * covariance)),
+        (covariance, torch.linalg.cholesky(covariance)),
     ):
         u, s, vh = torch.linalg.svd(error @ root, full_matrices=False)
         expected = u[:, :rank] * s[:rank] @ vh[:rank] @ torch.linalg.inv(root)
@@ -100,6 +100,15 @@ def test_the_product_is_that_of_the_published_formulas(case: tuple[Tensor, Tenso
         gap = (s[rank - 1] - s[rank]) / s[0] if rank < len(s) else 1.0  # equal singular values have no order
         if gap > 1e-3:
             assert ((up @ down - expected) @ root).norm() < 1e-6 * s[0]
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_inputs_of_fewer_tokens_than_channels_are_enough(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    error = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(6, shape[1], generator=generator)
+    up, down = project(error, (x.t() @ x).double() / 6, rank=6)
+    assert ((error - up @ down) @ x.double().t()).norm() < 1e-4 * (error @ x.double().t()).norm()  # measured: 4e-7
 
 
 @pytest.mark.parametrize("quant", [INTEGERS, BLOCKS], ids=["integers", "blocks"])

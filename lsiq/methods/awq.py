@@ -85,15 +85,19 @@ class AWQ:
         """
         import torch
 
+        from lsiq.clock import stage
         from lsiq.salience import observe_inputs
 
         if block.unfoldable is not None:
             raise InputError(f"method {self.name} does not fit this {block.spec.model_type} model: {block.unfoldable}")
         assert context.inputs is not None
         with torch.no_grad():
-            statistics = observe_inputs(block, context.inputs, context.batch)
-            folded, metrics = self._scale(block, quant, context, statistics)
-            clipped = self._clip(block, quant, folded, statistics) if self.clip else {}
+            with stage("statistics"):
+                statistics = observe_inputs(block, context.inputs, context.batch)
+            with stage("scales"):
+                folded, metrics = self._scale(block, quant, context, statistics)
+            with stage("clipping"):
+                clipped = self._clip(block, quant, folded, statistics) if self.clip else {}
         return folded, clipped, metrics
 
     def _scale(

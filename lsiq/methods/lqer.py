@@ -24,7 +24,7 @@ _NAMES = {"none": "lqer", "magnitude": "l2qer", "rms": "qera-approx", "covarianc
 class LQER:
     """Round with `then`, and put beside each linear the product of rank `rank` that repairs most of its error.
 
-    With `W (out, in)` the float weight, `Ŵ` the rounded one, `E = W - Ŵ` and an invertible `T (in, in)`:
+    With `W (out, in)` the float weight, `Ŵ` the rounded one, `E = W - Ŵ` and `T (in, in)`:
 
         E T = U Σ Vᵀ          up · down = U_r Σ_r V_rᵀ T⁻¹ = U_r (U_rᵀ E)          y = Ŵ x + up (down x) + b
 
@@ -33,7 +33,7 @@ class LQER:
         none         LQER          I
         magnitude    L²QER         diag(s), s_j the largest mean of |x_j| over a sequence
         rms          QERA-approx   diag(s), s_j² the mean of x_j²
-        covariance   QERA-exact    T Tᵀ = mean of x xᵀ, + λ I: the least output error of any product of that rank
+        covariance   QERA-exact    T Tᵀ = mean of x xᵀ: the least output error of any product of that rank
 
     `x` is what the quantised stream brings to the linear inside the block with the float weights that the codes stand
     for; in a quantised-activation setting after the rounding of activations. `W` is that weight as well: folded scales
@@ -46,11 +46,12 @@ class LQER:
 
     Source: Zhang et al., LQER (arXiv 2402.02446, equations 6 to 9) and its public code; Zhang et al., QERA (arXiv
     2410.06040, theorems 1 and 2).
-    Deviation: the right-hand form above needs no inverse of `T`, so no scale is kept away from zero; the singular
-    values are shared between the factors. `U_r` comes from the Gram matrix of the smaller side of `E T` in float64,
-    `T` from a Cholesky factorisation where QERA's code takes a matrix square root on the CPU, and is not needed at all
-    where `out ≤ in`. L²QER's public maximum runs over calibration batches; over sequences it does not depend on how
-    they are batched.
+    Deviation: the right-hand form above needs no inverse of `T`, so no scale is kept away from zero and nothing is
+    damped; the singular values are shared between the factors. `U_r` comes from the Gram matrix of the smaller side of
+    `E T`, on the device, in float64. `T` itself is not needed where `out ≤ in`; elsewhere it comes from eigenvectors of
+    the covariance, where QERA's code takes a matrix square root on the CPU. (A Cholesky factor would do as well, but
+    fails on covariances of few tokens.) L²QER's public maximum runs over calibration batches; over sequences it does
+    not depend on how they are batched.
     """
 
     scale: Literal["none", "magnitude", "rms", "covariance"] = Field(
@@ -58,9 +59,6 @@ class LQER:
     )
     rank: int = Field(ge=0, description="of the product, at least 0; 0 leaves it out, for controls")
     factors: Literal["auto", "float16", "mxint8"] = Field("auto", description="auto, float16 or mxint8")
-    damping: float = Field(
-        1e-6, ge=0, le=1, description="share of the mean diagonal added to the covariance, 0 to 1; for scale=covariance"
-    )
     then: Method = Field(default_factory=RTN, description="the method that rounds: a _target_ with its settings")
 
     def __post_init__(self) -> None:
