@@ -9,7 +9,7 @@ import pytest
 from lsiq.bench import block
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "qera-exact"])
+@pytest.mark.parametrize("method", ["gptq", "qera-exact"])
 def test_a_small_block_is_timed_by_stage_beside_its_floor(
     method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,7 +58,7 @@ class AWQ:
         if self.clip and any(isinstance(method, LQER) for method in chain(self.then)):
             raise ValueError(
                 "then: a low-rank product would repair the clipped weights instead of the float ones; put it outside "
-                "(method=lqer method@method.then=awq) or set clip=false"
+                "(method=lqer method@method.then=awq) or set method.clip=false"
             )
 
     @property
