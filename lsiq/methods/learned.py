@@ -155,7 +155,7 @@ class Learned:
             # Of the parts only the equivalent transformation keeps the float function; the codes stand for its weights.
             folds = [(p, s) for p, s in zip(parts, learned.states, strict=True) if isinstance(p, Equivalent)]
             folded = apply_parts([p for p, _ in folds], [s for _, s in folds], block).weights
-       metrics = {
+        metrics = {
             "steps": float(learned.steps),
             "retries": float(learned.retries),
             "weight_path_share": learned.weight_seconds / max(learned.seconds, 1e-9),
