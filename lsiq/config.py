@@ -17,7 +17,8 @@ from lsiq.errors import ConfigError
 from lsiq.export.base import Exporter
 from lsiq.formats import ActivationFormat, WeightFormat
 from lsiq.formats.mxint import MXActivation, MXInt
-from lsiq.methods.base import Method
+from lsiq.methods.base import Method, chain
+from lsiq.methods.lqer import LQER
 from lsiq.settings import build, fill, settings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", description="letters, digits and . _ + -")]
@@ -194,6 +195,11 @@ class RunConfig:
             self.export.check(self.quant)
             if self.model.weights == "random":
                 raise ValueError("model.weights=random: there is nothing to export; give a checkpoint")
+            if any(isinstance(method, LQER) and method.rank for method in chain(self.method)):
+                raise ValueError(
+                    f"export={self.export.name}: no format has a place for the low-rank products of "
+                    f"method={self.method.name}; use method.rank=0 or another method"
+                )
         if self.calib.corpus is None and self.method.needs:
             raise ValueError(
                 f"calib.corpus=null: method {self.method.name} needs calibration tokens; "

@@ -90,6 +90,11 @@ CONFIG_ERRORS = {
     "export-bits": (["export=gguf", "quant.weight.bits=8"], ["asymmetric", "Q8_0", "quant.weight.bits=7"]),
     "export-type": (["export=gguf", "export.type=Q3_K"], ["export.type=Q3_K", "Q5_0"]),
     "export-scales": (["export=gptq"], ["quant.weight.scale=float32", "export.round_scales=true"]),
+    "export-blocks": (
+        ["export=gptq", "quant=w4a8-mxint", "quant.activation.bits=16"],
+        ["export=gptq", "shared exponent"],
+    ),
+    "export-low-rank": (["export=plain", "method=lqer"], ["export=plain", "low-rank", "method.rank=0"]),
     "export-push": (["export=plain", "export.push=me"], ["export.push=me", "owner/name"]),
     "export-of-random-weights": (["export=plain", "model.weights=random"], ["model.weights=random", "checkpoint"]),
     "from-nothing": (["from=nothing", "export=plain"], ["from=nothing", "no record"]),
