@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -53,3 +54,38 @@ class Stopwatch:
             self._seconds += first.elapsed_time(last) / 1000
         self._events.clear()
         return self._seconds
+
+
+_SPENT: ContextVar[dict[str, float] | None] = ContextVar("seconds by stage", default=None)
+
+
+@contextlib.contextmanager
+def collect_stages() -> Iterator[dict[str, float]]:
+    """While this lasts, the stages of a method add their wall time to the yielded dict, by name.
+
+    A GPU is waited for at both ends of each stage; without a collector stages cost nothing.
+    """
+    seconds: dict[str, float] = {}
+    token = _SPENT.set(seconds)
+    try:
+        yield seconds
+    finally:
+        _SPENT.reset(token)
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Count what happens inside as the stage `name`, where somebody collects."""
+    seconds = _SPENT.get()
+    if seconds is None:
+        yield
+        return
+    start = _now()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + _now() - start
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()

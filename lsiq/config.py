@@ -15,9 +15,12 @@ from pydantic import AfterValidator, Field
 from lsiq.calib.corpora import CORPORA
 from lsiq.errors import ConfigError
 from lsiq.export.base import Exporter
-from lsiq.formats.activation import Activation
+from lsiq.formats import ActivationFormat, WeightFormat
 from lsiq.formats.integer import Integer
-from lsiq.methods.base import Method, WholeMethod
+from lsiq.formats.mxint import MXActivation, MXInt
+from lsiq.methods.base import Method, WholeMethod, chain
+from lsiq.methods.finetune import FineTune
+from lsiq.methods.lqer import LQER
 from lsiq.settings import build, fill, settings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", description="letters, digits and . _ + -")]
@@ -72,8 +75,10 @@ class ModelSettings:
 class QuantSettings:
     """The number formats of the linears in every block."""
 
-    weight: Integer
-    activation: Activation
+    weight: WeightFormat = Field(description="a _target_ under lsiq.formats with its settings: Integer or MXInt")
+    activation: ActivationFormat = Field(
+        description="a _target_ under lsiq.formats with its settings: Activation or MXActivation"
+    )
 
     def __post_init__(self) -> None:
         if self.weight.bits == 16 and self.activation.active:
@@ -84,10 +89,19 @@ class QuantSettings:
 
     @property
     def name(self) -> str:
-        """The field's name of the setting, such as w4a16g128; made from the formats, so an override cannot belie it."""
+        """The field's name of the setting, such as w4a16g128; made from the formats, so an override cannot belie it.
+
+        Blocks say -mxint; activations in another format than the weights add theirs.
+        """
         if self.weight.bits == 16 and self.activation.bits == 16:
             return "fp16"
-        return f"w{self.weight.bits}a{self.activation.bits}{self.weight.suffix}"
+        blocks = isinstance(self.weight, MXInt)
+        name = f"w{self.weight.bits}a{self.activation.bits}{'-' if blocks else ''}{self.weight.suffix}"
+        if not self.activation.active:
+            return name
+        if isinstance(self.activation, MXActivation):
+            return name if self.activation.suffix == self.weight.suffix else f"{name}-a{self.activation.suffix}"
+        return f"{name}-aint" if blocks else name
 
 
 @settings
@@ -183,6 +197,16 @@ class RunConfig:
             self.export.check(self.quant)
             if self.model.weights == "random":
                 raise ValueError("model.weights=random: there is nothing to export; give a checkpoint")
+            if any(isinstance(method, LQER) and method.rank for method in chain(self.method)):
+                raise ValueError(
+                    f"export={self.export.name}: no format has a place for the low-rank products of "
+                    f"method={self.method.name}; use method.rank=0 or another method"
+                )
+        if isinstance(self.method, FineTune) and self.method.scales and not isinstance(self.quant.weight, Integer):
+            raise ValueError(
+                f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are powers of two and "
+                "cannot be trained; use method.scales=null or an integer format"
+            )
         if self.calib.corpus is None and self.method.needs and self.quant.name != "fp16":
             raise ValueError(
                 f"calib.corpus=null: method {self.method.name} needs calibration tokens; "

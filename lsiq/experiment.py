@@ -15,6 +15,7 @@ from torch import Tensor
 from lsiq.calib.corpora import read_corpus
 from lsiq.calib.tokens import draw_windows, random_windows, token_hash
 from lsiq.config import RunConfig
+from lsiq.cost import float_cost, model_cost
 from lsiq.errors import ConfigError
 from lsiq.evals.evaluation import evaluate, evaluation_windows
 from lsiq.evals.tasks import load_tasks
@@ -131,6 +132,7 @@ def quantize_model(
     Rows that are there already are those of the method it started from; their metrics are kept as `start/…`.
     """
     if config.quant.name == "fp16":
+        record.cost = model_cost(model, [float_cost(model)] * model.depth)
         return  # the float model under the same protocol
     store.clear()
     reports: list[BlockReport] = []
@@ -148,8 +150,8 @@ def quantize_model(
         trajectory = pandas.DataFrame(rows)
         trajectory.to_parquet(store.folder.parent / "trajectory.parquet", index=False)
         tracker.table("trajectory", trajectory)
-    weights = sum(report.weights for report in reports)
-    record.average_bits = sum(report.stored_bits for report in reports) / weights
+    record.cost = model_cost(model, (report.cost for report in reports))
+    record.average_bits = record.cost["average_bits"]
 
 
 def block_row(report: BlockReport, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -162,7 +164,7 @@ def block_row(report: BlockReport, before: Sequence[Mapping[str, Any]]) -> dict[
         "index": report.index,
         "seconds": report.seconds,
         "error": report.error,
-        "average_bits": report.stored_bits / report.weights,
+        "average_bits": report.cost.stored_bits / report.cost.weights,
         "metrics": {**report.metrics, **started},
     }
 

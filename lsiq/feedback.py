@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import NumericalError
-from lsiq.formats.integer import Integer
+from lsiq.formats import WeightFormat
 from lsiq.formats.tensor import QuantizedTensor
 
 Precision = Literal["auto", "float32", "float64"]
@@ -80,7 +80,7 @@ def _enough(hessian: Tensor, strength: float) -> Precision:
 
 
 def round_with_feedback(
-    w: Tensor, curvature: Curvature, fmt: Integer, static_groups: bool, block_size: int
+    w: Tensor, curvature: Curvature, fmt: WeightFormat, static_groups: bool, block_size: int
 ) -> QuantizedTensor:
     """Return the codes of `w (out, in)`, in the original order of its columns.
 
@@ -90,7 +90,7 @@ def round_with_feedback(
         block_size: columns whose feedback into the rest is applied at once, as one product; changes the speed only.
     """
     order, factor = curvature.order, curvature.factor
-    width, group = w.shape[1], fmt.group or w.shape[1]
+    width, group = w.shape[1], fmt.width or w.shape[1]
     columns = w.t()[order].to(factor.dtype)  # (in, out): a column is contiguous
     codes = torch.empty_like(columns, dtype=torch.uint8)
     scale, zero = fmt.fit(*fmt.extremes(w))
@@ -106,7 +106,7 @@ def round_with_feedback(
                 scale[:, at], zero[:, at] = fmt.fit(*fmt.extremes(current))
         belongs = order[start:stop] // group
         grid = (scale[:, belongs, 0].t().to(factor.dtype), zero[:, belongs, 0].t().to(factor.dtype))
-        found, errors = _round_columns(columns[start:stop], factor[start:stop, start:stop], grid, fmt.levels)
+        found, errors = _round_columns(columns[start:stop], factor[start:stop, start:stop], grid, fmt)
         codes[start:stop] = found
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
         start = stop
@@ -115,16 +115,18 @@ def round_with_feedback(
     return QuantizedTensor(original.t().contiguous(), scale, zero, fmt)
 
 
-def _round_columns(columns: Tensor, factor: Tensor, grid: tuple[Tensor, Tensor], levels: int) -> tuple[Tensor, Tensor]:
+def _round_columns(
+    columns: Tensor, factor: Tensor, grid: tuple[Tensor, Tensor], fmt: WeightFormat
+) -> tuple[Tensor, Tensor]:
     """Round `columns (n, out)` in turn, changing them; return their codes and errors `e`, both `(n, out)`.
 
     Args:
         factor: the part `(n, n)` of `U` that belongs to them.
-        grid: scale and zero point of each of their weights, `(n, out)`.
+        grid: scale and zero point of each of their weights, `(n, out)`, of the format `fmt`.
     """
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     for i, (column, scale, zero) in enumerate(zip(columns, *grid, strict=True)):
-        codes[i] = ((column / scale).round_() + zero).clamp_(0, levels)
+        codes[i] = ((column / scale).round_() + zero).clamp_(fmt.lowest, fmt.levels)
         errors[i] = (column - (codes[i] - zero) * scale) / factor[i, i]
         columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
     return codes, errors

@@ -58,14 +58,18 @@ def tune(settings: FineTune, quant: QuantSettings, context: Context) -> Method:
 
 
 def _check(found: BlockResult, block: Block, quant: QuantSettings, run: str) -> None:
-    """The run must be of this model and this format: its grids are kept."""
+    """The run must be of this model and this format, for its grids are kept, and all of it in codes."""
+    if found.branches:
+        raise InputError(
+            f"method.run={run}: has low-rank side branches, which are not trained here; give a run without them"
+        )
     for name in block.linears:
         weight = found.weights.get(name)
         if weight is None or weight.codes.shape != block.weights[name].shape:
             raise InputError(f"method.run={run}: its blocks do not fit this model; give a run of the same model")
         if weight.format != quant.weight:
             raise InputError(
-                f"method.run={run}: was quantised to {weight.format.bits} bits in groups of {weight.format.group}; "
+                f"method.run={run}: was quantised to {weight.format.bits} bits in groups of {weight.format.width}; "
                 "give the same quant= as that run"
             )
 

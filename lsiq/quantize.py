@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lsiq.cost import BlockCost, block_cost
 from lsiq.errors import NumericalError
 from lsiq.methods.base import Ahead, BlockResult, Context, Method, WholeMethod
 from lsiq.models.block import Block, run_stream
@@ -29,7 +30,7 @@ class BlockReport:
         seconds: wall time of the method on it, streams included.
         error: mean squared difference of the two streams after the block over the float stream's mean square; None
             without calibration data.
-        stored_bits: bits of its quantised linears; `weights` is how many original weights they have.
+        cost: bits and multiply-accumulates of its linears.
         metrics: what the method reported.
         trace: the rows of its trajectory.
     """
@@ -37,8 +38,7 @@ class BlockReport:
     index: int
     seconds: float
     error: float | None
-    stored_bits: int
-    weights: int
+    cost: BlockCost
     metrics: Mapping[str, float]
     trace: Sequence[Mapping[str, Any]]
 
@@ -103,8 +103,7 @@ def quantize(
             index,
             time.perf_counter() - start,
             error,
-            sum(weight.stored_bits for weight in result.weights.values()),
-            sum(weight.codes.numel() for weight in result.weights.values()),
+            block_cost(result, quant),
             dict(result.metrics),
             result.trace,
         )
@@ -118,6 +117,9 @@ def _check(result: BlockResult, block: Block) -> None:
     for name, weight in result.weights.items():
         if weight.codes.shape != block.weights[name].shape:
             raise AssertionError(f"block {block.index}: {name} came back as {tuple(weight.codes.shape)}")
+    for name, branch in result.branches.items():
+        if branch.shape != block.weights[name].shape:
+            raise AssertionError(f"block {block.index}: the side branch of {name} is {branch.shape}")
 
 
 def _relative_error(quantised: Tensor, targets: Tensor, index: int) -> float:

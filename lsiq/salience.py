@@ -14,7 +14,7 @@ from torch import Tensor
 from lsiq.calib.gram import check_finite, output_error
 from lsiq.calib.statistics import visit_inputs
 from lsiq.fold import gather, spread
-from lsiq.formats.integer import Integer
+from lsiq.formats import WeightFormat
 from lsiq.models.block import Block, run_stream
 from lsiq.models.spec import Group
 
@@ -100,7 +100,7 @@ def search_scale(
     block: Block,
     group: Group,
     statistics: InputStatistics,
-    fmt: Integer,
+    fmt: WeightFormat,
     ratios: int,
     judge: LinearError | BlockError,
 ) -> tuple[float, Tensor]:
@@ -122,7 +122,7 @@ def search_scale(
     return best[1], best[2]
 
 
-def search_clip(w: Tensor, gram: Tensor, fmt: Integer, steps: int, shrink: float) -> Tensor:
+def search_clip(w: Tensor, gram: Tensor, fmt: WeightFormat, steps: int, shrink: float) -> Tensor:
     """Return `w (out, in)` with each group clamped to the range that rounds with the least output error.
 
     The ranges tried are `±(1 - shrink · k / steps) · max|w|` for `k = 0 … steps - 1`; each group of each output
@@ -138,7 +138,7 @@ def search_clip(w: Tensor, gram: Tensor, fmt: Integer, steps: int, shrink: float
     return clamped(_least_error(w, gram, fmt, candidates, lambda bound: round_to_nearest(clamped(bound), fmt)))
 
 
-def search_range(w: Tensor, gram: Tensor, fmt: Integer, widest: float, steps: int, shrink: float) -> Tensor:
+def search_range(w: Tensor, gram: Tensor, fmt: WeightFormat, widest: float, steps: int, shrink: float) -> Tensor:
     """Return the factor of each group's extremes, `(out, groups, 1)`, whose grid rounds with the least output error.
 
     The factors tried are `(1 - shrink · k / steps) · widest` for `k = 0 … steps - 1`, the same at both ends.
@@ -149,7 +149,7 @@ def search_range(w: Tensor, gram: Tensor, fmt: Integer, widest: float, steps: in
 
 
 def _least_error(
-    w: Tensor, gram: Tensor, fmt: Integer, candidates: Sequence[Tensor], rounded: Callable[[Tensor], Tensor]
+    w: Tensor, gram: Tensor, fmt: WeightFormat, candidates: Sequence[Tensor], rounded: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Return, for each group, the candidate `(out, groups, 1)` whose rounding of `w` costs the least output error.
 
@@ -168,6 +168,6 @@ def _least_error(
     return chosen
 
 
-def round_to_nearest(w: Tensor, fmt: Integer) -> Tensor:
+def round_to_nearest(w: Tensor, fmt: WeightFormat) -> Tensor:
     """Return `w (out, in)` on the grid that spans each group."""
     return fmt.fake(w, *fmt.fit(*fmt.extremes(w)))

@@ -50,6 +50,13 @@ def build(node: Any, key: str = "") -> Any:
     return node
 
 
+def describe_settings(value: Any) -> dict[str, Any]:
+    """Return plain data from which `build` makes `value`, a settings object without others inside, again."""
+    cls = type(value)
+    fields = {field.name: getattr(value, field.name) for field in dataclass_fields(cls)}
+    return {"_target_": f"{cls.__module__}.{cls.__qualname__}", **fields}
+
+
 def find_target(target: Any, key: str) -> type:
     """Return the settings class that the dotted name `target` stands for."""
     way_out = "name a settings class of this package, such as lsiq.methods.rtn.RTN"

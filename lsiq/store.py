@@ -11,16 +11,17 @@ from pathlib import Path
 from torch import Tensor
 
 from lsiq.errors import InputError, OutputError
-from lsiq.formats.integer import Integer
+from lsiq.formats.branch import Factor, SideBranch
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.methods.base import BlockResult
+from lsiq.settings import build, describe_settings
 
 
 class BlockStore:
     """A folder with one safetensors file per finished block.
 
-    Codes stand as uint8, scales and zero points in float32, folded norms and biases in float32, learned parameters as
-    they are; the formats stand in the file's metadata.
+    Codes stand as uint8, scales and zero points in float32, folded norms and biases in float32, factors of side
+    branches in float16 or as codes, learned parameters as they are; the formats stand in the file's metadata.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,8 +50,14 @@ class BlockStore:
 
         tensors: dict[str, Tensor] = {}
         formats: dict[str, dict[str, object]] = {}
-        for name, weight in result.weights.items():
-            formats[name] = {field: getattr(weight.format, field) for field in ("bits", "group", "symmetric", "scale")}
+        quantized: dict[str, Factor] = dict(result.weights)
+        for name, branch in result.branches.items():
+            quantized |= {f"{name}:up": branch.up, f"{name}:down": branch.down}
+        for name, weight in quantized.items():
+            if isinstance(weight, Tensor):
+                tensors[name] = weight.cpu().contiguous()
+                continue
+            formats[name] = describe_settings(weight.format)
             for part, tensor in (("codes", weight.codes), ("scale", weight.scale), ("zero", weight.zero)):
                 tensors[f"{name}:{part}"] = tensor.cpu().contiguous()
         tensors |= {f"{name}:float": tensor.float().cpu().contiguous() for name, tensor in result.floats.items()}
@@ -76,15 +83,27 @@ class BlockStore:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             weights = {
                 name: QuantizedTensor(
-                    tensors[f"{name}:codes"], tensors[f"{name}:scale"], tensors[f"{name}:zero"], Integer(**fmt)
+                    tensors[f"{name}:codes"], tensors[f"{name}:scale"], tensors[f"{name}:zero"], build(fmt)
                 )
                 for name, fmt in json.loads(metadata["formats"]).items()
+            }
+            factors: dict[str, Factor] = tensors | weights
+            branches = {
+                name: SideBranch(factors[f"{name}:up"], factors[f"{name}:down"])
+                for name in weights
+                if f"{name}:up" in factors
             }
         except Exception as error:  # safetensors and json each raise their own kinds
             raise InputError(f"{self._file(index)}: cannot be read ({error}); run again with force=true") from error
         floats = {name.removesuffix(":float"): tensor for name, tensor in tensors.items() if name.endswith(":float")}
         state = {name.removesuffix(":state"): tensor for name, tensor in tensors.items() if name.endswith(":state")}
-        return BlockResult(weights, floats, json.loads(metadata["metrics"]), state)
+        return BlockResult(
+            {name: weight for name, weight in weights.items() if not name.endswith((":up", ":down"))},
+            floats,
+            json.loads(metadata["metrics"]),
+            state,
+            branches=branches,
+        )
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block_{index:03d}.safetensors"

@@ -61,7 +61,7 @@ def block_error(method: Method, block: Block, hidden: Tensor, quant: QuantSettin
 @pytest.mark.parametrize("search", SEARCHES)
 def test_scaling_keeps_the_float_function(checkpoint: Path, search: Literal["linear", "block"]) -> None:
     block, hidden = loud_block(checkpoint)  # the llama has three query heads to a value head
-    changed, ratios = AWQ(search=search, clip=False).prepare(block, formats(3), context_of(hidden))
+    changed, _, ratios = AWQ(search=search, clip=False).prepare(block, formats(3), context_of(hidden))
     assert any(ratio > 0 for ratio in ratios.values())
     expected, found = block.with_weights({})(hidden), block.with_weights(changed)(hidden)
     assert torch.allclose(found, expected, atol=1e-4)  # measured: 4.2e-5
@@ -115,22 +115,21 @@ def test_clipping_of_each_group_is_the_best_of_those_tried() -> None:
 
 def test_query_and_key_are_not_clipped(checkpoint: Path) -> None:
     block, hidden = loud_block(checkpoint)
-    plain, _ = AWQ(clip=False).prepare(block, formats(2), context_of(hidden))
-    clipped, _ = AWQ().prepare(block, formats(2), context_of(hidden))
-    differs = {name for name in block.linears if not torch.equal(clipped[name], plain.get(name, block.weights[name]))}
-    assert differs == set(block.linears) - {"self_attn.q_proj.weight", "self_attn.k_proj.weight"}
+    folded, clipped, _ = AWQ().prepare(block, formats(2), context_of(hidden))
+    assert all(not torch.equal(clipped[name], folded.get(name, block.weights[name])) for name in clipped)
+    assert set(clipped) == set(block.linears) - {"self_attn.q_proj.weight", "self_attn.k_proj.weight"}
 
 
 def test_then_rounds_the_prepared_block(checkpoint: Path) -> None:
     block, hidden = loud_block(checkpoint)
-    changed, _ = AWQ().prepare(block, formats(3), context_of(hidden))
-    prepared = replace(block, weights={**block.weights, **changed})
+    folded, clipped, _ = AWQ().prepare(block, formats(3), context_of(hidden))
+    prepared = replace(block, weights={**block.weights, **folded, **clipped})
     for then in (RTN(), GPTQ()):
         expected = then.quantize_block(prepared, formats(3), context_of(hidden))
         found = AWQ(then=then).quantize_block(block, formats(3), context_of(hidden))
         for name in block.linears:
             assert torch.equal(found.weights[name].codes, expected.weights[name].codes), name
-        assert set(found.floats) == {name for name in changed if name not in block.linears}
+        assert set(found.floats) == {name for name in folded if name not in block.linears}
     nearest = AWQ().quantize_block(block, formats(3), context_of(hidden))
     assert all(
         torch.equal(nearest.weights[n].codes, quantize(prepared.weights[n], formats(3).weight).codes)
@@ -140,8 +139,8 @@ def test_then_rounds_the_prepared_block(checkpoint: Path) -> None:
 
 def test_choices_do_not_depend_on_how_the_stream_is_batched(checkpoint: Path) -> None:
     block, hidden = loud_block(checkpoint)
-    _, one = AWQ().prepare(block, formats(3), context_of(hidden, batch=1))
-    _, all_at_once = AWQ().prepare(block, formats(3), context_of(hidden, batch=8))
+    *_, one = AWQ().prepare(block, formats(3), context_of(hidden, batch=1))
+    *_, all_at_once = AWQ().prepare(block, formats(3), context_of(hidden, batch=8))
     assert one == all_at_once
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lsiq.calib.statistics import visit_inputs
 from lsiq.errors import NumericalError
-from lsiq.formats.activation import Activation
+from lsiq.formats import ActivationFormat
 from lsiq.models.block import Block
 
 
@@ -19,7 +19,7 @@ def input_grams(
     inputs: Tensor,
     batch: int,
     linears: Sequence[str],
-    activation: Activation,
+    activation: ActivationFormat,
     product: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Return the Gram matrix `XᵀX / tokens (in, in)` in float64 of the inputs of some linears, by name.

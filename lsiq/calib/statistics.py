@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lsiq.formats.activation import Activation
+from lsiq.formats import ActivationFormat
 from lsiq.models.block import Block
 
 Update = Callable[[str, Tensor], None]
@@ -30,7 +30,7 @@ def visit_inputs(
     batch: int,
     linears: Sequence[str],
     update: Update,
-    activation: Activation | None = None,
+    activation: ActivationFormat | None = None,
 ) -> None:
     """Run a stream `(N, T, d)` through the block, as far as needed, and show `update` the inputs of some linears.
 

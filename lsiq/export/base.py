@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pydantic import Field
 
+from lsiq.formats import WeightFormat
+from lsiq.formats.mxint import MXInt
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -94,6 +96,16 @@ def refuse_float(quant: QuantSettings, name: str) -> None:
     """Raise ValueError for a setting that quantises no weights."""
     if quant.weight.bits == 16:
         raise ValueError(f"{name} holds quantised weights, but quant={quant.name} quantises none; choose another quant")
+
+
+def integers(fmt: WeightFormat, name: str) -> Integer:
+    """Return the weight format; ValueError for blocks with a shared exponent, which these formats have no place for."""
+    if isinstance(fmt, MXInt):
+        raise ValueError(
+            f"{name} holds integers in groups, not quant.weight._target_={type(fmt).__name__}, blocks with a shared "
+            "exponent; use export=plain, or quantise to integers"
+        )
+    return fmt
 
 
 def refuse_activations(quant: QuantSettings, name: str) -> None:

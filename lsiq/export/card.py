@@ -8,6 +8,7 @@ from typing import Any
 
 from lsiq.config import RunConfig
 from lsiq.export.base import Exporter
+from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.results import Record, command_line
 
 
@@ -68,6 +69,8 @@ def write_card(
 
 def _weights(config: RunConfig) -> str:
     fmt = config.quant.weight
+    if isinstance(fmt, MXInt):
+        return f"{fmt.bits} bits with their sign, blocks of {fmt.block} inputs with an exponent of {fmt.exponent} bits"
     kind = "symmetric" if fmt.symmetric else "asymmetric"
     shared = f"groups of {fmt.group} inputs" if fmt.group else "one scale per output channel"
     return f"{fmt.bits} bits, {kind}, {shared}, {fmt.scale} scales"
@@ -75,7 +78,11 @@ def _weights(config: RunConfig) -> str:
 
 def _activations(config: RunConfig) -> str:
     fmt = config.quant.activation
-    return f"{fmt.bits} bits per {fmt.per}, ranges found while it runs" if fmt.active else "float"
+    if not fmt.active:
+        return "float"
+    if isinstance(fmt, MXActivation):
+        return f"{fmt.bits} bits, blocks of {fmt.block} channels with an exponent of {fmt.exponent} bits"
+    return f"{fmt.bits} bits per {fmt.per}, ranges found while it runs"
 
 
 def _calibration(config: RunConfig, record: Record) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsiq.export.base import Destination, Loader, Logits, refuse_float
+from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float
+from lsiq.formats.activation import Activation
+from lsiq.formats.mxint import MXActivation
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from lsiq.export.source import Source
     from lsiq.formats.tensor import QuantizedTensor
     from lsiq.methods.base import BlockResult
+
+_NAME = "export=compressed-tensors"
 
 
 @settings
@@ -49,7 +53,7 @@ class CompressedTensors(Destination):
 
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=compressed-tensors")
-        activation, weight = quant.activation, quant.weight
+        activation, weight = quant.activation, integers(quant.weight, _NAME)
         if not activation.active:
             return
         if activation.bits != 8 or weight.bits != 8 or weight.group is not None:
@@ -62,7 +66,7 @@ class CompressedTensors(Destination):
                 "export=compressed-tensors quantises the inputs of linears, not queries, keys, values or attention "
                 "weights; quantise with quant.activation.attention=false quant.activation.softmax=false"
             )
-        if activation.per != "token" or activation.symmetric:
+        if isinstance(activation, MXActivation) or activation.per != "token" or activation.symmetric:
             raise ValueError(
                 "export=compressed-tensors: its loaders round symmetric activations with another step and a whole "
                 "tensor over another batch; quantise with quant.activation.per=token quant.activation.symmetric=false"
@@ -106,7 +110,7 @@ def _packed(weight: QuantizedTensor) -> dict[str, Tensor]:
         "weight_scale": _scale(weight),
         "weight_shape": torch.tensor(weight.codes.shape),
     }
-    if not weight.format.symmetric:
+    if not integers(weight.format, _NAME).symmetric:
         parts["weight_zero_point"] = pack(weight.zero.squeeze(-1).T, bits).T
     return parts
 
@@ -116,18 +120,18 @@ def _integers(weight: QuantizedTensor) -> dict[str, Tensor]:
 
     middle = 2 ** (weight.format.bits - 1)
     parts = {"weight": (weight.codes.to(torch.int16) - middle).to(torch.int8), "weight_scale": _scale(weight)}
-    if not weight.format.symmetric:
+    if not integers(weight.format, _NAME).symmetric:
         parts["weight_zero_point"] = (weight.zero.squeeze(-1) - middle).to(torch.int8)
     return parts
 
 
 def _scale(weight: QuantizedTensor) -> Tensor:
     scale = weight.scale.squeeze(-1)
-    return scale.half() if weight.format.scale == "float16" else scale
+    return scale.half() if integers(weight.format, _NAME).scale == "float16" else scale
 
 
 def _config(source: Source) -> dict[str, Any]:
-    weight, activation = source.quant.weight, source.quant.activation
+    weight, activation = integers(source.quant.weight, _NAME), source.quant.activation
     weights = {
         "num_bits": weight.bits,
         "type": "int",
@@ -137,7 +141,7 @@ def _config(source: Source) -> dict[str, Any]:
         "dynamic": False,
     }
     inputs = None
-    if activation.active:
+    if isinstance(activation, Activation) and activation.active:
         inputs = {
             "num_bits": activation.bits,
             "type": "int",

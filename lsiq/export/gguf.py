@@ -13,6 +13,7 @@ from lsiq.export.base import (
     Loader,
     Logits,
     installed,
+    integers,
     refuse_activations,
     refuse_float,
     refuse_wide_scales,
@@ -72,7 +73,7 @@ class GGUF(Destination):
         refuse_activations(quant, "export=gguf")
         if self.type in ("F16", "F32"):
             return
-        fmt = quant.weight
+        fmt = integers(quant.weight, "export=gguf")
         if (exact := exact_type(fmt)) is None:
             raise ValueError(
                 f"export=gguf: no type holds an asymmetric grid of {fmt.bits} bits exactly; the nearest is Q8_0 with "
@@ -114,7 +115,7 @@ class GGUF(Destination):
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.llamacpp import write_file
 
-        kind = exact_type(source.quant.weight) if self.type == "auto" else self.type
+        kind = exact_type(integers(source.quant.weight, "export=gguf")) if self.type == "auto" else self.type
         assert kind is not None  # `check` sees to it
         write_file(source, folder / FILE, kind)
 

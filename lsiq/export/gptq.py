@@ -12,6 +12,7 @@ from lsiq.export.base import (
     Destination,
     Loader,
     Logits,
+    integers,
     refuse_activations,
     refuse_float,
     refuse_wide_scales,
@@ -56,15 +57,16 @@ class GPTQLayout(Destination):
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=gptq")
         refuse_activations(quant, "export=gptq")
-        if quant.weight.bits not in _BITS:
+        weight = integers(quant.weight, "export=gptq")
+        if weight.bits not in _BITS:
             raise ValueError(
-                f"export=gptq holds 2, 3, 4 or 8 bits, not quant.weight.bits={quant.weight.bits}; "
+                f"export=gptq holds 2, 3, 4 or 8 bits, not quant.weight.bits={weight.bits}; "
                 "use one of them, or export=compressed-tensors, which holds 2 to 8"
             )
-        refuse_wide_scales(quant.weight, self.round_scales, "export=gptq")
+        refuse_wide_scales(weight, self.round_scales, "export=gptq")
 
     def check_model(self, source: Source) -> None:
-        group = source.quant.weight.group
+        group = source.quant.weight.width
         for name, (rows, columns) in source.shapes.items():
             if rows % _WORD or columns % _WORD or (group is not None and group % _WORD):
                 raise ConfigError(
@@ -103,7 +105,7 @@ def _packed(weight: QuantizedTensor) -> dict[str, Tensor]:
     from lsiq.export.packing import pack
 
     bits, columns = weight.format.bits, weight.codes.shape[1]
-    group = weight.format.group or columns
+    group = weight.format.width or columns
     return {
         "qweight": pack(weight.codes, bits).T,
         "qzeros": pack(weight.zero.squeeze(-1).T, bits),
@@ -115,7 +117,7 @@ def _packed(weight: QuantizedTensor) -> dict[str, Tensor]:
 def _config(source: Source) -> dict[str, Any]:
     from lsiq import __version__
 
-    fmt = source.quant.weight
+    fmt = integers(source.quant.weight, "export=gptq")
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from lsiq.config import QuantSettings
 
 
+NO_BRANCHES = (
+    "a low-rank product runs beside each linear, which no exported format has a place for; export a run without one"
+)
+
+
 @dataclass(frozen=True)
 class Source:
     """A model, the quantised blocks of a run, and the folder that the model came from.
@@ -74,6 +79,8 @@ class Source:
         module = self.model.skeleton.get_submodule(f"{self.model.spec.blocks}.{index}")
         shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         result = self.store.read(index)
+        if result.branches:
+            raise InputError(f"block {index}: {NO_BRANCHES}")
         if strangers := sorted(set(result.floats) - set(shapes)):
             raise InputError(
                 f"block {index}: the method made {', '.join(strangers)}, which {type(module).__name__} of transformers "

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.formats.integer import MAX_SCALE, MIN_SCALE, round_through
+from lsiq.formats.grid import round_through
+from lsiq.formats.integer import MAX_SCALE, MIN_SCALE
 from lsiq.settings import settings
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.errors import ConfigError
+from lsiq.formats.grid import Grid, check_divides, round_through
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ MAX_SCALE = 3.4028234e38
 
 
 @settings
-class Integer:
+class Integer(Grid):
     """Uniform integers of `bits` bits.
 
     With `w` the weights of one group, `lo = min(w, 0)`, `hi = max(w, 0)` and `n = 2^bits - 1`:
@@ -51,28 +51,18 @@ class Integer:
         return 2**self.bits - 1
 
     @property
+    def width(self) -> int | None:
+        return self.group
+
+    @property
     def suffix(self) -> str:
         """What the name of a setting says after the bits: the group size and symmetry."""
         return (f"g{self.group}" if self.group else "") + ("-sym" if self.symmetric else "")
 
     def check(self, in_features: int, name: str) -> None:
         """Raise ConfigError unless the groups divide `in_features`, the input width of the linear `name`."""
-        if self.bits < 16 and self.group is not None and in_features % self.group:
-            divisors = [str(d) for d in range(1, in_features + 1) if in_features % d == 0]
-            shown = divisors if len(divisors) <= 16 else ["…", *divisors[-15:]]
-            raise ConfigError(
-                f"quant.weight.group={self.group} does not divide in_features={in_features} of {name}; "
-                f"use one of {', '.join(shown)} or null"
-            )
-
-    def grouped(self, w: Tensor) -> Tensor:
-        """View `w (out, in)` as `(out, groups, group)`."""
-        return w.reshape(w.shape[0], -1, self.group or w.shape[1])
-
-    def extremes(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the smallest and largest weight of each group, zero included, as `(out, groups, 1)`."""
-        groups = self.grouped(w)
-        return groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+        if self.bits < 16:
+            check_divides("quant.weight.group", self.group, in_features, name, " or null")
 
     def fit(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and zero point, both `(out, groups, 1)`, of the grid that spans `lo … hi`.
@@ -95,36 +85,9 @@ class Integer:
             scale = scale.clamp(2.0**-24, 65504.0)  # the smallest and largest half-precision numbers
         return scale.clamp(MIN_SCALE, MAX_SCALE)
 
-    def fake(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Return `w (out, in)` on the grid, in its own dtype; rounding lets gradients straight through.
-
-        Clipped entries pass no gradient to `w`.
-        """
-        codes = (round_through(self.grouped(w) / scale) + zero).clamp(0, self.levels)
-        return ((codes - zero) * scale).reshape(w.shape)
-
-    def encode(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Return the codes of `w (out, in)`, uint8."""
-        codes = ((self.grouped(w) / scale).round() + zero).clamp(0, self.levels)
-        return codes.reshape(w.shape).byte()
-
-    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Return the weights that `codes (out, in)` stand for; equals `fake` of what was encoded, bit for bit."""
-        groups = self.grouped(codes).to(scale.dtype)
-        return ((groups - zero) * scale).reshape(codes.shape)
-
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Bits that a weight of this shape takes: codes, one 16-bit scale and, if asymmetric, one zero per group."""
         if self.bits == 16:
             return 16 * out_features * in_features
         groups = out_features * (in_features // self.group if self.group else 1)
         return self.bits * out_features * in_features + groups * (16 + (0 if self.symmetric else self.bits))
-
-
-def round_through(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes as if nothing had been rounded."""
-    if not x.requires_grad:
-        return x.round()
-    from lsiq.formats.rounding import round_through as differentiable  # torch only once there is something to compute
-
-    return differentiable(x)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lsiq.errors import NumericalError
-from lsiq.formats.integer import Integer
+from lsiq.formats import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class QuantizedTensor:
     codes: Tensor
     scale: Tensor
     zero: Tensor
-    format: Integer
+    format: WeightFormat
 
     def decode(self) -> Tensor:
         """The weights `(out, in)` that the codes stand for, in the dtype of the scale."""
@@ -31,7 +31,7 @@ class QuantizedTensor:
         return QuantizedTensor(self.codes.cpu(), self.scale.cpu(), self.zero.cpu(), self.format)
 
 
-def quantize(w: Tensor, fmt: Integer, name: str = "weight") -> QuantizedTensor:
+def quantize(w: Tensor, fmt: WeightFormat, name: str = "weight") -> QuantizedTensor:
     """Round `w (out, in)` to the nearest point of the grid that spans each group.
 
     Raises:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.methods.base import BlockResult, Context, Method, Need, quantize_prepared
+from lsiq.methods.base import BlockResult, Context, Method, Need, chain, quantize_prepared
+from lsiq.methods.lqer import LQER
 from lsiq.methods.rtn import RTN
 from lsiq.settings import settings
 
@@ -53,6 +54,13 @@ class AWQ:
     shrink: float = Field(0.5, gt=0, lt=1, description="how far the range may shrink, between 0 and 1")
     then: Method = Field(default_factory=RTN, description="the method that rounds: a _target_ with its settings")
 
+    def __post_init__(self) -> None:
+        if self.clip and any(isinstance(method, LQER) for method in chain(self.then)):
+            raise ValueError(
+                "then: a low-rank product would repair the clipped weights instead of the float ones; put it outside "
+                "(method=lqer method@method.then=awq) or set method.clip=false"
+            )
+
     @property
     def name(self) -> str:
         return "awq" if self.then.name == "rtn" else f"awq+{self.then.name}"
@@ -63,31 +71,34 @@ class AWQ:
         return own | self.then.needs
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
-        changed, metrics = self.prepare(block, quant, context)
-        result = quantize_prepared(self.then, block, changed, quant, context)
+        folded, clipped, metrics = self.prepare(block, quant, context)
+        result = quantize_prepared(self.then, block, folded, quant, context, clipped)
         return replace(result, metrics=metrics | dict(result.metrics))
 
     def prepare(
         self, block: Block, quant: QuantSettings, context: Context
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the tensors of the block that scaling and clipping change, and the exponent chosen for each group.
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+        """Return the tensors that scaling changes, the linears that clipping changes, and each group's exponent.
 
         Raises:
             InputError: scales cannot be folded into this model.
         """
         import torch
 
+        from lsiq.clock import stage
         from lsiq.salience import observe_inputs
 
         if block.unfoldable is not None:
             raise InputError(f"method {self.name} does not fit this {block.spec.model_type} model: {block.unfoldable}")
         assert context.inputs is not None
         with torch.no_grad():
-            statistics = observe_inputs(block, context.inputs, context.batch)
-            changed, metrics = self._scale(block, quant, context, statistics)
-            if self.clip:
-                self._clip(block, quant, changed, statistics)
-        return changed, metrics
+            with stage("statistics"):
+                statistics = observe_inputs(block, context.inputs, context.batch)
+            with stage("scales"):
+                folded, metrics = self._scale(block, quant, context, statistics)
+            with stage("clipping"):
+                clipped = self._clip(block, quant, folded, statistics) if self.clip else {}
+        return folded, clipped, metrics
 
     def _scale(
         self, block: Block, quant: QuantSettings, context: Context, statistics: dict[str, InputStatistics]
@@ -121,14 +132,16 @@ class AWQ:
         self,
         block: Block,
         quant: QuantSettings,
-        changed: dict[str, Tensor],
+        folded: dict[str, Tensor],
         statistics: dict[str, InputStatistics],
-    ) -> None:
-        """Clamp linears in `changed`; query and key keep their range, for attention scores multiply their errors."""
+    ) -> dict[str, Tensor]:
+        """Return the clamped linears; query and key keep their range, for attention scores multiply their errors."""
         from lsiq.salience import search_clip
 
+        clipped = {}
         for name in block.spec.linears:
             if name not in (block.spec.query, block.spec.key):
-                weight = changed.get(f"{name}.weight", block.weights[f"{name}.weight"])
+                weight = folded.get(f"{name}.weight", block.weights[f"{name}.weight"])
                 gram = statistics[name].gram
-                changed[f"{name}.weight"] = search_clip(weight, gram, quant.weight, self.clip_steps, self.shrink)
+                clipped[f"{name}.weight"] = search_clip(weight, gram, quant.weight, self.clip_steps, self.shrink)
+        return clipped

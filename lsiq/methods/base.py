@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lsiq.config import QuantSettings
+    from lsiq.formats.branch import SideBranch
     from lsiq.formats.tensor import QuantizedTensor
     from lsiq.models.block import Block
 
@@ -65,6 +66,10 @@ class BlockResult:
         metrics: numbers worth a row in the record.
         state: learned parameters worth keeping, by part and name.
         trace: rows of what happened while learning, for the run's trajectory table.
+        branches: by dotted name of the linear's weight, the low-rank product that runs beside its codes.
+        reference: by dotted name of the linear's weight, the float weight that its codes stand for, where that is not
+            the block's own: folded scales belong to it, clipping and learned increments do not. With `floats` it
+            makes the same float function as the block. Not stored.
     """
 
     weights: Mapping[str, QuantizedTensor]
@@ -72,6 +77,8 @@ class BlockResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
     trace: Sequence[Mapping[str, Any]] = ()
+    branches: Mapping[str, SideBranch] = field(default_factory=dict)
+    reference: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -108,13 +115,32 @@ class WholeMethod(Protocol):
         ...
 
 
+def chain(method: Method | WholeMethod) -> Iterator[Method | WholeMethod]:
+    """The method and those it hands on to, from the outside in."""
+    yield method
+    if isinstance(then := getattr(method, "then", None), Method):
+        yield from chain(then)
+
+
 def quantize_prepared(
-    method: Method, block: Block, changed: Mapping[str, Tensor], quant: QuantSettings, context: Context
+    method: Method,
+    block: Block,
+    folded: Mapping[str, Tensor],
+    quant: QuantSettings,
+    context: Context,
+    clipped: Mapping[str, Tensor] | None = None,
 ) -> BlockResult:
     """Let `method` quantise the block after some of its tensors were changed, and keep what is not a linear as floats.
 
     This is how methods compose: one that prepares weights (SmoothQuant, AWQ) hands them to the one in its `then`.
+
+    Args:
+        folded: tensors by dotted name that together leave the block's float function as it was.
+        clipped: linears' weights by dotted name that are to be rounded in place of the float ones.
     """
+    changed = {**folded, **(clipped or {})}
     result = method.quantize_block(replace(block, weights={**block.weights, **changed}), quant, context)
-    floats = {name: tensor for name, tensor in changed.items() if name not in block.linears}
-    return replace(result, floats=floats | dict(result.floats))
+    floats = {name: tensor for name, tensor in folded.items() if name not in block.linears}
+    # What `method` folded itself, it folded into the clipped weights; none of those here clips and then folds.
+    reference = {name: folded.get(name, block.weights[name]) for name in block.linears if name in changed}
+    return replace(result, floats=floats | dict(result.floats), reference=reference | dict(result.reference))

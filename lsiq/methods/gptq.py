@@ -71,10 +71,10 @@ class GPTQ:
         first = [stage[0] for stage in block.spec.stages]  # linears of a stage share their input
         grams = {} if self.true_sequential else self._grams(block, {}, first, quant, context)
         lost = 0.0
-        for stage in block.spec.stages:
+        for linears in block.spec.stages:
             if self.true_sequential:
-                grams = self._grams(block, done, [stage[0]], quant, context)
-            rounded, error = self._round_stage(block, stage, grams[stage[0]], quant)
+                grams = self._grams(block, done, [linears[0]], quant, context)
+            rounded, error = self._round_stage(block, linears, grams[linears[0]], quant)
             done |= rounded
             lost += error / len(block.spec.stages)
         return BlockResult(done, metrics={"output_error": lost})
@@ -91,14 +91,16 @@ class GPTQ:
         import torch
 
         from lsiq.calib.gram import input_grams
+        from lsiq.clock import stage
 
         assert context.inputs is not None
         product = torch.float64 if self.precision == "float64" else torch.float32
         weights = {name: tensor.decode() for name, tensor in done.items()}
-        return input_grams(block, weights, context.inputs, context.batch, linears, quant.activation, product)
+        with stage("statistics"):
+            return input_grams(block, weights, context.inputs, context.batch, linears, quant.activation, product)
 
     def _round_stage(
-        self, block: Block, stage: tuple[str, ...], gram: Tensor, quant: QuantSettings
+        self, block: Block, linears: tuple[str, ...], gram: Tensor, quant: QuantSettings
     ) -> tuple[dict[str, QuantizedTensor], float]:
         """Round the linears of one stage as one matrix, for they share its Hessian.
 
@@ -107,19 +109,22 @@ class GPTQ:
         import torch
 
         from lsiq.calib.gram import output_error
+        from lsiq.clock import stage
         from lsiq.feedback import factorise, round_with_feedback
         from lsiq.formats.tensor import QuantizedTensor
 
-        names = [f"{name}.weight" for name in stage]
+        names = [f"{name}.weight" for name in linears]
         for name in names:
             if not block.weights[name].isfinite().all():
                 raise NumericalError(
                     f"{name} holds values that are not finite; the checkpoint is damaged, fetch it again"
                 )
         stacked = torch.cat([block.weights[name] for name in names])
-        where = f"block {block.index}, {stage[0]}"
-        curvature = factorise(gram, self.act_order, self.damping, self.precision, where)
-        found = round_with_feedback(stacked, curvature, quant.weight, self.static_groups, self.block_size)
+        where = f"block {block.index}, {linears[0]}"
+        with stage("factorise"):
+            curvature = factorise(gram, self.act_order, self.damping, self.precision, where)
+        with stage("round"):
+            found = round_with_feedback(stacked, curvature, quant.weight, self.static_groups, self.block_size)
         rows = [len(block.weights[name]) for name in names]
         parts = zip(names, found.codes.split(rows), found.scale.split(rows), found.zero.split(rows), strict=True)
         power = output_error(stacked, torch.zeros_like(stacked), gram)

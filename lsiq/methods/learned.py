@@ -12,6 +12,7 @@ from pydantic import Field
 
 from lsiq.methods.base import BlockResult, Context, Need
 from lsiq.parts.base import Part
+from lsiq.parts.equivalent import Equivalent
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -153,6 +154,9 @@ class Learned:
         with torch.no_grad():
             result = merge(apply_parts(parts, learned.states, block), block, quant)
             rows = trace(parts, learned, block, quant, result)
+            # Of the parts only the equivalent transformation keeps the float function; the codes stand for its weights.
+            folds = [(p, s) for p, s in zip(parts, learned.states, strict=True) if isinstance(p, Equivalent)]
+            folded = apply_parts([p for p, _ in folds], [s for _, s in folds], block).weights
         metrics = {
             "steps": float(learned.steps),
             "retries": float(learned.retries),
@@ -172,4 +176,5 @@ class Learned:
             for name, tensor in held.parameters.items()
             if name not in held.bulky
         }
-        return replace(result, metrics=metrics, state=state, trace=rows)
+        reference = {name: folded[name] for name in block.linears}
+        return replace(result, reference=reference, metrics=metrics, state=state, trace=rows)

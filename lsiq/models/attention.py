@@ -19,10 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lsiq.formats.activation import Activation
+from lsiq.formats import ActivationFormat
 
 NAME = "lsiq"
-_IN_FORCE: ContextVar[Activation | None] = ContextVar("activation format", default=None)
+_IN_FORCE: ContextVar[ActivationFormat | None] = ContextVar("activation format", default=None)
 
 
 def attend(
@@ -40,7 +40,12 @@ def attend(
 
 
 def _attend_with_quantised_softmax(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, fmt: Activation
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    fmt: ActivationFormat,
 ) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -55,7 +60,7 @@ def _attend_with_quantised_softmax(
 
 
 @contextlib.contextmanager
-def activations(module: nn.Module, linears: tuple[str, ...], fmt: Activation | None) -> Iterator[None]:
+def activations(module: nn.Module, linears: tuple[str, ...], fmt: ActivationFormat | None) -> Iterator[None]:
     """While this lasts, the inputs of `linears` inside `module`, and queries, keys and values, are in `fmt`."""
     if fmt is None or not fmt.active:
         yield

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lsiq.formats.activation import Activation
+from lsiq.formats import ActivationFormat
 from lsiq.models.attention import activations
+from lsiq.models.branch import Factors, side_branches
 from lsiq.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -70,25 +71,35 @@ class Block:
 
         return replace(self, dtype=dtype, kwargs={name: cast(value) for name, value in self.kwargs.items()})
 
-    def with_weights(self, weights: Mapping[str, Tensor], activation: Activation | None = None) -> BlockFunction:
+    def with_weights(
+        self,
+        weights: Mapping[str, Tensor],
+        activation: ActivationFormat | None = None,
+        branches: Factors | None = None,
+    ) -> BlockFunction:
         """Return the block as a function `(batch, T, d) -> (batch, T, d)` in which `weights` replace the block's own.
 
-        With `activation`, the inputs of the linears and queries, keys and values are put into that format.
+        With `activation`, the inputs of the linears and queries, keys and values are put into that format. Linears
+        named in `branches` have their low-rank product added.
         Differentiable in the weights. Nothing is written: the layer of transformers runs through `functional_call`.
         """
         cast = {name: weight.to(self.dtype) for name, weight in {**self.weights, **weights}.items()}
         # The function outlives the block, and must not keep its float32 weights alive.
         module, linears, own = self.module, self.spec.linears, self.kwargs
+        beside = {name: (up.to(self.dtype), down.to(self.dtype)) for name, (up, down) in (branches or {}).items()}
 
         def run(hidden: Tensor, kwargs: Mapping[str, Any] | None = None, /) -> Tensor:
-            with activations(module, linears, activation):
+            with activations(module, linears, activation), side_branches(module, beside, activation):
                 return functional_call(module, cast, (hidden,), dict(own if kwargs is None else kwargs))
 
         return run
 
-    def with_result(self, result: BlockResult, activation: Activation | None = None) -> BlockFunction:
+    def with_result(self, result: BlockResult, activation: ActivationFormat | None = None) -> BlockFunction:
         """Return the block with the weights that a result stands for."""
-        return self.with_weights(result_weights(result, self.weights), activation)
+        device = next(iter(self.weights.values())).device
+        factors = {name: branch.decode() for name, branch in result.branches.items()}
+        branches = {name: (up.to(device), down.to(device)) for name, (up, down) in factors.items()}
+        return self.with_weights(result_weights(result, self.weights), activation, branches)
 
 
 def result_weights(result: BlockResult, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from conftest import CONF, compose_run
 from torch import Tensor
 
-from lsiq.config import RunConfig, parse
+from lsiq.config import QuantSettings, RunConfig, parse
+from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.methods.base import BlockResult, Context, Method
 from lsiq.models.block import Block, run_stream
 from lsiq.models.loading import Model, load
@@ -47,14 +49,18 @@ def test_is_a_method(config: RunConfig) -> None:
     assert config.method.name
 
 
-def test_every_linear_comes_back_on_its_grid(config: RunConfig, model: Model) -> None:
+@pytest.mark.parametrize("blocks", [False, True])
+def test_every_linear_comes_back_on_its_grid(config: RunConfig, model: Model, blocks: bool) -> None:
+    if blocks:
+        config = replace(config, quant=QuantSettings(weight=MXInt(bits=3), activation=MXActivation(bits=8)))
     hidden, block = stream(model)
     result = quantize(config, block, hidden)
     assert set(result.weights) == set(block.linears)
     for name, weight in result.weights.items():
         assert weight.codes.shape == block.weights[name].shape
         assert weight.codes.dtype == torch.uint8
-        assert int(weight.codes.max()) <= weight.format.levels
+        assert weight.format == config.quant.weight
+        assert weight.format.lowest <= int(weight.codes.min()) <= int(weight.codes.max()) <= weight.format.levels
         assert weight.decode().isfinite().all()
         again = weight.format.encode(weight.decode(), weight.scale, weight.zero)
         assert torch.equal(again, weight.codes), name

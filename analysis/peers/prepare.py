@@ -1,0 +1,26 @@
+"""Write what a public package gets: a bundled model in float32 and the calibration tokens that our runs draw.
+
+python analysis/peers/prepare.py tiny-llama DIR
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lsiq.assets import bundled_model
+from lsiq.config import parse
+from lsiq.experiment import calibration_tokens
+from lsiq.models.loading import load
+
+name, folder = sys.argv[1], Path(sys.argv[2])
+conf = Path(__file__).resolve().parents[2] / "conf"
+with initialize_config_dir(str(conf), version_base="1.3"):
+    config = parse(compose("config", overrides=[f"model={name}", "method=gptq"]))
+AutoModelForCausalLM.from_pretrained(bundled_model(name), dtype=torch.float32).save_pretrained(folder)
+AutoTokenizer.from_pretrained(bundled_model(name)).save_pretrained(folder)
+tokens = calibration_tokens(config, load(config.model, bundled_model(name), torch.device("cpu"), config.seed))
+torch.save(tokens, folder / "tokens.pt")
+print(f"{folder}: {name} in float32 and {tuple(tokens.shape)} tokens")

@@ -1,0 +1,159 @@
+"""Seconds, memory and the floor under them for a method on one block of a true shape with random weights.
+
+python -m lsiq.bench.block --method qera-exact                   LLaMA-2-7B's shape, 128 x 2048 tokens
+python -m lsiq.bench.block --method gptq --hidden 256 --intermediate 688 --heads 4 --samples 4 --seqlen 128
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lsiq.clock import collect_stages
+from lsiq.config import ModelSettings, QuantSettings
+from lsiq.experiment import find_device
+from lsiq.formats import Activation, Integer
+from lsiq.memory import peak_bytes, reset_peak
+from lsiq.methods.awq import AWQ
+from lsiq.methods.base import Context, Method
+from lsiq.methods.gptq import GPTQ
+from lsiq.methods.lqer import LQER
+from lsiq.methods.rtn import RTN
+from lsiq.models.block import Block
+from lsiq.models.loading import Model, load
+from lsiq.settings import fill
+
+SCALES = {"lqer": "none", "l2qer": "magnitude", "qera-approx": "rms", "qera-exact": "covariance"}
+
+
+class FlopsByDtype(TorchDispatchMode):
+    """Counts the floating point operations of matrix products and attention, by the dtype they run in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            first = next(arg for arg in args if isinstance(arg, Tensor))
+            self.counts[str(first.dtype).removeprefix("torch.")] += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def main() -> None:
+    options = parse()
+    device = find_device(options.device)
+    model = shaped_model(options, device)
+    tokens = torch.randint(0, model.config.vocab_size, (options.samples, options.seqlen))
+    hidden, kwargs = model.embed(tokens, options.batch)
+    block, method = model.block(0, kwargs), chosen_method(options)
+    quant = QuantSettings(
+        weight=fill(Integer, {"bits": options.bits, "group": options.group}), activation=fill(Activation, {"bits": 16})
+    )
+    carry_out(method, block, quant, hidden[:1], options.batch)  # libraries load and kernels compile
+    reset_peak()
+    start = time.perf_counter()
+    with collect_stages() as stages:
+        carry_out(method, block, quant, hidden, options.batch)
+    report(method, time.perf_counter() - start, stages)
+    report_floor(count_flops(method, block, quant, hidden, options.batch), device)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time a method on one block with random weights.")
+    parser.add_argument("--method", choices=["rtn", "gptq", "awq", *SCALES], required=True)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=32, help="of the low-rank methods")
+    for name, value in {"hidden": 4096, "intermediate": 11008, "heads": 32, "samples": 128, "seqlen": 2048}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--batch", type=int, default=4, help="sequences that pass through the block at once")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args()
+
+
+def shaped_model(options: argparse.Namespace, device: torch.device) -> Model:
+    """A LLaMA of one block with random weights."""
+    architecture = {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": options.hidden,
+        "intermediate_size": options.intermediate,
+        "num_hidden_layers": 1,
+        "num_attention_heads": options.heads,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": options.seqlen,
+    }
+    shape = {"name": "block", "weights": "random", "architecture": architecture}
+    settings = fill(ModelSettings, {**shape, "dtype": options.dtype, "seqlen": options.seqlen})
+    return load(settings, None, device, seed=0)
+
+
+def chosen_method(options: argparse.Namespace) -> Method:
+    if options.method in SCALES:
+        return LQER(scale=SCALES[options.method], rank=options.rank)  # type: ignore[arg-type]
+    return {"rtn": RTN, "gptq": GPTQ, "awq": AWQ}[options.method]()
+
+
+def carry_out(method: Method, block: Block, quant: QuantSettings, hidden: Tensor, batch: int) -> None:
+    context = Context(hidden, None, torch.Generator().manual_seed(0), batch, lambda values: None)
+    method.quantize_block(block, quant, context)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def count_flops(method: Method, block: Block, quant: QuantSettings, hidden: Tensor, batch: int) -> dict[str, float]:
+    """Operations by dtype on all of `hidden`, extrapolated from one and two batches: they are linear in the tokens."""
+    found = []
+    for batches in (1, 2):
+        with FlopsByDtype() as flops:
+            carry_out(method, block, quant, hidden[: batches * batch], batch)
+        found.append(flops.counts)
+    one, two = found
+    left = len(hidden) / batch - 1
+    return {dtype: one[dtype] + left * (two[dtype] - one[dtype]) for dtype in two}
+
+
+def measured_rate(dtype: str, device: torch.device) -> float:
+    """Operations per second of a large square product."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    for timed in (False, True):
+        start, repeats = time.perf_counter(), 10
+        for _ in range(repeats if timed else 1):
+            _ = a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def report(method: Method, seconds: float, stages: dict[str, float]) -> None:
+    print(f"{method.name}: {seconds:.2f} s")
+    for name, spent in sorted(stages.items(), key=lambda item: -item[1]):
+        print(f"  {name:<14} {spent:8.2f} s")
+    print(f"  {'the rest':<14} {seconds - sum(stages.values()):8.2f} s")
+    for place, peak in peak_bytes().items():
+        print(f"peak of the {place}: {peak / 2**30:.2f} GiB")
+
+
+def report_floor(flops: dict[str, float], device: torch.device) -> None:
+    print("the floor: matrix products alone, at the rate of one large product of that dtype")
+    total = 0.0
+    for dtype, count in flops.items():
+        rate = measured_rate(dtype, device)
+        total += count / rate
+        print(f"  {dtype:<14} {count / 1e12:8.2f} TFLOP at {rate / 1e12:.2f} TFLOP/s: {count / rate:.2f} s")
+    print(f"  {'all':<14} {total:8.2f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What all weight formats share: a uniform grid of codes per group of inputs, and the arithmetic between the two."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lsiq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Grid:
+    """Weights on `(code - zero) · scale`, with one scale and zero point per group of inputs.
+
+    A format says how wide its groups are (`width`), which codes it has (`lowest … levels`) and how `fit` makes scale
+    and zero point from the extremes of a group; fake, encode and decode are the same for all, so they agree bit for
+    bit.
+    """
+
+    lowest = 0  # the smallest code
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int | None:
+        """Inputs that share a scale; None for a whole output channel."""
+        raise NotImplementedError
+
+    def grouped(self, w: Tensor) -> Tensor:
+        """View `w (out, in)` as `(out, groups, width)`."""
+        return w.reshape(w.shape[0], -1, self.width or w.shape[1])
+
+    def extremes(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the smallest and largest weight of each group, zero included, as `(out, groups, 1)`."""
+        groups = self.grouped(w)
+        return groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+
+    def fit(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point, both `(out, groups, 1)`, of the grid that spans `lo … hi`.
+
+        The zero point is whole-numbered, in the dtype of the scale. Gradients reach `lo` and `hi` through the scale.
+        """
+        raise NotImplementedError
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Return step sizes as they can be stored; only formats with step sizes of their own have this."""
+        raise NotImplementedError
+
+    def fake(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Return `w (out, in)` on the grid, in its own dtype; rounding lets gradients straight through.
+
+        Clipped entries pass no gradient to `w`.
+        """
+        codes = (round_through(self.grouped(w) / scale) + zero).clamp(self.lowest, self.levels)
+        return ((codes - zero) * scale).reshape(w.shape)
+
+    def encode(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Return the codes of `w (out, in)`, uint8."""
+        codes = ((self.grouped(w) / scale).round() + zero).clamp(self.lowest, self.levels)
+        return codes.reshape(w.shape).byte()
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Return the weights that `codes (out, in)` stand for; equals `fake` of what was encoded, bit for bit."""
+        groups = self.grouped(codes).to(scale.dtype)
+        return ((groups - zero) * scale).reshape(codes.shape)
+
+
+def check_divides(key: str, width: int | None, in_features: int, name: str, way_out: str = "") -> None:
+    """Raise ConfigError unless groups of `width`, set by `key`, divide the input width of the linear `name`."""
+    if width is None or in_features % width == 0:
+        return
+    divisors = [str(d) for d in range(1, in_features + 1) if in_features % d == 0]
+    shown = divisors if len(divisors) <= 16 else ["…", *divisors[-15:]]
+    raise ConfigError(
+        f"{key}={width} does not divide in_features={in_features} of {name}; use one of {', '.join(shown)}{way_out}"
+    )
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes as if nothing had been rounded."""
+    if not x.requires_grad:
+        return x.round()
+    from lsiq.formats.rounding import round_through as differentiable  # torch only once there is something to compute
+
+    return differentiable(x)

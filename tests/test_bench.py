@@ -1,0 +1,20 @@
+"""The benchmarks run on any machine, small."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from lsiq.bench import block
+
+
+@pytest.mark.parametrize("method", ["gptq", "qera-exact"])
+def test_a_small_block_is_timed_by_stage_beside_its_floor(
+    method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = ["--hidden", "128", "--intermediate", "256", "--heads", "2", "--samples", "4", "--seqlen", "16"]
+    monkeypatch.setattr(sys, "argv", ["block", "--method", method, "--batch", "2", "--rank", "8", *shape])
+    block.main()
+    told = capsys.readouterr().out
+    assert all(word in told for word in (f"{method}: ", "statistics", "peak of the host", "TFLOP/s"))
