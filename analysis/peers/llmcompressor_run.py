@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 OPT = [
     AWQMapping("re:.*self_attn_layer_norm$", ["re:.*q_proj$", "re:.*k_proj$", "re:.*v_proj$"]),
     AWQMapping("re:.*v_proj$", ["re:.*out_proj$"]),
-    AWQMapping("re:.*final_layer_norm$", ["re:.*fc1$"]),
+    AWQMapping(r"re:.*layers\.\d+\.final_layer_norm$", ["re:.*fc1$"]),
 ]
 if not torch.accelerator.is_available():
     IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
