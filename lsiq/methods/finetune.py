@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from lsiq.methods.base import Context, Method, Need
+from lsiq.methods.base import Context, Method, Need, chain
 from lsiq.methods.learned import Course
+from lsiq.methods.lqer import LQER
 from lsiq.parts.dense import Dense
 from lsiq.parts.singular import Singular
 from lsiq.settings import settings
@@ -58,6 +59,8 @@ class FineTune:
     def __post_init__(self) -> None:
         if (self.run is None) == (self.start is None):
             raise ValueError("run and start: give one of them, a finished run or a method to begin with")
+        if self.start is not None and any(isinstance(method, LQER) and method.rank for method in chain(self.start)):
+            raise ValueError(f"start: the low-rank products of {self.start.name} are not trained; start from another")
         if self.part is not None and not isinstance(self.part, (Singular, Dense)):
             raise ValueError(
                 f"part={type(self.part).__name__}: grids stay as they are here; use singular, expansion or dense"
