@@ -197,10 +197,11 @@ class RunConfig:
             self.export.check(self.quant)
             if self.model.weights == "random":
                 raise ValueError("model.weights=random: there is nothing to export; give a checkpoint")
-            if any(isinstance(method, LQER) and method.rank for method in chain(self.method)):
+            repairs = any(isinstance(method, LQER) and method.rank for method in chain(self.method))
+            if repairs and not self.export.merges_branches:
                 raise ValueError(
-                    f"export={self.export.name}: no format has a place for the low-rank products of "
-                    f"method={self.method.name}; use method.rank=0 or another method"
+                    f"export={self.export.name}: has no place for the low-rank products of "
+                    f"method={self.method.name}; use export=plain, or method.rank=0"
                 )
         if isinstance(self.method, FineTune) and self.method.scales and not isinstance(self.quant.weight, Integer):
             raise ValueError(

@@ -94,7 +94,10 @@ CONFIG_ERRORS = {
         ["export=gptq", "quant=w4a8-mxint", "quant.activation.bits=16"],
         ["export=gptq", "shared exponent"],
     ),
-    "export-low-rank": (["export=plain", "method=lqer"], ["export=plain", "low-rank", "method.rank=0"]),
+    "export-low-rank": (
+        ["export=compressed-tensors", "method=lqer"],
+        ["export=compressed-tensors", "low-rank", "export=plain"],
+    ),
     "export-push": (["export=plain", "export.push=me"], ["export.push=me", "owner/name"]),
     "export-of-random-weights": (["export=plain", "model.weights=random"], ["model.weights=random", "checkpoint"]),
     "from-nothing": (["from=nothing", "export=plain"], ["from=nothing", "no record"]),

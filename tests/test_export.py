@@ -132,6 +132,13 @@ def test_what_a_method_folded_into_norms_and_biases_goes_along(
     assert check["difference"] <= 1e-5  # measured: 0.0
 
 
+def test_a_plain_export_adds_low_rank_products_to_the_weights(families: dict[str, Path], small_run: SmallRun) -> None:
+    record = run(small_run(families["llama"], "eval=none", "export=plain", "method=qera-exact", "method.rank=4"))
+    (check,) = record.exports["plain"]["checks"]
+    assert check["difference"] <= 1e-4  # measured: 4.1e-6; the sum is rounded once more than the two products
+    assert check["status"] == "read"
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_gptq_layout_holds_codes_zero_points_and_scales(
     bits: int, families: dict[str, Path], small_run: SmallRun, tmp_path: Path

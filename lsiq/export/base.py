@@ -38,6 +38,10 @@ class Destination:
         description="a repository of the Hugging Face hub, owner/name, that gets the folder (private if new), or null",
     )
 
+    @property
+    def merges_branches(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class Loader:
@@ -73,6 +77,11 @@ class Exporter(Protocol):
     @property
     def loaders(self) -> tuple[Loader, ...]:
         """Who can read the export back."""
+        ...
+
+    @property
+    def merges_branches(self) -> bool:
+        """Whether low-rank products are added to the weights they run beside; otherwise they are refused."""
         ...
 
     def check(self, quant: QuantSettings) -> None:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Plain(Destination):
     """Safetensors in the transformers layout; the linears of the blocks hold the weights that their codes stand for.
 
-    In float32 they are the run's own, bit for bit. Half precision rounds them a second time.
+    In float32 they are the run's own, bit for bit. Half precision rounds them a second time. Low-rank products are
+    added to the weights they run beside, which is the same function while activations are float.
     """
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -43,6 +44,10 @@ class Plain(Destination):
     @property
     def loaders(self) -> tuple[Loader, ...]:
         return (Loader(("transformers",), _load),)
+
+    @property
+    def merges_branches(self) -> bool:
+        return True
 
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=plain")
@@ -66,7 +71,7 @@ class Plain(Destination):
         for name, tensor in source.outside():
             writer.add(name, tensor)
         for index in range(source.model.depth):
-            for name, tensor in self.stored(source.block(index)).items():
+            for name, tensor in self.stored(source.block(index, branches=True)).items():
                 writer.add(source.prefix(index) + name, tensor)
         writer.finish()
         config = {key: value for key, value in source.config.items() if key != "torch_dtype"}

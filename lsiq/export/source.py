@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 NO_BRANCHES = (
-    "a low-rank product runs beside each linear, which no exported format has a place for; export a run without one"
+    "a low-rank product runs beside each linear, which this format has no place for; use export=plain, which adds it "
+    "to the weight"
 )
 
 
@@ -70,16 +71,19 @@ class Source:
         """What stands before the names of a block's tensors in the checkpoint."""
         return f"{self.model.spec.blocks}.{index}."
 
-    def block(self, index: int) -> BlockResult:
+    def block(self, index: int, branches: bool = False) -> BlockResult:
         """Return what the run made of a block, its `floats` completed by those that stayed as they were.
 
+        Args:
+            branches: whether the format has a place for low-rank products.
+
         Raises:
-            InputError: a block is missing or damaged, or holds a tensor that the architecture has no place for.
+            InputError: a block is missing or damaged, or holds low-rank products or a tensor that have no place.
         """
         module = self.model.skeleton.get_submodule(f"{self.model.spec.blocks}.{index}")
         shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         result = self.store.read(index)
-        if result.branches:
+        if result.branches and not branches:
             raise InputError(f"block {index}: {NO_BRANCHES}")
         if strangers := sorted(set(result.floats) - set(shapes)):
             raise InputError(
@@ -95,8 +99,12 @@ class Source:
 
 
 def decoded(result: BlockResult) -> dict[str, Tensor]:
-    """The weights and floats of a block as the run computes with them, on the CPU."""
-    return result_weights(result, {name: weight.codes for name, weight in result.weights.items()})
+    """The weights and floats of a block on the CPU, low-rank products added to the weights they run beside."""
+    weights = result_weights(result, {name: weight.codes for name, weight in result.weights.items()})
+    for name, branch in result.branches.items():
+        up, down = branch.cpu().decode()
+        weights[name] = weights[name] + up @ down
+    return weights
 
 
 def with_half_scales(result: BlockResult) -> BlockResult:
