@@ -88,6 +88,21 @@ CONFIG_ERRORS = {
     "no-such-place": (["method=duquant", "method.places=[query_key]"], ["method.places", "norm"]),
     "empty-prefix": (["method=prefix", "method.count=0", "method.bos=false"], ["count=0", "bos=true"]),
     "prefix-without-tokens": (["method=prefix", "calib=none"], ["calib.corpus=null", "prefix"]),
+    "rounded-ahead": (
+        [
+            "method=rotate",
+            "method@method.then=lsi",
+            "method.then.training.ahead.blocks=1",
+            "method.then.training.ahead.later=rtn",
+        ],
+        ["method.then", "later=rtn", "later=float"],
+    ),
+    "export-rotations": (["export=plain", "method=rotate"], ["export=plain", "rotations", "method=rotate"]),
+    "export-prefix": (
+        ["export=plain", "method=e2e", "method.run=null", "method@method.start=prefix"],
+        ["export=plain", "a prefix", "prefix"],
+    ),
+    "export-planted": (["export=plain", "model.outliers=2"], ["model.outliers=2", "model.outliers=0"]),
     "negative-outliers": (["model.outliers=-1"], ["model.outliers=-1"]),
     "unknown-export": (["export=onnx"], ["export=onnx", "gguf"]),
     "export-without-group": (["export.push=me/model"], ["export.push", "no such setting"]),

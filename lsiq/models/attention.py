@@ -82,13 +82,17 @@ def _attend_with_quantised_softmax(
 
 @contextlib.contextmanager
 def activations(
-    module: nn.Module, linears: tuple[str, ...], fmt: ActivationFormat | None, rotations: Mapping[str, Rotation]
+    module: nn.Module,
+    linears: tuple[str, ...],
+    fmt: ActivationFormat | None,
+    rotations: Mapping[str, Rotation] | None = None,
 ) -> Iterator[None]:
     """While this lasts, the inputs of `linears` inside `module`, and queries, keys and values, are turned and in `fmt`.
 
     Args:
         rotations: by name of the linear whose input is turned, or `query_key`; turned first, then rounded.
     """
+    rotations = rotations or {}
     active = fmt if fmt is not None and fmt.active else None
     if active is None and not rotations:
         yield
