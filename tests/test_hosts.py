@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHAPES, save_model
-from omegaconf import DictConfig
 from test_block import load_small
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,7 +22,6 @@ from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
 from lsiq.methods.base import BlockResult, Context, Method, Need
 from lsiq.methods.duquant import DuQuant
-from lsiq.methods.lqer import LQER
 from lsiq.methods.rotate import Rotate
 from lsiq.methods.rtn import RTN, round_to_nearest
 from lsiq.methods.smoothquant import SmoothQuant
@@ -38,7 +35,6 @@ from lsiq.store import BlockStore
 
 CPU = torch.device("cpu")
 W4A4 = QuantSettings(weight=Integer(bits=4), activation=Activation(bits=4))
-SmallRun = Callable[..., DictConfig]
 
 
 class Seen:
@@ -108,17 +104,19 @@ def test_a_host_hands_on_a_block_with_the_same_float_function(host: str, checkpo
     assert torch.allclose(seen.block.with_weights({})(hidden), expected, atol=1e-4)  # measured: at most 3.4e-6
     # And what is stored runs as what was handed on and rounded.
     rounded = seen.block.with_result(round_to_nearest(seen.block, W4A4), W4A4.activation)
-    assert torch.allclose(block.with_result(result, W4A4.activation)(hidden), rounded(hidden), atol=1e-6)
+    assert torch.equal(block.with_result(result, W4A4.activation)(hidden), rounded(hidden))
 
 
 @pytest.mark.parametrize("shape", [{"model_type": "qwen3", "head_dim": 32}, {"model_type": "qwen2"}], ids=str)
 def test_rotations_are_exact_with_normalised_queries_and_biases(shape: dict[str, object], tmp_path: Path) -> None:
     model = load_small(save_model(SHAPES["llama"] | shape, tmp_path / "model"))
     turned = replace(model, residual=residual_rotation(96, False, seeded()))
+    # Measured: at most 6.3e-6.
     assert torch.allclose(logits(turned, some_tokens()), logits(model, some_tokens()), atol=1e-4)
     block, hidden = first_block(model)
     seen = Seen()
     quantised(Rotate(then=seen), block, hidden)
+    # Measured: at most 2.6e-6.
     assert torch.allclose(seen.block.with_weights({})(hidden), block.with_weights({})(hidden), atol=1e-4)
 
 
@@ -127,7 +125,7 @@ def test_a_turned_residual_stream_leaves_the_model_as_it_was(checkpoint: Path) -
     turned = Rotate(then=RTN()).prepare_model(model, None, 2, seeded())
     assert turned.residual is not None
     found, expected = logits(turned, some_tokens()), logits(model, some_tokens())
-    assert torch.allclose(found, expected, atol=1e-4)  # measured: 2e-6 (llama), 3e-6 (opt)
+    assert torch.allclose(found, expected, atol=1e-4)  # measured: 2.6e-6 (llama), 4.7e-6 (opt)
     block, _ = first_block(turned)
     norm = next(group.producer for group in block.spec.groups if group.kind == "norm")
     assert torch.equal(block.weights[f"{norm}.weight"], torch.ones(96))
@@ -141,6 +139,7 @@ def test_a_model_that_normalises_after_its_layers_is_not_turned(tmp_path: Path) 
     block, hidden = first_block(model)
     seen = Seen()
     quantised(Rotate(places=["value", "down"], then=seen), block, hidden)
+    # Measured: 1.4e-6.
     assert torch.allclose(seen.block.with_weights({})(hidden), block.with_weights({})(hidden), atol=1e-4)
 
 
@@ -160,6 +159,7 @@ def test_statistics_are_those_of_turned_inputs(checkpoint: Path) -> None:
     plain = input_grams(block, {}, hidden, 2, [last], Activation())[last]
     turned = input_grams(block.turned({last: rotation}), {}, hidden, 2, [last], Activation())[last]
     q = rotation.apply(torch.eye(160)).double()
+    # Measured: 1e-7 of the largest.
     assert torch.allclose(turned, q.t() @ plain @ q, atol=1e-5 * plain.abs().max().item())
 
 
@@ -172,7 +172,7 @@ def test_a_prefix_is_the_plain_model_on_longer_sequences(checkpoint: Path) -> No
     after = model.with_prefix(prefix)
     assert torch.allclose(logits(after, tokens), expected, atol=1e-4)  # measured: 2.4e-6
     turned = Rotate(then=RTN()).prepare_model(after, None, 2, seeded())
-    assert torch.allclose(logits(turned, tokens), expected, atol=1e-4)
+    assert torch.allclose(logits(turned, tokens), expected, atol=1e-4)  # measured: 5.0e-6
     assert not torch.allclose(logits(model, tokens), expected, atol=0.1)
 
 
@@ -182,6 +182,7 @@ def test_what_is_folded_into_values_holds_for_the_prefix(host: str, checkpoint: 
     block, hidden = first_block(model)
     seen = Seen()
     quantised(hosts(seen)[host], block, hidden)
+    # Measured: at most 2.3e-6.
     assert torch.allclose(seen.block.with_weights({})(hidden), block.with_weights({})(hidden), atol=1e-4)
 
 
@@ -265,7 +266,7 @@ def test_planted_outliers_hurt_rounding_and_rotations_help(name: str) -> None:
     turned = Rotate(then=RTN()).prepare_model(model, None, 2, seeded())
     duquant = SmoothQuant(then=DuQuant(steps=32, then=RTN()))
     # Measured, tiny-llama and tiny-opt: 0.046 and 0.006 unplanted; planted 0.68 and 0.28 rounded, 0.20 and 0.065
-    # smoothed, 0.078 and 0.011 turned, 0.082 and 0.011 smoothed and turned in blocks (64 steps).
+    # smoothed, 0.078 and 0.011 turned, 0.080 and 0.012 smoothed and turned in blocks.
     planted = block_error(RTN(), *first_block(model))
     assert planted > 5 * block_error(RTN(), *first_block(plain))
     assert block_error(Rotate(places=["value", "down", "query_key"], then=RTN()), *first_block(turned)) < planted / 4
@@ -285,24 +286,3 @@ def test_hosts_pass_through_the_store(checkpoint: Path, tmp_path: Path) -> None:
     assert torch.equal(hidden_again, hidden)
     found = again.with_result(store.read(0), W4A4.activation)(hidden)
     assert torch.equal(found, block.with_result(result, W4A4.activation)(hidden))
-
-
-@pytest.mark.parametrize("outside", [False, True], ids=["rotate+lqer", "lqer+rotate"])
-def test_a_low_rank_product_repairs_the_turned_weights(checkpoint: Path, outside: bool) -> None:
-    block, hidden = first_block(load_small(checkpoint))
-    full = max(min(block.weights[name].shape) for name in block.linears)
-    quant = replace(W4A4, activation=Activation(bits=16))
-    places = ["value", "norm", "output", "down", "query_key"]
-
-    def lqer(then: Method) -> LQER:
-        return LQER(scale="covariance", rank=full, then=then, factors="float16")
-
-    def rotate(then: Method) -> Rotate:
-        return Rotate(places=places, then=then)  # type: ignore[arg-type]
-
-    result = quantised(lqer(rotate(RTN())) if outside else rotate(lqer(RTN())), block, hidden, quant)
-    expected = block.with_weights({})(hidden)
-    found = block.with_result(result)(hidden)
-    # A product of full rank repairs all of the error, if it reads turned inputs and is taken against turned weights.
-    assert (found - expected).norm() / expected.norm() < 2e-3
-    print("MEASURED lowrank", outside, (found - expected).norm() / expected.norm())

@@ -39,9 +39,9 @@ def test_a_factored_rotation_spreads_a_channel_over_all_and_keeps_products(width
 def test_a_rotation_that_keeps_the_mean_is_still_nearly_even() -> None:
     turn = mean_keeping(random_hadamard(384, seeded()))
     ones = torch.ones(384, dtype=torch.float64)
-    assert torch.allclose(turn @ turn.t(), torch.eye(384, dtype=torch.float64), atol=1e-12)
-    assert torch.allclose(ones @ turn, ones, atol=1e-12)
-    assert torch.allclose(turn @ ones, ones, atol=1e-12)
+    assert torch.allclose(turn @ turn.t(), torch.eye(384, dtype=torch.float64), atol=1e-12)  # measured: 3e-15
+    assert torch.allclose(ones @ turn, ones, atol=1e-12)  # measured: 2.4e-14
+    assert torch.allclose(turn @ ones, ones, atol=1e-12)  # measured: 1.9e-14
     assert turn.abs().max() * 384**0.5 < 5  # measured: 3.4
 
 
@@ -62,12 +62,12 @@ def test_zigzag_gives_every_block_alike_outliers() -> None:
 
 def test_a_step_of_the_greedy_search_spreads_the_peak_evenly() -> None:
     step = even_rotation(random_orthogonal(15, seeded())).float()
-    assert torch.allclose(step @ step.t(), torch.eye(16), atol=1e-6)
-    assert torch.allclose(step[0], torch.full((16,), 0.25), atol=1e-6)
+    assert torch.allclose(step @ step.t(), torch.eye(16), atol=1e-6)  # measured: 1.2e-7
+    assert torch.allclose(step[0], torch.full((16,), 0.25), atol=1e-6)  # measured: 0.0
     x = torch.zeros(1, 1, 16)
     x[0, 0, 5] = 8.0
     turned = x.transpose(0, 1) @ greedy_blocks(x, 1, seeded())
-    assert torch.allclose(turned.abs(), torch.full((1, 1, 16), 2.0), atol=1e-5)
+    assert torch.allclose(turned.abs(), torch.full((1, 1, 16), 2.0), atol=1e-5)  # measured: 0.0
 
 
 def test_a_found_rotation_is_orthogonal_and_a_permutation_lets_it_go_further() -> None:
@@ -76,7 +76,7 @@ def test_a_found_rotation_is_orthogonal_and_a_permutation_lets_it_go_further() -
     before = x.abs().max()
     once = find_rotation(x, 8, 64, 0, seeded(1)).apply(x)
     twice = find_rotation(x, 8, 64, 1, seeded(1)).apply(x)
-    assert torch.allclose(twice @ twice.t(), x @ x.t(), rtol=1e-4, atol=0.1)
+    assert torch.allclose(twice @ twice.t(), x @ x.t(), rtol=1e-4, atol=0.1)  # measured: 0.007 of 1.7e4
     # Spread over one block of eight, then over eight blocks: 1 / sqrt(8) and 1 / 8. Measured: 0.36 and 0.14.
     assert once.abs().max() < 0.45 * before
     assert twice.abs().max() < 0.20 * before
