@@ -13,6 +13,7 @@ from test_block import load_small
 from test_evaluation import NO_CACHE, halved, unchanged
 from test_hosts import W4A4, first_block, quantised, seeded, some_tokens
 
+import lsiq.experiment
 from lsiq.errors import ConfigError, InputError
 from lsiq.evals.likelihood import measure_pairs
 from lsiq.evals.perplexity import perplexity
@@ -61,6 +62,24 @@ def test_fine_tuning_starts_from_a_prepared_run(checkpoint: Path, small_run: Sma
     tuned = run(small_run(checkpoint, "method=lsi-finetune", f"method.run={parent.run_id}", "method.training.epochs=0"))
     assert tuned.prefix == parent.prefix
     assert tuned.metrics["ppl/file@64"] == parent.metrics["ppl/file@64"]
+
+
+def test_a_run_that_goes_on_with_its_evaluation_has_the_prepared_model_again(
+    checkpoint: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ["method=prefix", "method@method.then=rotate", "method.tokens=[17]"]
+    undisturbed = run(small_run(checkpoint, *made, f"paths.runs={tmp_path / 'other'}"))
+
+    def out_of_memory(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lsiq.experiment, "evaluate", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(small_run(checkpoint, *made))
+    again = run(small_run(checkpoint, *made))
+    assert again.metrics == undisturbed.metrics
+    assert again.prefix == [17]
 
 
 def test_fine_tuning_may_begin_with_a_host(checkpoint: Path, small_run: SmallRun) -> None:
