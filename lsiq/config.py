@@ -14,13 +14,12 @@ from pydantic import AfterValidator, Field
 
 from lsiq.calib.corpora import CORPORA
 from lsiq.errors import ConfigError
-from lsiq.export.base import Exporter
+from lsiq.export.base import Exporter, refuse_method
 from lsiq.formats import ActivationFormat, WeightFormat
 from lsiq.formats.integer import Integer
 from lsiq.formats.mxint import MXActivation, MXInt
-from lsiq.methods.base import Method, WholeMethod, chain
+from lsiq.methods.base import Method, WholeMethod
 from lsiq.methods.finetune import FineTune
-from lsiq.methods.lqer import LQER
 from lsiq.settings import build, fill, settings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", description="letters, digits and . _ + -")]
@@ -60,6 +59,10 @@ class ModelSettings:
     )
     seqlen: int = Field(ge=8, description="tokens per window for calibration and evaluation, at least 8")
     allow_pickle: bool = Field(False, description="true reads .bin files (weights only) where no safetensors exist")
+    outliers: int = Field(
+        0, ge=0, description="giant channels planted between linears without changing the function; 0 for none"
+    )
+    outlier_strength: float = Field(30.0, gt=0, description="how many times as large planted channels are, above 0")
     published: dict[str, float] = Field(default_factory=dict, description="float perplexities by corpus@seqlen")
 
     def __post_init__(self) -> None:
@@ -197,12 +200,11 @@ class RunConfig:
             self.export.check(self.quant)
             if self.model.weights == "random":
                 raise ValueError("model.weights=random: there is nothing to export; give a checkpoint")
-            repairs = any(isinstance(method, LQER) and method.rank for method in chain(self.method))
-            if repairs and not self.export.merges_branches:
+            if self.model.outliers:
                 raise ValueError(
-                    f"export={self.export.name}: has no place for the low-rank products of "
-                    f"method={self.method.name}; use export=plain, or method.rank=0"
+                    f"model.outliers={self.model.outliers}: is an exercise that is not exported; use model.outliers=0"
                 )
+            refuse_method(self.method, self.export)
         if isinstance(self.method, FineTune) and self.method.scales and not isinstance(self.quant.weight, Integer):
             raise ValueError(
                 f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are powers of two and "
@@ -249,7 +251,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     """Return `cfg` as plain data, interpolations resolved.
 
     A local checkpoint takes its folder's name unless it was given one, so that records do not carry the name of the
-    model whose group file happened to be the default.
+    model whose group file happened to be the default. A model with planted outliers says so in its name.
     """
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -263,6 +265,8 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
         model["name"] = (
             re.sub(r"[^A-Za-z0-9._+-]+", "-", model["path"].rstrip("/").rpartition("/")[2]).lstrip("-._+") or "local"
         )
+    if isinstance(model, dict) and isinstance(count := model.get("outliers"), int) and count > 0:
+        model["name"] = f"{model.get('name')}+{count}outliersx{model.get('outlier_strength')}"
     return {str(key): value for key, value in plain.items()}
 
 

@@ -27,7 +27,7 @@ class BlockCost:
 
     Attributes:
         weights: how many original weights they have.
-        stored_bits: of codes, scales, zero points, exponents and side branches.
+        stored_bits: of codes, scales, zero points, exponents, side branches and rotations done online.
         macs: multiply-accumulates per token by width, weight times activation, such as `4x8`.
     """
 
@@ -36,8 +36,12 @@ class BlockCost:
     macs: Mapping[str, int] = field(default_factory=dict)
 
 
-def block_cost(result: BlockResult, quant: QuantSettings) -> BlockCost:
-    """Return what a quantised block costs; side branches multiply in the width of their factors."""
+def block_cost(result: BlockResult, quant: QuantSettings, online: int = 0) -> BlockCost:
+    """Return what a quantised block costs; side branches multiply in the width of their factors, rotations in 16 bits.
+
+    Args:
+        online: multiply-accumulates per token of the rotations done online, as plain products of their small matrices.
+    """
     macs: Counter[str] = Counter()
     bits = weights = 0
     for weight in result.weights.values():
@@ -47,6 +51,9 @@ def block_cost(result: BlockResult, quant: QuantSettings) -> BlockCost:
     for branch in result.branches.values():
         macs[f"{branch.bits}x{quant.activation.bits}"] += branch.rank * sum(branch.shape)
         bits += branch.stored_bits
+    bits += sum(rotation.stored_bits for rotation in result.rotations.values())
+    if online:
+        macs["16x16"] += online
     return BlockCost(weights, bits, dict(macs))
 
 
@@ -61,7 +68,8 @@ def model_cost(model: Model, blocks: Iterable[BlockCost]) -> dict[str, Any]:
     """Return the costs of a model by name, plain data for the record.
 
     average_bits: bits per original weight of the linears in the blocks.
-    checkpoint_bytes: those, and all other tensors (embeddings, norms, biases, head) in 16 bits, tied ones once.
+    checkpoint_bytes: those, and all other tensors (embeddings, norms, biases, head, what turns the residual stream) in
+        16 bits, tied ones once.
     bytes_per_token: weights read to generate one token of one sequence: all, but of an embedding that is not the head
         as well only a row. The cache of keys and values is left out: it grows with the context.
     macs_per_token: multiply-accumulates by width, weight times activation, the head included as 16x16. Products of
@@ -75,13 +83,14 @@ def model_cost(model: Model, blocks: Iterable[BlockCost]) -> dict[str, Any]:
         macs.update(block.macs)
     area = relative_area(macs, weights)
     head: Any = model.skeleton.get_output_embeddings()  # type: ignore[operator]
-    others = sum(parameter.numel() for parameter in model.skeleton.parameters()) - weights
+    residual = 0 if model.residual is None else model.residual.numel()
+    others = sum(parameter.numel() for parameter in model.skeleton.parameters()) - weights + residual
     unread = sum(
         module.weight.numel() - module.embedding_dim
         for module in model.skeleton.modules()
         if isinstance(module, nn.Embedding) and module.weight is not head.weight
     )
-    macs["16x16"] += head.weight.numel()
+    macs["16x16"] += head.weight.numel() + 2 * residual  # turned where it enters the blocks and where it leaves them
     return {
         "average_bits": bits / weights,
         "checkpoint_bytes": bits // 8 + 2 * others,

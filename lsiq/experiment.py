@@ -22,7 +22,7 @@ from lsiq.evals.tasks import load_tasks
 from lsiq.export.source import Source
 from lsiq.export.stage import export
 from lsiq.memory import peak_bytes, reset_peak
-from lsiq.methods.base import Method, WholeMethod
+from lsiq.methods.base import Method, ModelMethod, WholeMethod, chain
 from lsiq.methods.finetune import FineTune
 from lsiq.models.loading import Model, load
 from lsiq.quantize import BlockReport, check_formats, quantize
@@ -88,17 +88,19 @@ def measure(
         try:
             if record.quantised:
                 say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")
+                prepared = store.read_model(model)
             else:
                 record.blocks.clear()
                 method = make_start(config, model, calibration, folder, record, tracker)
+                prepared = timed(record, "prepare", lambda: prepare_model(config, method, model, calibration, record))
                 timed(
                     record,
                     "quantize",
-                    lambda: quantize_model(config, method, model, calibration, store, record, tracker),
+                    lambda: quantize_model(config, method, prepared, calibration, store, record, tracker),
                 )
                 record.quantised = bool(record.blocks)
                 write_record(record, folder)
-            timed(record, "evaluate", lambda: evaluate(config, model, windows, tasks, store, record, tracker))
+            timed(record, "evaluate", lambda: evaluate(config, model, prepared, windows, tasks, store, record, tracker))
         finally:
             record.seconds["total"] = record.seconds.get("total", 0.0) + time.perf_counter() - start
             record.peak_bytes = peak_bytes()
@@ -114,8 +116,29 @@ def make_start(
         return method
     store = BlockStore(folder / "start" / "blocks")
     first = method.start
-    timed(record, "start", lambda: quantize_model(config, first, model, tokens, store, record, tracker))
+    prepared = timed(record, "prepare", lambda: prepare_model(config, first, model, tokens, record))
+    timed(record, "start", lambda: quantize_model(config, first, prepared, tokens, store, record, tracker))
     return method.after(str(folder / "start"))
+
+
+def prepare_model(
+    config: RunConfig, method: Method | WholeMethod, model: Model, tokens: Tensor | None, record: Record
+) -> Model:
+    """Return the model that is quantised: turned or after a prefix, where a method in the chain asks for it.
+
+    Raises:
+        ConfigError: prefix and window together are longer than the model's positions.
+    """
+    if config.quant.name == "fp16":
+        return model  # nothing is quantised
+    prepared = model
+    for position, link in enumerate(chain(method)):
+        if isinstance(link, ModelMethod):
+            generator = torch.Generator().manual_seed(config.seed * 100_003 + 50_021 + position)
+            prepared = link.prepare_model(prepared, tokens, config.calib.batch, generator)
+    record.prefix = [] if prepared.prefix is None else prepared.prefix.tokens.tolist()
+    check_lengths(model, config, len(record.prefix))
+    return prepared
 
 
 def quantize_model(
@@ -135,6 +158,7 @@ def quantize_model(
         record.cost = model_cost(model, [float_cost(model)] * model.depth)
         return  # the float model under the same protocol
     store.clear()
+    store.write_model(model)
     reports: list[BlockReport] = []
     before, record.blocks = record.blocks, []
     with stage("quantize", model.depth) as progress:
@@ -185,14 +209,15 @@ def calibration_tokens(config: RunConfig, model: Model) -> Tensor | None:
     return draw_windows(text, model.tokenizer, samples, calib.seqlen, config.seed, name)
 
 
-def check_lengths(model: Model, config: RunConfig) -> None:
-    """Raise ConfigError where a window is longer than the positions the model knows."""
+def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:
+    """Raise ConfigError where a window, after `prefix` tokens, is longer than the positions the model knows."""
     limit = getattr(model.config, "max_position_embeddings", None)
     lengths = {"calib.seqlen": config.calib.seqlen} if config.calib.corpus is not None else {}
     lengths |= {"eval.seqlen": config.eval.seqlen} if config.eval.corpora else {}
     for key, seqlen in lengths.items():
-        if limit is not None and seqlen > limit:
-            raise ConfigError(f"{key}={seqlen}: the model has {limit} positions; use at most {limit}")
+        if limit is not None and prefix + seqlen > limit:
+            after = f" and the prefix takes {prefix}" if prefix else ""
+            raise ConfigError(f"{key}={seqlen}: the model has {limit} positions{after}; use at most {limit - prefix}")
 
 
 def find_device(name: str) -> torch.device:

@@ -48,6 +48,24 @@ def fold_shift(weights: Mapping[str, Tensor], group: Group, shift: Tensor, head_
     return changed
 
 
+def fold_value_rotation(
+    weights: Mapping[str, Tensor], group: Group, rotation: Tensor, head_dim: int
+) -> dict[str, Tensor]:
+    """Return the tensors that change when each value head's channels are turned by `rotation (head_dim, head_dim)`.
+
+    The producer's rows and bias take it, each head of the consumer's columns as well. One rotation serves all heads,
+    so grouped-query attention needs no more care.
+    """
+    rows = weights[f"{group.producer}.weight"]
+    changed = {f"{group.producer}.weight": _by_head(rows.t(), rotation, head_dim).t().contiguous()}
+    if (bias := weights.get(f"{group.producer}.bias")) is not None:
+        changed[f"{group.producer}.bias"] = _by_head(bias, rotation, head_dim)
+    for consumer in group.consumers:
+        columns = weights[f"{consumer}.weight"]
+        changed[f"{consumer}.weight"] = _by_head(columns, rotation, head_dim)
+    return changed
+
+
 def spread(channels: Tensor, width: int, head_dim: int) -> Tensor:
     """Repeat what belongs to the producer's channels for every consumer input: `(channels,) -> (width,)`.
 
@@ -63,3 +81,8 @@ def gather(inputs: Tensor, channels: int, head_dim: int) -> Tensor:
     if len(inputs) == channels:
         return inputs
     return inputs.view(channels // head_dim, -1, head_dim).amax(1).flatten()
+
+
+def _by_head(x: Tensor, rotation: Tensor, head_dim: int) -> Tensor:
+    """Turn each run of `head_dim` of the last dimension."""
+    return (x.unflatten(-1, (-1, head_dim)) @ rotation).flatten(-2)

@@ -28,6 +28,7 @@ def repair(
 
     The share is the mean over linears of `‖(E - up · down) T‖² / ‖E T‖²`, factors as they are stored.
     """
+    block = block.turning(result)
     floats = {name: result.reference.get(name, block.weights[name]) for name in block.linears}
     with stage("statistics"):
         costs = input_costs(settings, {**result.floats, **floats}, block, quant, context)

@@ -15,6 +15,7 @@ from lsiq.errors import NumericalError
 from lsiq.methods.base import Ahead, BlockResult, Context, Method, WholeMethod
 from lsiq.models.block import Block, run_stream
 from lsiq.models.loading import Model
+from lsiq.rotation import online_multiplications
 from lsiq.store import BlockStore
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class BlockReport:
         seconds: wall time of the method on it, streams included.
         error: mean squared difference of the two streams after the block over the float stream's mean square; None
             without calibration data.
-        cost: bits and multiply-accumulates of its linears.
+        cost: bits and multiply-accumulates of its linears and what runs beside them.
         metrics: what the method reported.
         trace: the rows of its trajectory.
     """
@@ -103,7 +104,7 @@ def quantize(
             index,
             time.perf_counter() - start,
             error,
-            block_cost(result, quant),
+            block_cost(result, quant, online_multiplications(block, result.rotations)),
             dict(result.metrics),
             result.trace,
         )

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +15,8 @@ from lsiq.errors import InputError, OutputError
 from lsiq.formats.branch import Factor, SideBranch
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.methods.base import BlockResult
+from lsiq.models.loading import Model
+from lsiq.rotation import Rotation
 from lsiq.settings import build, describe_settings
 
 
@@ -21,7 +24,8 @@ class BlockStore:
     """A folder with one safetensors file per finished block.
 
     Codes stand as uint8, scales and zero points in float32, folded norms and biases in float32, factors of side
-    branches in float16 or as codes, learned parameters as they are; the formats stand in the file's metadata.
+    branches in float16 or as codes, rotations and learned parameters as they are; the formats stand in the file's
+    metadata. What a method did to the model as a whole has a file of its own.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,8 +50,6 @@ class BlockStore:
 
     def write(self, index: int, result: BlockResult) -> None:
         """Store a block; the file appears whole or not at all."""
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         formats: dict[str, dict[str, object]] = {}
         quantized: dict[str, Factor] = dict(result.weights)
@@ -62,16 +64,55 @@ class BlockStore:
                 tensors[f"{name}:{part}"] = tensor.cpu().contiguous()
         tensors |= {f"{name}:float": tensor.float().cpu().contiguous() for name, tensor in result.floats.items()}
         tensors |= {f"{name}:state": tensor.cpu().contiguous() for name, tensor in result.state.items()}
+        for place, rotation in result.rotations.items():
+            tensors |= {f"{place}:rotation.{part}": t.cpu().contiguous() for part, t in rotation.tensors().items()}
         metadata = {"formats": json.dumps(formats), "metrics": json.dumps(dict(result.metrics))}
-        partial = self._file(index).with_suffix(".partial")
+        self._save(self._file(index), tensors, metadata)
+
+    @property
+    def model_file(self) -> Path:
+        """How the quantised model differs from the float one outside its blocks; is there only if it does."""
+        return self.folder / "model.safetensors"
+
+    def write_model(self, model: Model) -> None:
+        """Store how the quantised model differs from the float one outside its blocks: nothing, for most methods."""
+        tensors: dict[str, Tensor] = {}
+        if model.residual is not None:
+            tensors["residual"] = model.residual.cpu().contiguous()
+        if model.prefix is not None:
+            tensors["prefix"] = model.prefix.tokens.contiguous()
+        if tensors:
+            self._save(self.model_file, tensors, {})
+
+    def read_model(self, model: Model) -> Model:
+        """Return `model` as the stored blocks want it: turned, or after a prefix.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        from safetensors.torch import load_file
+
+        file = self.model_file
+        if not file.exists():
+            return model
         try:
-            save_file(tensors, partial, metadata=metadata)
-            os.replace(partial, self._file(index))
+            tensors = load_file(file)
+        except Exception as error:  # safetensors raises its own kinds
+            raise InputError(f"{file}: cannot be read ({error}); run again with force=true") from error
+        if (residual := tensors.get("residual")) is not None:
+            model = replace(model, residual=residual.to(model.device))
+        return model if (prefix := tensors.get("prefix")) is None else model.with_prefix(prefix)
+
+    def _save(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        from safetensors.torch import save_file
+
+        partial = file.with_suffix(".partial")
+        try:
+            save_file(dict(tensors), partial, metadata=dict(metadata))
+            os.replace(partial, file)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise OutputError(
-                f"{self._file(index)}: cannot be written ({error.strerror}); free space or set paths.runs"
-            ) from error
+            raise OutputError(f"{file}: cannot be written ({error.strerror}); free space or set paths.runs") from error
 
     def read(self, index: int) -> BlockResult:
         """Return a stored block, on the CPU; InputError when it is missing or damaged."""
@@ -103,7 +144,17 @@ class BlockStore:
             json.loads(metadata["metrics"]),
             state,
             branches=branches,
+            rotations=_rotations(tensors),
         )
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block_{index:03d}.safetensors"
+
+
+def _rotations(tensors: Mapping[str, Tensor]) -> dict[str, Rotation]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        place, found, part = name.partition(":rotation.")
+        if found:
+            parts.setdefault(place, {})[part] = tensor
+    return {place: Rotation.from_tensors(found) for place, found in parts.items()}

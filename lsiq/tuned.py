@@ -36,6 +36,7 @@ class TunedBlock:
     ) -> None:
         device = next(iter(block.weights.values())).device
         self.found, self.quant, self.part = found, quant, settings.part
+        block = block.turning(found)
         self.grids = {
             name: replace(w, codes=w.codes.to(device), scale=w.scale.to(device), zero=w.zero.to(device))
             for name, w in found.weights.items()
@@ -96,7 +97,8 @@ class TunedBlock:
             for name, parameter in self.state.parameters.items()
             if self.part is not None and name not in self.state.bulky
         }
-        return BlockResult(weights, floats, {"flip_rate": sum(flips) / len(flips), **metrics}, kept)
+        metrics = {"flip_rate": sum(flips) / len(flips), **metrics}
+        return BlockResult(weights, floats, metrics, kept, rotations=self.found.rotations)
 
     def _decoded(self) -> dict[str, Tensor]:
         return {name: grid.decode() for name, grid in self.grids.items()}

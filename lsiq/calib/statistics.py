@@ -38,7 +38,8 @@ def visit_inputs(
         weights: replace the block's own, as in `Block.with_weights`.
         linears: dotted names of linears, without `.weight`. Of linears that share an input only the first is shown.
         update: takes the linear's name and its inputs `(tokens, in)` in float32.
-        activation: the format in force inside the block; inputs are shown as they are before it rounds them.
+        activation: the format in force inside the block; inputs are shown turned, where the block turns them, and as
+            they are before the format rounds them.
     """
     device = next(iter(block.weights.values())).device
     shown: list[Tensor] = []
@@ -48,15 +49,17 @@ def visit_inputs(
         def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
             if not any(args[0] is seen for seen in shown):
                 shown.append(args[0])
-                update(name, args[0].flatten(0, -2).float())
+                rotation = block.rotation_of(name)
+                seen = args[0] if rotation is None else rotation.apply(args[0])
+                update(name, seen.flatten(0, -2).float())
             waiting.discard(name)
             if not waiting:
                 raise _AllShown
 
         return hook
 
+    function = block.with_weights(weights, activation)  # before the hooks: it runs the prefix, which is not shown
     handles = [block.module.get_submodule(name).register_forward_pre_hook(show(name)) for name in linears]
-    function = block.with_weights(weights, activation)
     try:
         for part in inputs.split(batch):
             waiting.update(linears)
@@ -83,3 +86,20 @@ def extremes(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:
 
     visit_inputs(block, {}, inputs, batch, [stage[0] for stage in block.spec.stages], update)
     return {name: found[stage[0]] for stage in block.spec.stages for name in stage}
+
+
+def peak_inputs(block: Block, inputs: Tensor, batch: int, linears: Sequence[str]) -> dict[str, Tensor]:
+    """Return, by linear, the inputs `(in, in)` of the token at which each channel is largest, one row per channel."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def update(name: str, x: Tensor) -> None:
+        size, token = x.abs().max(0)
+        rows = x[token]
+        if name in found:
+            before, kept = found[name]
+            rows = torch.where((size > before)[:, None], rows, kept)
+            size = size.maximum(before)
+        found[name] = (size, rows)
+
+    visit_inputs(block, {}, inputs, batch, linears, update)
+    return {name: rows for name, (_, rows) in found.items()}

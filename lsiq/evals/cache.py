@@ -18,7 +18,7 @@ from lsiq.track.console import warn
 
 _PACKAGE = Path(__file__).parent.parent
 # The sources that decide what a reference model scores: an entry is not found again once one of them has changed.
-_SOURCES = ("evals/*.py", "models/*.py", "formats/*.py", "methods/rtn.py")
+_SOURCES = ("evals/*.py", "models/*.py", "formats/*.py", "methods/rtn.py", "fold.py")
 
 
 @dataclass(frozen=True)

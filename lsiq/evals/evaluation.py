@@ -14,7 +14,15 @@ from lsiq.config import RunConfig
 from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.harness import measure_tasks
 from lsiq.evals.tasks import Tasks
-from lsiq.evals.windows import FLOAT, Measured, Variant, divergence_metrics, measure_windows, write_windows
+from lsiq.evals.windows import (
+    FLOAT,
+    Measured,
+    Variant,
+    by_model,
+    divergence_metrics,
+    measure_windows,
+    write_windows,
+)
 from lsiq.methods.rtn import round_to_nearest
 from lsiq.models.loading import Model
 from lsiq.results import Record
@@ -26,19 +34,24 @@ from lsiq.track.console import stage
 def evaluate(
     config: RunConfig,
     model: Model,
+    prepared: Model,
     windows: Mapping[str, Tensor],
     tasks: Tasks,
     store: BlockStore,
     record: Record,
     tracker: Tracker,
 ) -> None:
-    """Measure every model on every corpus and task, and write the numbers into `record`."""
-    variants = variants_to_measure(config, store)
+    """Measure every model on every corpus and task, and write the numbers into `record`.
+
+    Args:
+        prepared: the model whose blocks are in `store`; `model` itself unless a method turned it or gave it a prefix.
+    """
+    variants = variants_to_measure(config, prepared, store)
     cache = open_cache(config, model, record)
     folder = store.folder.parent
     before = set(record.metrics)
     if windows:
-        with stage("evaluate", model.depth) as progress:
+        with stage("evaluate", model.depth * len(by_model(model, variants))) as progress:
             measured = measure_windows(
                 model, windows, variants, config.eval.batch, config.eval.divergence, cache, progress.advance
             )
@@ -50,8 +63,12 @@ def evaluate(
     tracker.log({name: value for name, value in record.metrics.items() if name not in before})
 
 
-def variants_to_measure(config: RunConfig, store: BlockStore) -> dict[str, Variant]:
-    """Return the models to measure, by the prefix of their metrics."""
+def variants_to_measure(config: RunConfig, prepared: Model, store: BlockStore) -> dict[str, Variant]:
+    """Return the models to measure, by the prefix of their metrics.
+
+    The float model and round-to-nearest are measured as the checkpoint has them, the method's blocks in the model
+    that was prepared for them. A prefix also changes the float model; what it does there is `prefixed/`.
+    """
     quant = config.quant
     variants = {FLOAT: Variant(lambda block: block.with_weights({}), "float")}
     if quant.name == "fp16":
@@ -61,7 +78,11 @@ def variants_to_measure(config: RunConfig, store: BlockStore) -> dict[str, Varia
             lambda block: block.with_result(round_to_nearest(block, quant), quant.activation),
             f"rtn {quant.weight} {quant.activation}",
         )
-    variants[""] = Variant(lambda block: block.with_result(store.read(block.index), quant.activation))
+    if prepared.prefix is not None:
+        variants["prefixed/"] = Variant(lambda block: block.with_weights({}), prepared=prepared)
+    variants[""] = Variant(
+        lambda block: block.with_result(store.read(block.index), quant.activation), prepared=prepared
+    )
     return variants
 
 
@@ -71,6 +92,7 @@ def open_cache(config: RunConfig, model: Model, record: Record) -> EvaluationCac
     weights = record.inputs.get("model") or f"random {config.seed} {model.config.to_json_string()}"
     identity: dict[str, Any] = {
         "model": weights,
+        "outliers": [config.model.outliers, config.model.outlier_strength] if config.model.outliers else None,
         "dtype": str(model.dtype),
         "batch": config.eval.batch,
         "machine": {name: record.machine.get(name) for name in ("device", "gpu")},

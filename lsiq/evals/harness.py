@@ -8,7 +8,7 @@ import importlib.metadata
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import pandas
 from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.likelihood import Likelihoods, Pair, hash_pairs, measure_pairs
 from lsiq.evals.tasks import Tasks
-from lsiq.evals.windows import Variant
+from lsiq.evals.windows import Variant, by_model
 from lsiq.models.loading import Model
 from lsiq.results import Record
 from lsiq.track.console import stage
@@ -58,7 +58,7 @@ class Answers:
                     self._variants,
                     self._batch_tokens,
                     self._cache,
-                    lambda steps: stack.enter_context(stage("tasks", steps)).advance,
+                    partial(_next_stage, stack),
                 )
             self._origins.append(origins)
         return self._known[key][prefix]
@@ -68,6 +68,11 @@ class Answers:
         if all(prefix in origins for origins in self._origins):
             return self._origins[0][prefix]
         return None
+
+
+def _next_stage(stack: contextlib.ExitStack, steps: int) -> Callable[[], None]:
+    stack.close()  # one at a time is shown
+    return stack.enter_context(stage("tasks", steps)).advance
 
 
 def measure_tasks(
@@ -84,9 +89,11 @@ def measure_tasks(
     `folder/items.parquet` gets a row for each item of each task, with the metrics of each model.
     """
     answers = Answers(model, variants, settings.batch * settings.seqlen, cache)
+    # All are asked the same, so long texts are cut for the one that has the fewest positions left.
+    positions = min((own.positions for own, _ in by_model(model, variants) if own.positions is not None), default=None)
     rows: list[dict[str, Any]] = []
     for prefix in variants:
-        results = _evaluate(model, answers, prefix, tasks, settings.items)
+        results = _evaluate(model, positions, answers, prefix, tasks, settings.items)
         for name in tasks:
             samples = results["samples"][name]
             found = _metrics(results["results"][name], name)
@@ -138,12 +145,14 @@ def _items(samples: Sequence[Mapping[str, Any]], task: str, prefix: str) -> list
     ]
 
 
-def _evaluate(model: Model, answers: Answers, prefix: str, tasks: Tasks, items: int | None) -> Mapping[str, Any]:
+def _evaluate(
+    model: Model, positions: int | None, answers: Answers, prefix: str, tasks: Tasks, items: int | None
+) -> Mapping[str, Any]:
     from lm_eval.evaluator import evaluate
 
     from lsiq.evals.block_lm import BlockLM  # derives from a class of the harness
 
-    lm = BlockLM(model.tokenizer, getattr(model.config, "max_position_embeddings", None), partial(answers.of, prefix))
+    lm = BlockLM(model.tokenizer, positions, partial(answers.of, prefix))
     with _quiet():
         found = evaluate(lm, {"tasks": dict(tasks)}, limit=items, bootstrap_iters=_BOOTSTRAP)
     assert found is not None  # None is for the lower ranks of a distributed evaluation

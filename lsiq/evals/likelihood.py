@@ -12,7 +12,7 @@ from torch import Tensor
 from lsiq.errors import InputError
 from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.stream import run_blocks
-from lsiq.evals.windows import Variant
+from lsiq.evals.windows import Variant, by_model
 from lsiq.models.loading import Model
 
 # A context and what follows it, as token ids.
@@ -53,7 +53,7 @@ def measure_pairs(
 
     Args:
         batch_tokens: how many tokens pass through a block at once.
-        progress: called with the number of steps before anything runs; returns what to call after each.
+        progress: called with the number of steps before each model's blocks run; returns what to call after each.
 
     Raises:
         InputError: a continuation is empty or alone longer than the model's positions.
@@ -66,10 +66,10 @@ def measure_pairs(
         if entry is not None:
             found[prefix], origins[prefix] = Likelihoods(**entry.tensors), entry.origin
     missing = {prefix: variant for prefix, variant in variants.items() if prefix not in found}
-    if missing:
-        measured = _measure(model, pairs, missing, batch_tokens, progress)
+    for own, group in by_model(model, missing):
+        measured = _measure(own, pairs, group, batch_tokens, progress)
         for prefix, likelihoods in measured.items():
-            if missing[prefix].reference is not None:
+            if group[prefix].reference is not None:
                 cache.write(keys[prefix], vars(likelihoods))
         found |= measured
     return found, origins
@@ -91,7 +91,7 @@ def _measure(
     batch_tokens: int,
     progress: Callable[[int], Callable[[], None]],
 ) -> dict[str, Likelihoods]:
-    inputs = _inputs(pairs, getattr(model.config, "max_position_embeddings", None))
+    inputs = _inputs(pairs, model.positions)
     passes = list(_passes(_batches(inputs, batch_tokens), _tokens_per_pass(model, len(variants))))
     advance = progress(model.depth * len(passes))
     out = {

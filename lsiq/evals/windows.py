@@ -31,10 +31,13 @@ class Variant:
     Attributes:
         function_of: turns a float block into the one to run.
         reference: what it is, for the cache; None for the model under test, which is never taken from there.
+        prepared: the model whose float blocks these are, where its residual stream is turned or a prefix stands before
+            every sequence; None for the float model as it is.
     """
 
     function_of: FunctionOf
     reference: str | None = None
+    prepared: Model | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,15 @@ class Measured:
     def window_losses(self) -> Tensor:
         """Mean loss `(N,)` of each window, nats per predicted token."""
         return self.scores.losses.double().mean(1)
+
+
+def by_model(model: Model, variants: Mapping[str, Variant]) -> list[tuple[Model, dict[str, Variant]]]:
+    """Return the variants by the model whose float blocks they are made of, `model` unless they name another one."""
+    groups: dict[int, tuple[Model, dict[str, Variant]]] = {}
+    for prefix, variant in variants.items():
+        own = variant.prepared or model
+        groups.setdefault(id(own), (own, {}))[1][prefix] = variant
+    return list(groups.values())
 
 
 def measure_windows(
@@ -64,7 +76,7 @@ def measure_windows(
         variants: by the prefix of their metrics; `float/` is among them.
         batch: windows that pass through a block at once.
         divergence: whether the others are compared with the float model token by token.
-        advance: called after each block of the pass; there is none where everything was measured before.
+        advance: called after each block of each pass; there is none where everything was measured before.
     """
     batches = {corpus: ids.split(batch) for corpus, ids in windows.items()}
     shelf = _Shelf(cache, windows, divergence)
@@ -97,13 +109,20 @@ def _run(
     to_run: Mapping[str, Sequence[str]],
     advance: Callable[[], None],
 ) -> dict[str, dict[str, list[Tensor]]]:
-    """Return, by corpus and model, what leaves the last block; all corpora and models share one pass."""
+    """Return, by corpus and model, what leaves the last block, in the coordinates of the float model.
+
+    All corpora share one pass over the weights, and so do all variants that are made of one model's blocks.
+    """
     reads = {prefix: [corpus for corpus in batches if prefix in to_run[corpus]] for prefix in variants}
     reads = {prefix: corpora for prefix, corpora in reads.items() if corpora}
     if not reads:
         return {}
     joined = {prefix: [part for corpus in corpora for part in batches[corpus]] for prefix, corpora in reads.items()}
-    left = run_blocks(model, joined, {prefix: variants[prefix].function_of for prefix in reads}, advance)
+    left: dict[str, list[Tensor]] = {}
+    for own, group in by_model(model, {prefix: variants[prefix] for prefix in reads}):
+        functions = {prefix: variant.function_of for prefix, variant in group.items()}
+        found = run_blocks(own, {prefix: joined[prefix] for prefix in group}, functions, advance)
+        left |= {prefix: [own.turned_back(part) for part in stream] for prefix, stream in found.items()}
     by_corpus: dict[str, dict[str, list[Tensor]]] = {corpus: {} for corpus in batches if to_run[corpus]}
     for prefix, corpora in reads.items():
         for corpus in corpora:
@@ -173,8 +192,8 @@ def divergence_metrics(scores: TokenScores, float_losses: Tensor) -> dict[str, f
 def write_windows(folder: Path, measured: Mapping[str, Mapping[str, Measured]], seqlen: int) -> None:
     """Write `folder/windows.parquet`: a row for each window with its mean loss under each model.
 
-    Columns: `key` (corpus@seqlen), `window`, `loss`, `kl` of the model under test, and `float_loss`, `rtn_loss` where
-    those were measured.
+    Columns: `key` (corpus@seqlen), `window`, `loss`, `kl` of the model under test, and `float_loss`, `rtn_loss`,
+    `prefixed_loss` where those were measured.
     """
     frames = []
     for corpus, models in measured.items():

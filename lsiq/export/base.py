@@ -11,6 +11,8 @@ from pydantic import Field
 
 from lsiq.formats import WeightFormat
 from lsiq.formats.mxint import MXInt
+from lsiq.methods.base import Method, WholeMethod, chain
+from lsiq.methods.lqer import LQER
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -133,6 +135,22 @@ def refuse_wide_scales(fmt: Integer, round_scales: bool, name: str) -> None:
             f"{name} holds scales of 16 bits, but quant.weight.scale={fmt.scale}; quantise with "
             "quant.weight.scale=float16, or let export.round_scales=true round the scales of this run"
         )
+
+
+def refuse_method(method: Method | WholeMethod, exporter: Exporter) -> None:
+    """Raise ValueError for methods whose model needs more than the format holds."""
+    first = getattr(method, "start", None) or method  # fine-tuning keeps what its start is made of
+    for link in chain(first):
+        if isinstance(link, LQER) and link.rank and not exporter.merges_branches:
+            raise ValueError(
+                f"export={exporter.name}: has no place for the low-rank products of method={method.name}; "
+                "use export=plain, or method.rank=0"
+            )
+        if needed := getattr(link, "at_inference", None):
+            raise ValueError(
+                f"export={exporter.name}: no format has a place for {needed}, which method={method.name} needs; "
+                "use another method, or rotate with method.places=[value]"
+            )
 
 
 def installed(packages: tuple[str, ...]) -> Mapping[str, str | None]:

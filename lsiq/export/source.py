@@ -25,6 +25,9 @@ NO_BRANCHES = (
 )
 
 
+NO_ROTATIONS = "inputs are turned while the model runs, which no exported format has a place for; export another run"
+
+
 @dataclass(frozen=True)
 class Source:
     """A model, the quantised blocks of a run, and the folder that the model came from.
@@ -61,6 +64,14 @@ class Source:
         linears = ((name, block.get_submodule(name)) for name in self.model.spec.linears)
         return {name: (linear.out_features, linear.in_features) for name, linear in linears}  # type: ignore[misc]
 
+    def check(self) -> None:
+        """Raise InputError where the blocks belong to another model than the checkpoint: turned, or after a prefix."""
+        if self.store.model_file.exists():
+            raise InputError(
+                f"{self.store.folder}: its blocks need a turned residual stream or a prefix, which no exported format "
+                "has a place for; export another run"
+            )
+
     def outside(self) -> Iterator[tuple[str, Tensor]]:
         """Embeddings, final norm and head, a tied head left out."""
         for name, parameter in self.model.skeleton.named_parameters():
@@ -85,6 +96,8 @@ class Source:
         result = self.store.read(index)
         if result.branches and not branches:
             raise InputError(f"block {index}: {NO_BRANCHES}")
+        if result.rotations:
+            raise InputError(f"block {index}: {NO_ROTATIONS}")
         if strangers := sorted(set(result.floats) - set(shapes)):
             raise InputError(
                 f"block {index}: the method made {', '.join(strangers)}, which {type(module).__name__} of transformers "

@@ -76,6 +76,7 @@ def _carry_out(
             f"{source.store.folder}: lacks blocks of the run or holds damaged ones; "
             "run it again with force=true, then export it"
         )
+    source.check()
     partial = target.with_name(f"{target.name}.partial")
     try:
         # A folder inside the run's is ours; another one may hold what somebody wants to keep.

@@ -110,7 +110,7 @@ class AWQ:
         changed: dict[str, Tensor] = {}
         metrics: dict[str, float] = {}
         whole = self._block_error(block, context) if self.search == "block" else None
-        for group in block.spec.groups:
+        for group in block.groups:
             seen = statistics[group.consumers[0]]
             judge = whole or LinearError(seen.gram)
             # Against the block as it came: scaling one group's rows changes no rounding of another's columns.

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lsiq.formats.branch import SideBranch
     from lsiq.formats.tensor import QuantizedTensor
     from lsiq.models.block import Block
+    from lsiq.models.loading import Model
+    from lsiq.rotation import Rotation
 
 Need = Literal["inputs", "targets"]
 
@@ -70,6 +72,7 @@ class BlockResult:
         reference: by dotted name of the linear's weight, the float weight that its codes stand for, where that is not
             the block's own: folded scales belong to it, clipping and learned increments do not. With `floats` it
             makes the same float function as the block. Not stored.
+        rotations: what turns the inputs of the linears, or queries and keys, while the block runs; named as in `Block`.
     """
 
     weights: Mapping[str, QuantizedTensor]
@@ -79,6 +82,7 @@ class BlockResult:
     trace: Sequence[Mapping[str, Any]] = ()
     branches: Mapping[str, SideBranch] = field(default_factory=dict)
     reference: Mapping[str, Tensor] = field(default_factory=dict)
+    rotations: Mapping[str, Rotation] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -115,6 +119,21 @@ class WholeMethod(Protocol):
         ...
 
 
+@runtime_checkable
+class ModelMethod(Protocol):
+    """A method that also prepares the whole model, once, before its first block is quantised."""
+
+    def prepare_model(self, model: Model, tokens: Tensor | None, batch: int, generator: torch.Generator) -> Model:
+        """Return the model that is quantised in place of `model`, which stays as it is.
+
+        Args:
+            tokens: `(N, T)` calibration tokens, or None.
+            batch: sequences that pass through a block at once.
+            generator: seeded for this run.
+        """
+        ...
+
+
 def chain(method: Method | WholeMethod) -> Iterator[Method | WholeMethod]:
     """The method and those it hands on to, from the outside in."""
     yield method
@@ -129,18 +148,29 @@ def quantize_prepared(
     quant: QuantSettings,
     context: Context,
     clipped: Mapping[str, Tensor] | None = None,
+    rotations: Mapping[str, Rotation] | None = None,
 ) -> BlockResult:
     """Let `method` quantise the block after some of its tensors were changed, and keep what is not a linear as floats.
 
-    This is how methods compose: one that prepares weights (SmoothQuant, AWQ) hands them to the one in its `then`.
+    This is how methods compose: one that prepares weights (SmoothQuant, AWQ) or turns inputs (DuQuant) hands the block
+    to the one in its `then`.
 
     Args:
         folded: tensors by dotted name that together leave the block's float function as it was.
-        clipped: linears' weights by dotted name that are to be rounded in place of the float ones.
+        clipped: linears' weights by dotted name that are to be rounded in place of the float ones; of turned inputs.
+        rotations: what turns inputs, named as in `Block`, after the tensors were folded.
     """
-    changed = {**folded, **(clipped or {})}
-    result = method.quantize_block(replace(block, weights={**block.weights, **changed}), quant, context)
+    exact = replace(block, weights={**block.weights, **folded}).turned(rotations or {})
+    prepared = replace(exact, weights={**exact.weights, **(clipped or {})})
+    result = method.quantize_block(prepared, quant, context)
     floats = {name: tensor for name, tensor in folded.items() if name not in block.linears}
     # What `method` folded itself, it folded into the clipped weights; none of those here clips and then folds.
-    reference = {name: folded.get(name, block.weights[name]) for name in block.linears if name in changed}
-    return replace(result, floats=floats | dict(result.floats), reference=reference | dict(result.reference))
+    reference = {
+        name: exact.weights[name] for name in block.linears if prepared.weights[name] is not block.weights[name]
+    }
+    return replace(
+        result,
+        floats=floats | dict(result.floats),
+        reference=reference | dict(result.reference),
+        rotations={**prepared.rotations, **dict(result.rotations)},
+    )

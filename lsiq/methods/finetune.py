@@ -15,7 +15,11 @@ from lsiq.parts.singular import Singular
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from lsiq.config import QuantSettings
+    from lsiq.models.loading import Model
 
 
 @settings
@@ -80,6 +84,16 @@ class FineTune:
     def after(self, folder: str) -> FineTune:
         """Return the same settings starting from what lies in `folder`."""
         return replace(self, run=folder, start=None)
+
+    def prepare_model(self, model: Model, tokens: Tensor | None, batch: int, generator: torch.Generator) -> Model:
+        """Return the model as that run prepared it: turned, or after its prefix."""
+        from pathlib import Path
+
+        from lsiq.store import BlockStore
+
+        del tokens, batch, generator
+        assert self.run is not None
+        return BlockStore(Path(self.run) / "blocks").read_model(model)
 
     def begin(self, quant: QuantSettings, context: Context) -> Method:
         from lsiq.finetune import tune

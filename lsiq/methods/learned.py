@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from lsiq.methods.base import BlockResult, Context, Need
+from lsiq.methods.base import BlockResult, Context, Method, Need, chain
 from lsiq.parts.base import Part
 from lsiq.parts.equivalent import Equivalent
 from lsiq.settings import settings
@@ -178,3 +178,13 @@ class Learned:
         }
         reference = {name: folded[name] for name in block.linears}
         return replace(result, reference=reference, metrics=metrics, state=state, trace=rows)
+
+
+def refuse_rounded_ahead(then: Method) -> None:
+    """Raise ValueError for a loss that sees later blocks rounded, as it would see them without online rotations."""
+    for method in chain(then):
+        if isinstance(method, Learned) and (ahead := method.training.ahead).blocks and ahead.later != "float":
+            raise ValueError(
+                f"then: training.ahead.later={ahead.later} rounds later blocks whose inputs are not turned yet; "
+                "behind online rotations use later=float or blocks=0"
+            )

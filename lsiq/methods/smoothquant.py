@@ -47,7 +47,7 @@ class SmoothQuant:
         assert context.inputs is not None  # the method asks for them
         ranges = extremes(block, context.inputs, context.batch)
         changed: dict[str, Tensor] = {}
-        for group in block.spec.groups:
+        for group in block.groups:
             if group.kind != "norm":
                 continue
             reach = ranges[group.consumers[0]].abs().amax(0)

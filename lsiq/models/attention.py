@@ -2,15 +2,16 @@
 
 The skeleton of every model attends through the function registered here. It is scaled dot-product attention as
 transformers has it; while an activation format is in force it first puts queries, keys and values (after the rotary
-embedding) on their grids. No layer of any model is copied or changed.
+embedding) on their grids, turned beforehand where that was asked for. No layer of any model is copied or changed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,23 +21,43 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lsiq.formats import ActivationFormat
+from lsiq.rotation import QUERY_KEY, Rotation
 
 NAME = "lsiq"
-_IN_FORCE: ContextVar[ActivationFormat | None] = ContextVar("activation format", default=None)
+
+
+@dataclass(frozen=True)
+class _Force:
+    format: ActivationFormat | None
+    query_key: Rotation | None
+
+
+_IN_FORCE: ContextVar[_Force | None] = ContextVar("what happens to queries, keys and values", default=None)
 
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over `(batch, heads, T, head_dim)` in the signature of transformers' attention functions."""
-    fmt = _IN_FORCE.get()
+    """Attention over `(batch, heads, T, head_dim)` in the signature of transformers' attention functions.
+
+    Keys and values that have no query of their own come from a prefix in the cache, and stay in float.
+    """
+    force = _IN_FORCE.get()
+    if force is not None and force.query_key is not None:
+        query, key = force.query_key.apply(query), force.query_key.apply(key)
+    fmt = None if force is None else force.format
     if fmt is None or not (fmt.attention or fmt.softmax):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if fmt.attention:
-        query, key, value = fmt.fake(query), fmt.fake(key), fmt.fake(value)
+        prefix = key.shape[2] - query.shape[2]
+        query, key, value = fmt.fake(query), _fake_after(prefix, key, fmt), _fake_after(prefix, value, fmt)
     if not fmt.softmax:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return _attend_with_quantised_softmax(query, key, value, attention_mask, kwargs.get("scaling"), fmt), None
+
+
+def _fake_after(prefix: int, x: Tensor, fmt: ActivationFormat) -> Tensor:
+    return torch.cat([x[:, :, :prefix], fmt.fake(x[:, :, prefix:])], 2) if prefix else fmt.fake(x)
 
 
 def _attend_with_quantised_softmax(
@@ -60,21 +81,40 @@ def _attend_with_quantised_softmax(
 
 
 @contextlib.contextmanager
-def activations(module: nn.Module, linears: tuple[str, ...], fmt: ActivationFormat | None) -> Iterator[None]:
-    """While this lasts, the inputs of `linears` inside `module`, and queries, keys and values, are in `fmt`."""
-    if fmt is None or not fmt.active:
+def activations(
+    module: nn.Module,
+    linears: tuple[str, ...],
+    fmt: ActivationFormat | None,
+    rotations: Mapping[str, Rotation] | None = None,
+) -> Iterator[None]:
+    """While this lasts, the inputs of `linears` inside `module`, and queries, keys and values, are turned and in `fmt`.
+
+    Args:
+        rotations: by name of the linear whose input is turned, or `query_key`; turned first, then rounded.
+    """
+    rotations = rotations or {}
+    active = fmt if fmt is not None and fmt.active else None
+    if active is None and not rotations:
         yield
         return
     last: list[tuple[Tensor, Tensor]] = []
 
-    def quantise(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # Linears of one stage read the same tensor: it is rounded once.
-        if not (last and last[0][0] is args[0]):
-            last[:] = [(args[0], fmt.fake(args[0]))]
-        return (last[0][1], *args[1:])
+    def prepare(rotation: Rotation | None) -> Callable[..., tuple[Tensor, ...]]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            # Linears of one stage read the same tensor: it is turned and rounded once.
+            if not (last and last[0][0] is args[0]):
+                turned = args[0] if rotation is None else rotation.apply(args[0])
+                last[:] = [(args[0], turned if active is None else active.fake(turned))]
+            return (last[0][1], *args[1:])
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(quantise) for name in linears]
-    token = _IN_FORCE.set(fmt)
+        return hook
+
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(prepare(rotations.get(name)))
+        for name in linears
+        if active is not None or name in rotations
+    ]
+    token = _IN_FORCE.set(_Force(active, rotations.get(QUERY_KEY)))
     try:
         yield
     finally:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -13,7 +13,9 @@ from torch.func import functional_call
 from lsiq.formats import ActivationFormat
 from lsiq.models.attention import activations
 from lsiq.models.branch import Factors, side_branches
-from lsiq.models.spec import ModelSpec
+from lsiq.models.prefix import BlockPrefix, KeysReached, PrefixCache, Recorder
+from lsiq.models.spec import Group, ModelSpec
+from lsiq.rotation import QUERY_KEY, Rotation
 
 if TYPE_CHECKING:
     from lsiq.methods.base import BlockResult
@@ -41,6 +43,9 @@ class Block:
             batch 1; they broadcast over any batch.
         dtype: the precision in which the block runs.
         unfoldable: why scales cannot be folded into its norms; None where they can.
+        rotations: by the first linear of a stage, what turns the stage's input while the block runs; `query_key` for
+            queries and keys, head by head after the rotary embedding. The weights are those of turned inputs.
+        prefix: tokens whose keys and values stand before those of every sequence.
     """
 
     module: nn.Module
@@ -50,6 +55,8 @@ class Block:
     kwargs: Mapping[str, Any]
     dtype: torch.dtype
     unfoldable: str | None = None
+    rotations: Mapping[str, Rotation] = field(default_factory=dict)
+    prefix: BlockPrefix | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -61,6 +68,31 @@ class Block:
         """Channels per attention head."""
         return self.module.get_submodule(self.spec.query.rpartition(".")[0]).head_dim  # type: ignore[return-value]
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The channels that may be rescaled: those of the family, less what is turned between producer and reader."""
+        return tuple(group for group in self.spec.groups if self.rotation_of(group.consumers[0]) is None)
+
+    def rotation_of(self, linear: str) -> Rotation | None:
+        """Return what turns the input of a linear, named without `.weight`."""
+        return next((self.rotations.get(stage[0]) for stage in self.spec.stages if linear in stage), None)
+
+    def turned(self, rotations: Mapping[str, Rotation]) -> Block:
+        """Return the block with more of its inputs turned, weights included; its function stays the same.
+
+        Args:
+            rotations: named as in the attribute; what is turned already is turned again.
+        """
+        device = next(iter(self.weights.values())).device
+        weights, all_rotations = dict(self.weights), dict(self.rotations)
+        for place, rotation in rotations.items():
+            rotation = rotation.to(device)
+            before = self.rotations.get(place)
+            all_rotations[place] = rotation if before is None else before.then(rotation)
+            for name in next((stage for stage in self.spec.stages if stage[0] == place), ()):
+                weights[f"{name}.weight"] = rotation.apply(weights[f"{name}.weight"])
+        return replace(self, weights=weights, rotations=all_rotations)
+
     def in_dtype(self, dtype: torch.dtype) -> Block:
         """Return the block running in another precision, rotary embeddings and float masks included."""
 
@@ -69,7 +101,11 @@ class Block:
                 return tuple(cast(item) for item in value)
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        return replace(self, dtype=dtype, kwargs={name: cast(value) for name, value in self.kwargs.items()})
+        prefix = self.prefix
+        if prefix is not None:
+            prefix = replace(prefix, kwargs={name: cast(value) for name, value in prefix.kwargs.items()})
+        kwargs = {name: cast(value) for name, value in self.kwargs.items()}
+        return replace(self, dtype=dtype, kwargs=kwargs, prefix=prefix)
 
     def with_weights(
         self,
@@ -87,19 +123,48 @@ class Block:
         # The function outlives the block, and must not keep its float32 weights alive.
         module, linears, own = self.module, self.spec.linears, self.kwargs
         beside = {name: (up.to(self.dtype), down.to(self.dtype)) for name, (up, down) in (branches or {}).items()}
+        rotations = {name: r for name in linears if (r := self.rotation_of(name)) is not None}
+        if QUERY_KEY in self.rotations:
+            rotations[QUERY_KEY] = self.rotations[QUERY_KEY]
+
+        def call(hidden: Tensor, kwargs: Mapping[str, Any], fmt: ActivationFormat | None) -> Tensor:
+            with activations(module, linears, fmt, rotations), side_branches(module, beside, fmt):
+                return functional_call(module, cast, (hidden,), dict(kwargs))
+
+        before = {} if self.prefix is None else {"past_key_values": _prefix_cache(self.prefix, self.dtype, call)}
 
         def run(hidden: Tensor, kwargs: Mapping[str, Any] | None = None, /) -> Tensor:
-            with activations(module, linears, activation), side_branches(module, beside, activation):
-                return functional_call(module, cast, (hidden,), dict(own if kwargs is None else kwargs))
+            return call(hidden, {**(own if kwargs is None else kwargs), **before}, activation)
 
         return run
 
     def with_result(self, result: BlockResult, activation: ActivationFormat | None = None) -> BlockFunction:
-        """Return the block with the weights that a result stands for."""
+        """Return, as a function, the block with the weights, rotations and side branches that a result stands for."""
         device = next(iter(self.weights.values())).device
         factors = {name: branch.decode() for name, branch in result.branches.items()}
         branches = {name: (up.to(device), down.to(device)) for name, (up, down) in factors.items()}
-        return self.with_weights(result_weights(result, self.weights), activation, branches)
+        return self.holding(result).with_weights({}, activation, branches)
+
+    def holding(self, result: BlockResult) -> Block:
+        """Return the block with the weights and rotations that a result stands for, without its side branches."""
+        return replace(self.turning(result), weights={**self.weights, **result_weights(result, self.weights)})
+
+    def turning(self, result: BlockResult) -> Block:
+        """Return the block with the rotations of a result, for whose inputs its weights are not made yet."""
+        device = next(iter(self.weights.values())).device
+        rotations = {place: rotation.to(device) for place, rotation in result.rotations.items()}
+        return replace(self, rotations={**self.rotations, **rotations})
+
+
+def _prefix_cache(
+    prefix: BlockPrefix, dtype: torch.dtype, call: Callable[[Tensor, Mapping[str, Any], None], Tensor]
+) -> PrefixCache:
+    """Make keys and values of the prefix with the block's weights; its activations are not rounded."""
+    try:
+        call(prefix.hidden.to(dtype), {**prefix.kwargs, "past_key_values": Recorder()}, None)
+    except KeysReached as reached:
+        return PrefixCache(reached.keys, reached.values)
+    raise AssertionError("the block ran without reaching its cache")
 
 
 def result_weights(result: BlockResult, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ from lsiq.errors import InputError
 from lsiq.models.attention import NAME
 from lsiq.models.block import Block
 from lsiq.models.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
+from lsiq.models.planting import Planting
+from lsiq.models.prefix import BlockPrefix, Prefix, after_prefix
+from lsiq.models.residual import turn_block
 from lsiq.models.spec import ModelSpec, check_supported, find_spec
 
 if TYPE_CHECKING:
@@ -39,6 +42,9 @@ class Model:
         checkpoint: where weights are read from.
         tokenizer: of transformers.
         device, dtype: where and in which precision blocks run.
+        planting: outliers that the float model is given on purpose; None for the model as it is.
+        residual: `(d, d)`, what turns the residual stream between the embeddings and the final norm; None for nothing.
+        prefix: tokens whose keys and values stand before those of every sequence; None for none.
     """
 
     config: Any
@@ -48,6 +54,15 @@ class Model:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
+    planting: Planting | None = None
+    residual: Tensor | None = None
+    prefix: Prefix | None = None
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a sequence may have, after the prefix; None where nothing limits it."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return limit if limit is None or self.prefix is None else limit - len(self.prefix.tokens)
 
     @property
     def depth(self) -> int:
@@ -69,7 +84,35 @@ class Model:
             for name, parameter in module.named_parameters()
         }
         unfoldable = self.spec.why_not_foldable(self.config)
-        return Block(module, self.spec, index, weights, kwargs, self.dtype, unfoldable)
+        block = Block(module, self.spec, index, weights, kwargs, self.dtype, unfoldable)
+        if self.planting is not None:
+            block = replace(block, weights=self.planting.apply(block.weights, self.spec, block.head_dim))
+        if self.residual is not None:
+            block = replace(block, weights=turn_block(block.weights, self.spec, self.residual))
+        if self.prefix is not None:
+            hidden = self._turn(self.prefix.hidden[index].to(self.device)[None])
+            block = replace(block, prefix=BlockPrefix(hidden, self.prefix.kwargs))
+        return block
+
+    def _turn(self, hidden: Tensor) -> Tensor:
+        return hidden if self.residual is None else (hidden.float() @ self.residual).to(hidden.dtype)
+
+    def turned_back(self, hidden: Tensor) -> Tensor:
+        """Return what left the last block `(…, d)` in the coordinates of the float model, on the device it is on."""
+        if self.residual is None:
+            return hidden
+        return (hidden.to(self.device).float() @ self.residual.t()).to(hidden.device, hidden.dtype)
+
+    @torch.no_grad()
+    def with_prefix(self, tokens: Tensor) -> Model:
+        """Return the model with `tokens (P,)` before every sequence, read once by the float model."""
+        plain = replace(self, residual=None, prefix=None)
+        hidden, kwargs = plain._reach_first_block(tokens[None])
+        states = []
+        for index in range(self.depth):
+            states.append(hidden[0].float().cpu())
+            hidden = plain.block(index, kwargs).with_weights({})(hidden)
+        return replace(self, prefix=Prefix(tokens, torch.stack(states), kwargs))
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, batch: int) -> tuple[Tensor, dict[str, Any]]:
@@ -79,8 +122,13 @@ class Model:
             tokens: `(N, T)` token ids.
             batch: sequences embedded at once.
         """
+        before = 0 if self.prefix is None else len(self.prefix.tokens)
+        if self.prefix is not None:
+            tokens = torch.cat([self.prefix.tokens.expand(len(tokens), -1), tokens], 1)
         _, kwargs = self._reach_first_block(tokens[:1])
-        parts = [self._reach_first_block(part)[0].cpu() for part in tokens.split(batch)]
+        if before:
+            kwargs = after_prefix(kwargs, before)
+        parts = [self._turn(self._reach_first_block(part)[0][:, before:]).cpu() for part in tokens.split(batch)]
         hidden = torch.cat(parts)
         return (hidden.pin_memory() if self.device.type == "cuda" else hidden), kwargs
 
@@ -103,7 +151,7 @@ class Model:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `(batch, T, vocabulary)` in float32 of what left the last block; differentiable."""
         base = self.skeleton.get_submodule(self.spec.blocks.rpartition(".")[0])
-        hidden = hidden.to(self.device)
+        hidden = self.turned_back(hidden.to(self.device))
         for name in ("norm", "final_layer_norm", "project_out"):
             if isinstance(module := getattr(base, name, None), nn.Module):
                 hidden = module(hidden)
@@ -126,9 +174,21 @@ def load(settings: ModelSettings, folder: Path | None, device: torch.device, see
     else:
         checkpoint = open_checkpoint(folder, settings.allow_pickle)
     dtype = _dtype(settings.dtype, device, config)
-    return Model(
-        config, spec, _skeleton(config, spec, checkpoint, device, dtype), checkpoint, _tokenizer(folder), device, dtype
-    )
+    planting = _planting(settings, config, spec)
+    skeleton = _skeleton(config, spec, checkpoint, device, dtype)
+    return Model(config, spec, skeleton, checkpoint, _tokenizer(folder), device, dtype, planting)
+
+
+def _planting(settings: ModelSettings, config: Any, spec: ModelSpec) -> Planting | None:
+    if not settings.outliers:
+        return None
+    if (reason := spec.why_not_foldable(config)) is not None:
+        raise InputError(f"model.outliers={settings.outliers}: none can be planted in this model, for {reason}")
+    channels = config.num_key_value_heads if hasattr(config, "num_key_value_heads") else config.num_attention_heads
+    channels *= getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if settings.outliers > channels:
+        raise InputError(f"model.outliers={settings.outliers}: this model's values have {channels} channels; use fewer")
+    return Planting(settings.outliers, settings.outlier_strength)
 
 
 def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:

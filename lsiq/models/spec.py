@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,9 @@ class ModelSpec:
         blocks: dotted name of the list of blocks.
         stages: the linears of a block, in the order in which a token meets them; linears of one stage share an input.
         groups: the channels that may be rescaled.
+        homogeneous: channels that reach their reader through a ReLU, which positive scales commute with; outliers can
+            be planted there, but no method folds a scale.
+        norm_subtracts_mean: whether the norms are LayerNorms.
         query, key: the linears whose outputs meet in the attention scores.
     """
 
@@ -40,12 +44,28 @@ class ModelSpec:
     blocks: str
     stages: tuple[tuple[str, ...], ...]
     groups: tuple[Group, ...]
+    homogeneous: tuple[Group, ...] = ()
+    norm_subtracts_mean: bool = False
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
 
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(name for stage in self.stages for name in stage)
+
+    @property
+    def writers(self) -> tuple[str, str]:
+        """The linears that write to the residual stream: the output projection and the block's last."""
+        (output,) = self.stages[1]
+        (last,) = self.stages[-1]
+        return output, last
+
+    def inputs(self, places: Sequence[str]) -> tuple[str, ...]:
+        """Return the first linear of each stage whose input is at one of `places`: norm, output, down."""
+        output, last = self.writers
+        named = {"norm": [group.consumers[0] for group in self.groups if group.kind == "norm"]}
+        named |= {"output": [output], "down": [last]}
+        return tuple(name for place, names in named.items() if place in places for name in names)
 
     def why_not_foldable(self, config: Any) -> str | None:
         """Why scales cannot be folded into this model's norms, or None where they can."""

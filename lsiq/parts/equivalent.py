@@ -122,7 +122,7 @@ class Equivalent:
         return quant.activation.active or families is None or block.spec.model_type in families
 
     def _groups(self, block: Block) -> Iterator[Group]:
-        return (group for group in block.spec.groups if group.kind in self.pairs)
+        return (group for group in block.groups if group.kind in self.pairs)
 
     def _shifts(self, group: Group, block: Block, quant: QuantSettings) -> bool:
         biases = all(f"{name}.bias" in block.weights for name in (group.producer, *group.consumers))

@@ -19,12 +19,15 @@ from lsiq.models.loading import Model, load
 
 # Methods that train whole models are tested where there is one.
 METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml") if "FineTune" not in file.read_text())
+# Searches that are long by default.
+SHORTER = {"duquant": ["method.steps=8"]}
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=METHODS)
 def config(request: pytest.FixtureRequest, checkpoint: Path) -> RunConfig:
-    return parse(compose_run(f"model.path={checkpoint}", f"method={request.param}", "quant.weight.group=32"))
+    shorter = SHORTER.get(request.param, [])
+    return parse(compose_run(f"model.path={checkpoint}", f"method={request.param}", "quant.weight.group=32", *shorter))
 
 
 @pytest.fixture

@@ -1,0 +1,89 @@
+"""Tokens that stand in the key-value cache before every sequence.
+
+A sequence after a prefix is a window of a longer one: positions go on after the prefix, and every token attends to it.
+The prefix itself is never quantised: for each block the float model's states of its tokens are kept, and the block
+makes keys and values of them with the weights it has at the time, so that what is folded into values or keys holds for
+the prefix too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prefix of a whole model.
+
+    Attributes:
+        tokens: `(P,)` token ids.
+        hidden: `(depth, P, d)` float32, what the float model feeds each block for them.
+        kwargs: the keyword arguments that the model passes to every block for the prefix alone.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BlockPrefix:
+    """A prefix as one block meets it: `hidden (1, P, d)` on the block's device, and the keyword arguments for it."""
+
+    hidden: Tensor
+    kwargs: Mapping[str, Any]
+
+
+class KeysReached(Exception):  # noqa: N818 (not an error: it ends a forward pass early)
+    """Carries keys and values, `(1, heads, P, head_dim)` each, out of a layer before it attends."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+
+class Recorder:
+    """In place of a cache of transformers: ends the layer's forward pass with its keys and values."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        del layer
+        raise KeysReached(keys, values)
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """In place of a cache of transformers: puts the same keys and values in front of every sequence's own."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        del layer
+        batch = keys.shape[0]
+        return (
+            torch.cat([self.keys.expand(batch, -1, -1, -1), keys], 2),
+            torch.cat([self.values.expand(batch, -1, -1, -1), values], 2),
+        )
+
+
+def after_prefix(kwargs: Mapping[str, Any], prefix: int) -> dict[str, Any]:
+    """Return the blocks' keyword arguments for what follows the first `prefix` tokens, which are in the cache.
+
+    Args:
+        kwargs: as the model gives them for prefix and sequence together, at batch 1.
+    """
+    positions = kwargs["position_ids"].shape[1]
+    changed = dict(kwargs)
+    changed["position_ids"] = kwargs["position_ids"][:, prefix:]
+    if "position_embeddings" in kwargs:
+        changed["position_embeddings"] = tuple(part[:, prefix:] for part in kwargs["position_embeddings"])
+    mask = kwargs["attention_mask"]
+    if mask is None:  # plain causal attention, which has no short form where there are more keys than queries
+        device = kwargs["position_ids"].device
+        mask = torch.ones(1, 1, positions, positions, dtype=torch.bool, device=device).tril()
+    changed["attention_mask"] = mask[..., prefix:, :]
+    return changed
