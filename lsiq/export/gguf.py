@@ -66,7 +66,7 @@ class GGUF(Destination):
 
     @property
     def loaders(self) -> tuple[Loader, ...]:
-        return (Loader(("transformers", "gguf"), _load),)
+        return (Loader(("transformers", "gguf", "accelerate"), _load),)
 
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=gguf")
