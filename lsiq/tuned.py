@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lsiq.formats.integer import Integer
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.methods.base import BlockResult, Context
 from lsiq.models.block import Block
@@ -113,6 +114,7 @@ class TunedBlock:
         grid = self.grids[name]
         if name not in self.growth:
             return grid
+        assert isinstance(grid.format, Integer)  # the configuration refuses to train other formats' step sizes
         return replace(grid, scale=grid.format.storable(grid.scale * self.growth[name].exp()))
 
     def _in_steps(self, draft: Draft, name: str) -> Tensor:

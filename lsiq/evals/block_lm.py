@@ -10,6 +10,7 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from lsiq.errors import InputError
 from lsiq.evals.likelihood import Likelihoods, Pair
 
 # Window of the rolling likelihood where a model names no limit of its own; as the harness has it.
@@ -74,7 +75,9 @@ class BlockLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        raise NotImplementedError("only tasks that rank or score answers are loaded (lsiq.evals.tasks)")
+        """Refuse: `load_tasks` lets only tasks through that rank or score answers."""
+        del disable_tqdm
+        raise InputError(f"eval.tasks: {len(requests)} requests ask for generated text, which is not measured here")
 
     def _measure(self, pairs: Sequence[Pair]) -> Likelihoods:
         with contextlib.redirect_stderr(self._stderr):  # the harness is kept quiet, our progress is not

@@ -81,20 +81,9 @@ class CompressedTensors(Destination):
         return decoded(result)
 
     def write(self, source: Source, folder: Path) -> None:
-        from lsiq.export.shards import ShardWriter, copy_companions, write_json
+        from lsiq.export.shards import copy_companions, write_json, write_packed
 
-        writer = ShardWriter(folder)
-        for name, tensor in source.outside():
-            writer.add(name, tensor)
-        for index in range(source.model.depth):
-            result, prefix = source.block(index), source.prefix(index)
-            for name, tensor in result.floats.items():
-                writer.add(prefix + name, tensor)
-            for name, weight in result.weights.items():
-                parts = _integers(weight) if source.quant.activation.active else _packed(weight)
-                for part, tensor in parts.items():
-                    writer.add(f"{prefix}{name.removesuffix('.weight')}.{part}", tensor)
-        writer.finish()
+        write_packed(source, folder, _integers if source.quant.activation.active else _packed)
         write_json(folder / "config.json", {**source.config, "quantization_config": _config(source)})
         copy_companions(source.checkpoint, folder)
 

@@ -80,19 +80,9 @@ class GPTQLayout(Destination):
         return decoded(with_half_scales(result))
 
     def write(self, source: Source, folder: Path) -> None:
-        from lsiq.export.shards import ShardWriter, copy_companions, write_json
+        from lsiq.export.shards import copy_companions, write_json, write_packed
 
-        writer = ShardWriter(folder)
-        for name, tensor in source.outside():
-            writer.add(name, tensor)
-        for index in range(source.model.depth):
-            result, prefix = source.block(index), source.prefix(index)
-            for name, tensor in result.floats.items():
-                writer.add(prefix + name, tensor)
-            for name, weight in result.weights.items():
-                for part, tensor in _packed(weight).items():
-                    writer.add(f"{prefix}{name.removesuffix('.weight')}.{part}", tensor)
-        writer.finish()
+        write_packed(source, folder, _packed)
         settings = _config(source)
         write_json(folder / "config.json", {**source.config, "quantization_config": settings})
         write_json(folder / "quantize_config.json", settings)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lsiq.export.source import Source
+    from lsiq.formats.tensor import QuantizedTensor
 
 # What lies beside the weights of a checkpoint and holds for its quantised form as well.
 _COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
@@ -74,3 +78,18 @@ def copy_companions(checkpoint: Path, folder: Path) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def write_packed(source: Source, folder: Path, pack: Callable[[QuantizedTensor], Mapping[str, Tensor]]) -> None:
+    """Write a run's tensors, each quantised weight as the parts that `pack` makes of it, by their names."""
+    writer = ShardWriter(folder)
+    for name, tensor in source.outside():
+        writer.add(name, tensor)
+    for index in range(source.model.depth):
+        result, prefix = source.block(index), source.prefix(index)
+        for name, tensor in result.floats.items():
+            writer.add(prefix + name, tensor)
+        for name, weight in result.weights.items():
+            for part, tensor in pack(weight).items():
+                writer.add(f"{prefix}{name.removesuffix('.weight')}.{part}", tensor)
+    writer.finish()

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def check_activation_bits(bits: int) -> None:
+    """Raise ValueError for widths that are neither narrow nor float."""
+    if 8 < bits < 16:
+        raise ValueError(f"bits={bits}: nothing lies between 8 and 16; use 4 to 8, or 16 for float activations")
+
+
 @settings
 class Activation:
     """Dynamic integers of `bits` bits: the range is the minimum and maximum (zero included) of what is rounded.
@@ -32,10 +38,7 @@ class Activation:
     softmax: bool = Field(False, description="true quantises the attention weights as well")
 
     def __post_init__(self) -> None:
-        if 8 < self.bits < 16:
-            raise ValueError(
-                f"bits={self.bits}: nothing lies between 8 and 16; use 4 to 8, or 16 for float activations"
-            )
+        check_activation_bits(self.bits)
 
     @property
     def active(self) -> bool:

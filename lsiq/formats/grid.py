@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from lsiq.errors import ConfigError
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Grid:
+class Grid(ABC):
     """Weights on `(code - zero) · scale`, with one scale and zero point per group of inputs.
 
     A format says how wide its groups are (`width`), which codes it has (`lowest … levels`) and how `fit` makes scale
@@ -21,14 +22,14 @@ class Grid:
     lowest = 0  # the smallest code
 
     @property
+    @abstractmethod
     def levels(self) -> int:
         """The largest code."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def width(self) -> int | None:
         """Inputs that share a scale; None for a whole output channel."""
-        raise NotImplementedError
 
     def grouped(self, w: Tensor) -> Tensor:
         """View `w (out, in)` as `(out, groups, width)`."""
@@ -39,16 +40,12 @@ class Grid:
         groups = self.grouped(w)
         return groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
 
+    @abstractmethod
     def fit(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and zero point, both `(out, groups, 1)`, of the grid that spans `lo … hi`.
 
         The zero point is whole-numbered, in the dtype of the scale. Gradients reach `lo` and `hi` through the scale.
         """
-        raise NotImplementedError
-
-    def storable(self, scale: Tensor) -> Tensor:
-        """Return step sizes as they can be stored; only formats with step sizes of their own have this."""
-        raise NotImplementedError
 
     def fake(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return `w (out, in)` on the grid, in its own dtype; rounding lets gradients straight through.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from lsiq.formats.activation import check_activation_bits
 from lsiq.formats.grid import Grid, check_divides, round_through
 from lsiq.settings import settings
 
@@ -91,10 +92,7 @@ class MXActivation:
     softmax: bool = Field(False, description="true quantises the attention weights as well")
 
     def __post_init__(self) -> None:
-        if 8 < self.bits < 16:
-            raise ValueError(
-                f"bits={self.bits}: nothing lies between 8 and 16; use 4 to 8, or 16 for float activations"
-            )
+        check_activation_bits(self.bits)
 
     @property
     def active(self) -> bool:
