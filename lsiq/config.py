@@ -115,6 +115,12 @@ class CalibSettings:
     path: str | None = Field(None, description="the text to read for corpus=file, or a local copy of a hub corpus")
     fields: list[str] = Field(["text"], min_length=1, description="the fields of a jsonl line that hold text")
     samples: int = Field(128, ge=1, le=1_000_000, description="sequences drawn, at least 1")
+    written: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="sequences that the float model writes itself, besides those drawn; 0 for none",
+    )
     seqlen: int = Field(ge=8, description="tokens per sequence, at least 8")
     batch: int = Field(8, ge=1, description="sequences that pass through a block at once, at least 1")
 
@@ -210,10 +216,11 @@ class RunConfig:
                 f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are powers of two and "
                 "cannot be trained; use method.scales=null or an integer format"
             )
-        if self.calib.corpus is None and self.method.needs and self.quant.name != "fp16":
+        calib = self.calib
+        if calib.corpus is None and not calib.written and self.method.needs and self.quant.name != "fp16":
             raise ValueError(
                 f"calib.corpus=null: method {self.method.name} needs calibration tokens; "
-                "choose calib=bundled or calib=file"
+                "choose calib=bundled, calib=written or calib=file"
             )
 
 
@@ -251,7 +258,8 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     """Return `cfg` as plain data, interpolations resolved.
 
     A local checkpoint takes its folder's name unless it was given one, so that records do not carry the name of the
-    model whose group file happened to be the default. A model with planted outliers says so in its name.
+    model whose group file happened to be the default. A model with planted outliers says so in its name. Of a method
+    that has a recipe for each family of formats only the one that is carried out remains.
     """
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -259,6 +267,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{error.full_key} has no value; give it as {error.full_key}=…") from error
     assert isinstance(plain, dict)
     plain.pop("from", None)  # says whose settings these are, and is none of them
+    plain["method"] = _recipe(plain.get("method"), plain.get("quant"))
     model = plain.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         model.update(bundled=None, hub=None, published={})
@@ -268,6 +277,15 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     if isinstance(model, dict) and isinstance(count := model.get("outliers"), int) and count > 0:
         model["name"] = f"{model.get('name')}+{count}outliersx{model.get('outlier_strength')}"
     return {str(key): value for key, value in plain.items()}
+
+
+def _recipe(method: Any, quant: Any) -> Any:
+    """Return the recipe for this format, where a method's file has one for float and one for quantised activations."""
+    if not isinstance(method, dict) or set(method) != {"weight_only", "weight_activation"}:
+        return method
+    activation = quant.get("activation") if isinstance(quant, dict) else None
+    bits = activation.get("bits") if isinstance(activation, dict) else None
+    return method["weight_only" if bits in (None, 16) else "weight_activation"]
 
 
 # How and where a run is carried out, against what it is.

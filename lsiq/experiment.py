@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lsiq.calib.corpora import read_corpus
 from lsiq.calib.tokens import draw_windows, random_windows, token_hash
+from lsiq.calib.written import write_sequences
 from lsiq.config import RunConfig
 from lsiq.cost import float_cost, model_cost
 from lsiq.errors import ConfigError
@@ -194,25 +195,35 @@ def block_row(report: BlockReport, before: Sequence[Mapping[str, Any]]) -> dict[
 
 
 def calibration_tokens(config: RunConfig, model: Model) -> Tensor | None:
-    """Draw the calibration windows `(samples, seqlen)`; None for `calib=none`.
+    """Draw the calibration windows `(samples + written, seqlen)`, those that the model writes last; None for no data.
 
     A method that needs no data gets few: they only measure the error of each block.
     """
+    parts = []
+    if config.calib.corpus is not None:
+        parts.append(drawn_tokens(config, model, limit=None if config.method.needs else SAMPLES_TO_MEASURE))
+    if config.calib.written and (config.method.needs or not parts):
+        count = config.calib.written if config.method.needs else min(config.calib.written, SAMPLES_TO_MEASURE)
+        parts.append(write_sequences(model, count, config.calib.seqlen, config.seed))
+    return torch.cat(parts) if parts else None
+
+
+def drawn_tokens(config: RunConfig, model: Model, limit: int | None) -> Tensor:
+    """Draw `(samples, seqlen)` token ids from the calibration corpus, at most `limit` sequences."""
     calib = config.calib
-    if calib.corpus is None:
-        return None
-    samples = calib.samples if config.method.needs else min(calib.samples, SAMPLES_TO_MEASURE)
+    samples = calib.samples if limit is None else min(calib.samples, limit)
     if calib.corpus == "random":
         return random_windows(model.config.vocab_size, samples, calib.seqlen, config.seed)
+    assert calib.corpus is not None
     text = read_corpus(calib.corpus, "calibration", calib.path, calib.fields)
-    name = calib.path or calib.corpus
-    return draw_windows(text, model.tokenizer, samples, calib.seqlen, config.seed, name)
+    return draw_windows(text, model.tokenizer, samples, calib.seqlen, config.seed, calib.path or calib.corpus)
 
 
 def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:
     """Raise ConfigError where a window, after `prefix` tokens, is longer than the positions the model knows."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    lengths = {"calib.seqlen": config.calib.seqlen} if config.calib.corpus is not None else {}
+    calibrates = config.calib.corpus is not None or config.calib.written
+    lengths = {"calib.seqlen": config.calib.seqlen} if calibrates else {}
     lengths |= {"eval.seqlen": config.eval.seqlen} if config.eval.corpora else {}
     for key, seqlen in lengths.items():
         if limit is not None and prefix + seqlen > limit:

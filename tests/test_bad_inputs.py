@@ -124,8 +124,15 @@ CONFIG_ERRORS = {
     "from-without-export": (["from=nothing"], ["from=nothing", "export="]),
     "from-with-settings": (["from=x", "export=plain", "quant=w2a16"], ["quant=w2a16", "from=x"]),
     "scales-of-blocks": (["method=e2e", "method.run=x", "quant=w4a8-mxint"], ["method.scales", "powers of two"]),
-    "two-starts": (["method=best", "method.run=x"], ["run and start", "one of them"]),
-    "tuned-low-rank": (["method=best", "method@method.start=lqer"], ["method.start", "low-rank", "not trained"]),
+    "two-starts": (["method=best", "method.weight_only.run=x"], ["run and start", "one of them"]),
+    "steps-of-norms": (
+        ["method=dense", "method.parts.0.unit=step", "method.parts.0.tensors=all"],
+        ["unit=step", "linears"],
+    ),
+    "tuned-low-rank": (
+        ["method=e2e", "method.run=null", "method@method.start=lqer"],
+        ["method.start", "low-rank", "not trained"],
+    ),
     "signed-part-unknown": (["method=lsi", "method.training.signed=[clap]"], ["training.signed", "has no clap"]),
     "window-weights": (["method=lsi", "method.training.ahead.weights=[1,1]"], ["training.ahead", "blocks=0 needs 1"]),
     "no-full-logit": (["method=lwc", "method.parts.0.start_logit=null"], ["start_logit=null", "form=linear"]),

@@ -40,6 +40,17 @@ def test_every_file_begins_with_what_it_is(group: str, choice: str) -> None:
     assert len(first) > 20
 
 
+def test_the_best_recipe_follows_the_format() -> None:
+    chosen = {quant: parse(compose_run("method=best", f"quant={quant}")).method for quant in ("w2a16g128", "w4a4")}
+    assert {quant: method.start.name for quant, method in chosen.items()} == {
+        "w2a16g128": "best-blocks",
+        "w4a4": "smoothquant+rotate+best-blocks",
+    }
+    assert {method.name for method in chosen.values()} == {"best"}
+    plain = plain_config(compose_run("method=best", "quant=w4a4"))
+    assert "weight_only" not in plain["method"]  # the record holds what was carried out
+
+
 def test_quant_files_are_called_what_they_are() -> None:
     for file in (CONF / "quant").glob("*.yaml"):
         assert parse(compose_run(f"quant={file.stem}")).quant.name == file.stem

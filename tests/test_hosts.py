@@ -91,6 +91,7 @@ def hosts(then: Method) -> dict[str, Method]:
     made["duquant"] = DuQuant(block=32, steps=8, then=then)
     made["smoothed-duquant"] = SmoothQuant(then=DuQuant(block=32, steps=8, then=then))
     made["turned-twice"] = Rotate(places=["norm", "down"], then=DuQuant(block=32, steps=8, then=then))
+    made["smoothed"] = SmoothQuant(places=["norm", "value", "down"], then=then)
     made["turned-smoothed"] = Rotate(places=["norm", "value"], then=SmoothQuant(then=then))
     return made
 
@@ -130,6 +131,16 @@ def test_a_turned_residual_stream_leaves_the_model_as_it_was(checkpoint: Path) -
     norm = next(group.producer for group in block.spec.groups if group.kind == "norm")
     assert torch.equal(block.weights[f"{norm}.weight"], torch.ones(96))
     assert not torch.allclose(first_block(turned)[1], first_block(model)[1], atol=0.1)
+
+
+def test_smoothing_every_place_undoes_planted_outliers(checkpoint: Path) -> None:
+    model = load_small(checkpoint)
+    planted = replace(model, planting=Planting(4, 30.0))
+    everywhere, norms = (SmoothQuant(places=places, then=RTN()) for places in (["norm", "value", "down"], ["norm"]))
+    plain = block_error(everywhere, *first_block(model))
+    # Scales are equivariant, so what was planted cancels; measured: equal to 1e-4 of the error.
+    assert block_error(everywhere, *first_block(planted)) == pytest.approx(plain, rel=1e-3)
+    assert block_error(norms, *first_block(planted)) > 2 * plain
 
 
 def test_a_model_that_normalises_after_its_layers_is_not_turned(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "hardened": (Rounding(hardening=0.5), Clip(form="linear")),
     "rounding": (Rounding(), Clip(form="linear")),
     "dense": (Dense(tensors="all"), Clip(search=True)),
+    "dense-steps": (Dense(unit="step"), Clip()),
     "everything": (Expansion(), Equivalent(search=True), Dense(), Clip(search=True), Rounding()),
     "fold-first": (Equivalent(), Singular(corner=8), Clip()),
 }

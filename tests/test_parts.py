@@ -170,6 +170,22 @@ def test_training_all_tensors_changes_norms_too(checkpoint: Path) -> None:
     assert set(result.floats) == set(block.weights) - set(block.linears)
 
 
+def test_increments_in_steps_do_not_depend_on_the_scale_of_the_weights(checkpoint: Path) -> None:
+    block, context = setting(checkpoint)
+    name = block.linears[0]
+    changes = []
+    for factor in (1.0, 8.0):  # a power of two, so that grids scale without rounding
+        scaled = replace(block, weights={**block.weights, name: block.weights[name] * factor})
+        part = Dense(unit="step")
+        state = part.start(scaled, W2, context)
+        state.parameters[f"{name}:change"] += 1.0
+        changed = part.apply(Draft(scaled.weights), state, scaled).weights[name]
+        changes.append((changed - scaled.weights[name]) / factor)
+    step, _ = W2.weight.fit(*W2.weight.extremes(block.weights[name]))
+    assert torch.allclose(changes[0], changes[1], atol=1e-6)  # measured: 1.2e-7
+    assert torch.allclose(changes[0].unflatten(1, (-1, 32)), step.expand(-1, -1, 32), atol=1e-6)  # measured: 6e-8
+
+
 def loss_at_the_start(parts: tuple[Part, ...], block: Block, context: Context) -> float:
     learned = learn(parts, schedule_of(epochs=1, batch=8), block, W2, replace(context, generator=fresh()))
     return learned.epochs[0].loss

@@ -71,7 +71,15 @@ class Block:
     @property
     def groups(self) -> tuple[Group, ...]:
         """The channels that may be rescaled: those of the family, less what is turned between producer and reader."""
-        return tuple(group for group in self.spec.groups if self.rotation_of(group.consumers[0]) is None)
+        return self._unturned(self.spec.groups)
+
+    @property
+    def homogeneous(self) -> tuple[Group, ...]:
+        """Further channels that may be rescaled, which reach their reader through a ReLU."""
+        return self._unturned(self.spec.homogeneous)
+
+    def _unturned(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        return tuple(group for group in groups if self.rotation_of(group.consumers[0]) is None)
 
     def rotation_of(self, linear: str) -> Rotation | None:
         """Return what turns the input of a linear, named without `.weight`."""

@@ -35,7 +35,7 @@ class ModelSpec:
         stages: the linears of a block, in the order in which a token meets them; linears of one stage share an input.
         groups: the channels that may be rescaled.
         homogeneous: channels that reach their reader through a ReLU, which positive scales commute with; outliers can
-            be planted there, but no method folds a scale.
+            be planted there, and smoothing can be asked to fold a scale.
         norm_subtracts_mean: whether the norms are LayerNorms.
         query, key: the linears whose outputs meet in the attention scores.
     """

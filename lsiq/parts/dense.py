@@ -11,6 +11,8 @@ from lsiq.parts.base import Draft, PartState
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lsiq.config import QuantSettings
     from lsiq.methods.base import Context
     from lsiq.models.block import Block
@@ -22,31 +24,45 @@ class Dense:
 
     It is what `Singular` approaches with a corner as large as the core. The grid follows `W'`; with `Clip` behind it
     the step sizes are trained as well. `tensors=all` also trains the norms and the biases, which cost nothing at
-    inference.
+    inference. With `unit=step` the entries of `D` count in steps of the float weights' grid, so that one rate suits
+    every width of weights and every scale of them.
 
     Source: the block-wise stage of EfficientQAT (arXiv 2407.11062, section 3.2).
     Deviation: step sizes follow the weights' range times learned factors; there they are parameters of their own.
     """
 
     lr: float | None = Field(1e-3, gt=0, description="learning rate of the increments, above 0; null: 1 / steps")
+    unit: Literal["weight", "step"] = Field(
+        "weight", description="what increments and their rate count in: weight, or step (of each group's grid)"
+    )
     tensors: Literal["linears", "all"] = Field(
         "linears", description="linears, or all: with the norms and the biases of the block"
     )
+
+    def __post_init__(self) -> None:
+        if self.unit == "step" and self.tensors == "all":
+            raise ValueError("unit=step: norms and biases have no grid to count steps of; use tensors=linears")
 
     @property
     def name(self) -> str:
         return "dense"
 
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
-        del quant, context
+        del context
         names = block.linears if self.tensors == "linears" else tuple(block.weights)
         parameters = {f"{name}:change": block.weights[name].new_zeros(block.weights[name].shape) for name in names}
-        return PartState(parameters, bulky=frozenset(parameters))
+        constants: dict[str, Tensor] = {}
+        if self.unit == "step":
+            for name in names:
+                constants[f"{name}:step"], _ = quant.weight.fit(*quant.weight.extremes(block.weights[name]))
+        return PartState(parameters, constants, bulky=frozenset(parameters))
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
         del block
-        changed = {
-            key.removesuffix(":change"): draft.weights[key.removesuffix(":change")] + change
-            for key, change in state.parameters.items()
-        }
+        changed: dict[str, Tensor] = {}
+        for key, change in state.parameters.items():
+            name = key.removesuffix(":change")
+            if (step := state.constants.get(f"{name}:step")) is not None:
+                change = (change.unflatten(1, (step.shape[1], -1)) * step).flatten(1)
+            changed[name] = draft.weights[name] + change
         return replace(draft, weights={**draft.weights, **changed})
