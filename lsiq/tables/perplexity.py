@@ -16,13 +16,20 @@ EQUAL_BITS = 1.02
 
 
 def bundled_perplexity(
-    runs: Runs, settings: Sequence[str], name: str, caption: str, measure: str = "ppl", methods: Sequence[str] = ()
+    runs: Runs,
+    settings: Sequence[str],
+    name: str,
+    caption: str,
+    measure: str = "ppl",
+    methods: Sequence[str] = (),
+    gaps: bool = True,
 ) -> Table:
     """Return the study's table of the bundled models: a row per setting and method, a column per model and corpus.
 
     Args:
         measure: ppl, or excess: its logarithm over the float model's.
         methods: the rows of each setting; by default all of the study and the float model.
+        gaps: whether rows without a number stay, with the commands that measure them.
     """
     columns = _measured_columns(runs, measure)
     rows: list[Row] = []
@@ -40,6 +47,7 @@ def bundled_perplexity(
             cells = _samples(runs, columns, setting, method, measure)
             labels = (setting, method, "" if spent is None else f"{spent:.2f}")
             rows.append(Row(labels, cells, setting, competes))
+    rows = [row for row in rows if gaps or any(cell.ours for cell in row.cells)]
     heads = ("setting", "method", "bits", *(f"{model}, {CORPORA[corpus.split('@')[0]]}" for model, corpus in columns))
     digits = 2 if measure == "ppl" else 3
     return Table(
@@ -48,7 +56,7 @@ def bundled_perplexity(
         heads,
         best_in_bold(rows),
         number=decimals(digits),
-        commands=STUDY.commands(_missing(rows, columns)),
+        commands=STUDY.commands(_missing(rows, columns)) if gaps else (),
     )
 
 
@@ -98,7 +106,12 @@ def hub_perplexities(
 
 
 def _hub_rows(
-    runs: Runs, literature: Literature, models: Sequence[str], settings: Sequence[str], corpus: str, always: Sequence[str]
+    runs: Runs,
+    literature: Literature,
+    models: Sequence[str],
+    settings: Sequence[str],
+    corpus: str,
+    always: Sequence[str],
 ) -> list[Row]:
     rows = []
     for setting, method in [("fp16", "fp16"), *((s, m) for s in settings for m in (*METHODS[1:], *OTHERS))]:

@@ -13,7 +13,7 @@ from lsiq.tables.runs import Run, without_nulls
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What changes how a number is computed, and moves it less than a seed does: none of it makes another method.
-_SAME = ("calib.batch", "method.training.precision", "method.training.graphs")
+_SAME = ("calib.batch", "precision", "product", "graphs")
 # A run of one model, setting and method.
 Job = tuple[str, str, str]
 
@@ -48,14 +48,14 @@ class Protocol:
 
     def commands(self, jobs: Iterable[Job]) -> list[str]:
         """Return commands that carry out just these jobs, as few as products of lists allow."""
-        by_model: dict[tuple[str, str], set[str]] = defaultdict(set)
+        by_model: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
         for model, setting, method in jobs:
-            by_model[setting, method].add(model)
+            by_model[setting, method][model] = None
         by_method: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
         for (setting, method), models in by_model.items():
             # A method with a `then` is several overrides, which no list can hold.
             alone = method if "+" in method else ""
-            by_method[f"{setting}/{alone}", tuple(sorted(models))].append(method)
+            by_method[f"{setting}/{alone}", tuple(models)].append(method)
         by_setting: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = defaultdict(list)
         for (setting, models), methods in by_method.items():
             by_setting[tuple(methods), models].append(setting.partition("/")[0])
@@ -91,7 +91,7 @@ def method_overrides(name: str) -> list[str]:
 
 @cache
 def _composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
-    """The composed configuration as plain data; None where a method has no file, such as one with a label of its own."""
+    """The composed configuration as plain data; None where a method has no file, but a label of its own."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import MissingConfigException
     from omegaconf import OmegaConf
@@ -105,7 +105,14 @@ def _composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
 
 
 def _contradict(found: Any, expected: Any, key: str, varied: tuple[str, ...]) -> bool:
-    if key in _SAME or key in varied or found is None or expected is None or expected == "???":
+    if (
+        key in _SAME
+        or key.rpartition(".")[2] in _SAME
+        or key in varied
+        or found is None
+        or expected is None
+        or expected == "???"
+    ):
         return False
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         both = [name for name in found if name in expected]

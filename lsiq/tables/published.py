@@ -60,7 +60,9 @@ class Literature:
     def accuracy(self, model: str, setting: str, method: str, task: str, metric: str = "acc") -> Published | None:
         """Return the accuracy in percent that stands in the most trustworthy place, or None."""
         wanted = (model, setting, method, task, metric)
-        found = [r for r in self.accuracies if (r["model"], r["setting"], r["method"], r["task"], r["metric"]) == wanted]
+        found = [
+            r for r in self.accuracies if (r["model"], r["setting"], r["method"], r["task"], r["metric"]) == wanted
+        ]
         return _best(found, "value")
 
     def methods(self, settings: Iterable[str], dataset: str) -> list[str]:

@@ -131,7 +131,9 @@ def read_runs(file: Path) -> list[Run]:
 
 def write_runs(runs: Iterable[Run], file: Path) -> None:
     """Write compact records, sorted, so that the same runs give the same file."""
-    ordered = sorted(runs, key=lambda run: (run.model, run.setting, run.method, run.seed, run.run_id or "", run.created))
+    ordered = sorted(
+        runs, key=lambda run: (run.model, run.setting, run.method, run.seed, run.run_id or "", run.created)
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(run), separators=(",", ":"), allow_nan=False) for run in ordered]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,18 +48,26 @@ class Runs:
         self._holds: dict[tuple[int, Protocol], bool] = {}
 
     def find(
-        self, protocol: Protocol, model: str, setting: str, method: str, where: Mapping[str, Any] | None = None
+        self,
+        protocol: Protocol,
+        model: str,
+        setting: str,
+        method: str,
+        where: Mapping[str, Any] | None = None,
+        metric: str | None = None,
     ) -> list[Run]:
         """Return the runs of a job that follow the protocol, one per seed.
 
         Args:
             where: values of settings by dotted name, for those that the protocol leaves free.
+            metric: what they must have measured.
         """
         found = {
             run.seed: run
             for run in self.runs
             if (run.model, run.setting, run.method) == (model, setting, method)
             and all(run.get(key) == value for key, value in (where or {}).items())
+            and (metric is None or _measured(run, metric) is not None)
             and self.follows(run, protocol)
         }
         return [found[seed] for seed in sorted(found)]
@@ -89,82 +97,14 @@ class Runs:
         if method == "fp16":
             values = [_measured(run, metric, "float/") for run in self.runs if run.model == model]
         else:
-            values = [_measured(run, metric) for run in self.find(protocol, model, setting, method, where)]
-        if method == "rtn" and not any(value is not None for value in values):
+            values = [_measured(run, metric) for run in self.find(protocol, model, setting, method, where, metric)]
+        if method == "rtn" and not values:
             beside = [run for run in self.runs if (run.model, run.setting) == (model, setting)]
             values = [_measured(run, metric, "rtn/") for run in beside]
         known = [value for value in values if value is not None]
         if not known:
             return None
         return Sample(tuple(known[-1:] if exact else known), exact)
-
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over seeds; None where it is not known, from a single one."""
-        if self.exact:
-            return 0.0
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-
-class Runs:
-    """A collection of runs; of two runs of one configuration and seed the later one counts."""
-
-    def __init__(self, runs: Iterable[Run]) -> None:
-        self.runs = sorted(runs, key=lambda run: (run.created, run.run_id or ""))
-        self._holds: dict[tuple[int, Protocol], bool] = {}
-
-    def find(
-        self, protocol: Protocol, model: str, setting: str, method: str, where: Mapping[str, Any] | None = None
-    ) -> list[Run]:
-        """Return the runs of a job that follow the protocol, one per seed.
-
-        Args:
-            where: values of settings by dotted name, for those that the protocol leaves free.
-        """
-        found = {
-            run.seed: run
-            for run in self.runs
-            if (run.model, run.setting, run.method) == (model, setting, method)
-            and all(run.get(key) == value for key, value in (where or {}).items())
-            and self.follows(run, protocol)
-        }
-        return [found[seed] for seed in sorted(found)]
-
-    def follows(self, run: Run, protocol: Protocol) -> bool:
-        """Whether the run belongs to the protocol; asked often, answered once."""
-        key = (id(run), protocol)
-        if key not in self._holds:
-            self._holds[key] = protocol.holds(run)
-        return self._holds[key]
-
-    def sample(
-        self,
-        protocol: Protocol,
-        model: str,
-        setting: str,
-        method: str,
-        metric: str,
-        where: Mapping[str, Any] | None = None,
-    ) -> Sample | None:
-        """Return what a metric came to over the seeds, or None where it was not measured.
-
-        The float model and rounding to nearest are measured beside every method: their numbers are taken from there
-        where they have no run of their own.
-        """
-        exact = method in SEEDLESS
-        if method == "fp16":
-            found = [r.metrics[f"float/{metric}"] for r in self.runs if r.model == model and f"float/{metric}" in r.metrics]
-            return Sample(tuple(found[-1:]), exact) if found else None
-        values = [run.metrics[metric] for run in self.find(protocol, model, setting, method) if metric in run.metrics]
-        if not values and method == "rtn":
-            beside = [run for run in self.runs if (run.model, run.setting) == (model, setting)]
-            values = [run.metrics[f"rtn/{metric}"] for run in beside if f"rtn/{metric}" in run.metrics]
-        if not values:
-            return None
-        return Sample(tuple(values[-1:] if exact else values), exact)
 
     def mean(
         self, protocol: Protocol, model: str, setting: str, method: str, of: Callable[[Run], float | None]
@@ -173,9 +113,6 @@ class Runs:
         values = [of(run) for run in self.find(protocol, model, setting, method)]
         known = [value for value in values if value is not None]
         return statistics.fmean(known) if known else None
-
-    def models(self) -> Sequence[str]:
-        return sorted({run.model for run in self.runs})
 
 
 def _measured(run: Run, metric: str, of: str = "") -> float | None:

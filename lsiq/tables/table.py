@@ -24,6 +24,9 @@ def decimals(digits: int) -> Callable[[float], str]:
     return write
 
 
+PERPLEXITY = decimals(2)
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
@@ -92,7 +95,7 @@ class Table:
     heads: tuple[str, ...]
     rows: tuple[Row, ...]
     beside: bool = False
-    number: Callable[[float], str] = decimals(2)
+    number: Callable[[float], str] = PERPLEXITY
     commands: Sequence[str] = ()
     folded: bool = False
 
