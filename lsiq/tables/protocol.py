@@ -48,14 +48,16 @@ class Protocol:
 
     def commands(self, jobs: Iterable[Job]) -> list[str]:
         """Return commands that carry out just these jobs, as few as products of lists allow."""
-        by_model: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+        by_model: dict[tuple[str, str], set[str]] = defaultdict(set)
+        order: dict[str, int] = {}  # models stand as they came, the same in every command
         for model, setting, method in jobs:
-            by_model[setting, method][model] = None
+            by_model[setting, method].add(model)
+            order.setdefault(model, len(order))
         by_method: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
         for (setting, method), models in by_model.items():
             # A method with a `then` is several overrides, which no list can hold.
             alone = method if "+" in method else ""
-            by_method[f"{setting}/{alone}", tuple(models)].append(method)
+            by_method[f"{setting}/{alone}", tuple(sorted(models, key=order.__getitem__))].append(method)
         by_setting: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = defaultdict(list)
         for (setting, models), methods in by_method.items():
             by_setting[tuple(methods), models].append(setting.partition("/")[0])

@@ -135,5 +135,5 @@ def write_runs(runs: Iterable[Run], file: Path) -> None:
         runs, key=lambda run: (run.model, run.setting, run.method, run.seed, run.run_id or "", run.created)
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(run), separators=(",", ":"), allow_nan=False) for run in ordered]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = (json.dumps(asdict(run), separators=(",", ":"), allow_nan=False) for run in ordered)
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
