@@ -127,6 +127,7 @@ def test_a_run_with_other_settings_does_not_stand_in_the_studys_tables(committed
     assert not STUDY.holds(replace(found, config={**found.config, "calib": {"samples": 32}}))
     assert not STUDY.holds(replace(found, config={**found.config, "model": {"outliers": 4}}))
     assert not STUDY.holds(replace(found, method="a-label-of-my-own"))
+    assert not STUDY.holds(replace(found, method="lsi+gptq")), "lsi has no then"
 
 
 def test_of_two_runs_of_a_seed_the_later_one_that_measured_it_counts(committed: tuple[Runs, Literature]) -> None:

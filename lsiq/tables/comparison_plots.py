@@ -42,7 +42,7 @@ def excess_by_method(runs: Runs, settings: Sequence[str], name: str = "excess-by
             axis.axvline(border - 0.5, color="#e5e5e5", linewidth=0.6)
         axis.set_title(model)
     axes[0].set_ylabel(LABEL)
-    legend_below(canvas, axes, 6)
+    legend_below(canvas, axes)
     return Figure(name, "Excess loss over the float model by method, mean and standard deviation over seeds", canvas)
 
 
@@ -88,7 +88,7 @@ def _trade(name: str, caption: str, label: str, runs: Runs, settings: Sequence[s
         axis.set_title(model)
         axis.set_xlabel(label)
     axes[0].set_ylabel(LABEL)
-    legend_below(canvas, axes, 6)
+    legend_below(canvas, axes)
     listed = settings[0] if len(settings) == 1 else ", ".join(settings)
     return Figure(name, f"{caption} ({listed}); the grey line joins what nothing beats in both", canvas)
 

@@ -105,12 +105,13 @@ def plain_numbers(axis: Axes, which: Literal["x", "y"] = "y") -> None:
     ticks.set_minor_formatter(NullFormatter())
 
 
-def legend_below(canvas: Canvas, axes: Sequence[Axes], columns: int) -> None:
+def legend_below(canvas: Canvas, axes: Sequence[Axes]) -> None:
     """Put one legend for all axes below them, each entry once."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    columns = len(entries) if len(entries) < 8 else 6
     if entries:
         canvas.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)
 

@@ -42,7 +42,7 @@ def weight_distribution(traces: Sequence[Trace]) -> Figure:
         axis.set_xlabel("weight")
     for axis in axes[:: len(axes) // len(linears)]:
         axis.set_ylabel("share of weights")
-    legend_below(canvas, axes, 2)
+    legend_below(canvas, axes)
     return Figure("weight-distribution", f"{caption}: {_named(found)}", canvas)
 
 
@@ -151,7 +151,7 @@ def error_by_layer(runs: Runs, setting: str, methods: Sequence[str]) -> Figure:
         axis.set_title(f"{model}, {setting}")
         axis.set_xlabel("block")
     axes[0].set_ylabel("relative squared error")
-    legend_below(canvas, axes, 6)
+    legend_below(canvas, axes)
     return Figure(
         "error-by-layer", f"Error of each block's output at {setting}, mean and standard deviation over seeds", canvas
     )

@@ -42,6 +42,8 @@ class Protocol:
         expected = _composed((*self.overrides, *method_overrides(run.method)))
         if expected is None or run.get("model.outliers"):
             return False
+        if expected["model"]["dtype"] not in ("auto", run.dtype):
+            return False
         return not any(
             _contradict(run.config.get(group), expected.get(group), group, self.varied) for group in ("calib", "method")
         )
@@ -93,28 +95,22 @@ def method_overrides(name: str) -> list[str]:
 
 @cache
 def _composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
-    """The composed configuration as plain data; None where a method has no file, but a label of its own."""
+    """The composed configuration as plain data; None where a method is not made of files."""
     from hydra import compose, initialize_config_dir
-    from hydra.errors import MissingConfigException
+    from hydra.errors import ConfigCompositionException, MissingConfigException
     from omegaconf import OmegaConf
 
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             composed = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
-    except MissingConfigException:
+    except (ConfigCompositionException, MissingConfigException):
         return None
     return without_nulls(composed)
 
 
 def _contradict(found: Any, expected: Any, key: str, varied: tuple[str, ...]) -> bool:
-    if (
-        key in _SAME
-        or key.rpartition(".")[2] in _SAME
-        or key in varied
-        or found is None
-        or expected is None
-        or expected == "???"
-    ):
+    free = key in varied or key in _SAME or key.rpartition(".")[2] in _SAME
+    if free or found is None or expected in (None, "???"):
         return False
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         both = [name for name in found if name in expected]

@@ -56,6 +56,12 @@ class Run:
     machine: Mapping[str, Any]
     commit: str | None
 
+    @property
+    def dtype(self) -> str | None:
+        """What the model was held in, as far as the settings say; auto on a CPU is float32."""
+        asked = self.get("model.dtype")
+        return "float32" if asked == "auto" and self.machine.get("device") == "cpu" else asked
+
     def get(self, key: str) -> Any:
         """Return the setting with a dotted name, such as `method.training.epochs` or `method.parts.0.width`."""
         value: Any = self.config
