@@ -20,6 +20,7 @@ from lsiq.config import parse
 from lsiq.errors import InputError
 from lsiq.results import Record, write_record
 from lsiq.run import run
+from lsiq.tables.agree import pairs
 from lsiq.tables.collect import collect
 from lsiq.tables.layout import WEIGHT_ONLY, study_jobs
 from lsiq.tables.perplexity import bundled_perplexity, hub_perplexities
@@ -107,6 +108,17 @@ def test_collecting_answers_mistakes_in_one_line(
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_study_that_says_the_same_agrees(committed: tuple[Runs, Literature]) -> None:
+    runs = [run for run in committed[0].runs if (run.study, run.setting) == ("learned", "w2a16g128")]
+    worse = [replace(run, metrics={key: 1.1 * value for key, value in run.metrics.items()}) for run in runs]
+    assert len(pairs(runs, runs)) == 8  # two models, methods and texts
+    assert all(pair.agrees for pair in pairs(runs, runs))
+    # ln 1.1 = 0.095; the largest deviation there is omniquant's on WikiText-2, 0.032.
+    assert not any(pair.agrees for pair in pairs(runs, worse))
+    with pytest.raises(InputError, match="no configuration in common"):
+        pairs(runs, [replace(run, setting="w8a16") for run in runs])
 
 
 # Which runs stand in a table
