@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import CONF, SHARED, compose_run
 from omegaconf import DictConfig
 
@@ -22,8 +23,7 @@ from lsiq.results import Record, write_record
 from lsiq.run import run
 from lsiq.tables.agree import pairs
 from lsiq.tables.collect import collect
-from lsiq.tables.layout import WEIGHT_ONLY, study_jobs
-from lsiq.tables.perplexity import bundled_perplexity, hub_perplexities
+from lsiq.tables.layout import study_jobs
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
 from lsiq.tables.published import Literature, Published
 from lsiq.tables.render import in_readme, render
@@ -229,7 +229,7 @@ def test_a_cell_shows_ours_beside_the_published_number() -> None:
 # Commands
 
 
-def jobs_of(commands: list[str], given: tuple[str, ...] = ("model", "quant", "method")) -> list[tuple[str, ...]]:
+def jobs_of(commands: list[str]) -> list[tuple[str, ...]]:
     """The jobs that commands carry out, seeds aside."""
     found = []
     for command in commands:
@@ -255,15 +255,22 @@ def test_commands_carry_out_just_the_empty_cells() -> None:
     assert len(commands) == 3
 
 
-def test_every_command_of_the_pages_is_a_run_that_would_start(committed: tuple[Runs, Literature]) -> None:
-    settings = ("w4a16", "w4a4", "w4a8-mxint")
-    tables = [bundled_perplexity(committed[0], settings, "t", "T"), *hub_perplexities(*committed, WEIGHT_ONLY, "t")]
-    commands = [command for table in tables for command in table.commands]
+def test_every_command_of_the_pages_is_a_run_that_would_start() -> None:
+    blocks = [
+        block
+        for page in (ROOT / "docs" / "tables").glob("*.md")
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    ]
+    commands = {command for block in blocks for line in block.splitlines() for command in line.split(" && ")}
     assert commands
     for command in commands:
-        study = [word for word in command.split() if word.startswith(("sweep=", "experiment="))]
-        model, quant, method = jobs_of([command])[-1]
-        parse(compose_run(*study, f"model={model}", f"quant={quant}", f"method={method}"))
+        words = command.replace("<its run id>", "some-run").split()
+        assert words[:2] == ["python", "run.py"]
+        given = dict(word.split("=", 1) for word in words[2:] if word != "-m")
+        if "sweep" in given:  # what the command does not say, the study does
+            study = yaml.safe_load((ROOT / "sweeps" / f"{given['sweep']}.yaml").read_text(encoding="utf-8"))
+            given = {key: str(values) for key, values in study["hydra"]["sweeper"]["params"].items()} | given
+        parse(compose_run(*(f"{key}={values.rpartition(',')[2]}" for key, values in given.items())))
 
 
 def test_the_study_is_what_its_files_say() -> None:

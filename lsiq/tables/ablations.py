@@ -100,15 +100,15 @@ def axis_table(
         bits: whether columns of average bits follow.
     """
     protocol, metrics = free(key), ("excess/bundled@512", "excess/wikitext2@512")
-    rows, missing = list[Row](), dict[Any, None]()
+    rows, missing = list[Row](), set[Any]()
     for method, setting in methods:
         for metric in metrics:
             cells = [Cell(runs.sample(protocol, MODEL, setting, method, metric, {key: v}), wanted=True) for v in values]
             rows.append(Row((method, *_corpora([metric])), tuple(cells)))
-            missing |= {value: None for value, cell in zip(values, cells, strict=True) if cell.ours is None}
+            missing |= {value for value, cell in zip(values, cells, strict=True) if cell.ours is None}
         if bits:
             rows.append(Row((method, "bits"), tuple(_bits(runs, protocol, setting, method, {key: v}) for v in values)))
-    listed = ",".join(str(value) for value in missing)
+    listed = ",".join(str(value) for value in values if value in missing)
     return Table(
         sweep,
         caption,
