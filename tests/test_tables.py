@@ -137,7 +137,8 @@ def test_a_run_with_other_settings_does_not_stand_in_the_studys_tables(committed
     assert STUDY.holds(with_training(precision="float32")), "how it is computed makes no other method"
     assert STUDY.holds(with_training(an_option_of_tomorrow=1))
     assert not STUDY.holds(replace(found, config={**found.config, "calib": {"samples": 32}}))
-    assert not STUDY.holds(replace(found, config={**found.config, "model": {"outliers": 4}}))
+    for model in ({"outliers": 4, "dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "auto"}):
+        assert not STUDY.holds(replace(found, config={**found.config, "model": model})), model
     assert not STUDY.holds(replace(found, method="a-label-of-my-own"))
     assert not STUDY.holds(replace(found, method="lsi+gptq")), "lsi has no then"
 

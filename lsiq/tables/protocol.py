@@ -40,13 +40,17 @@ class Protocol:
     def holds(self, run: Run) -> bool:
         """Whether the run belongs."""
         expected = _composed((*self.overrides, *method_overrides(run.method)))
-        if expected is None or run.get("model.outliers"):
-            return False
-        if expected["model"]["dtype"] not in ("auto", run.dtype):
+        if expected is None or not self.same_float(run):
             return False
         return not any(
             _contradict(run.config.get(group), expected.get(group), group, self.varied) for group in ("calib", "method")
         )
+
+    def same_float(self, run: Run) -> bool:
+        """Whether the run began with the same float model: of the same type, and as it was trained."""
+        expected = _composed(self.overrides)
+        assert expected is not None  # the study's own file
+        return expected["model"]["dtype"] in ("auto", run.dtype) and not run.get("model.outliers")
 
     def commands(self, jobs: Iterable[Job]) -> list[str]:
         """Return commands that carry out just these jobs, as few as products of lists allow."""

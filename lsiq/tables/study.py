@@ -95,12 +95,13 @@ class Runs:
         """
         exact = method in SEEDLESS
         if method == "fp16":
-            values = [_measured(run, metric, "float/") for run in self.runs if run.model == model]
+            beside = [run for run in self.runs if run.model == model and protocol.same_float(run)]
+            values = [_measured(run, metric, "float/") for run in beside]
         else:
             values = [_measured(run, metric) for run in self.find(protocol, model, setting, method, where, metric)]
         if method == "rtn" and not values:
             beside = [run for run in self.runs if (run.model, run.setting) == (model, setting)]
-            values = [_measured(run, metric, "rtn/") for run in beside]
+            values = [_measured(run, metric, "rtn/") for run in beside if protocol.same_float(run)]
         known = [value for value in values if value is not None]
         if not known:
             return None
