@@ -17,7 +17,7 @@ import yaml
 from conftest import CONF, SHARED, compose_run
 from omegaconf import DictConfig
 
-from lsiq.config import parse
+from lsiq.config import parse, plain_config
 from lsiq.errors import InputError
 from lsiq.results import Record, write_record
 from lsiq.run import run
@@ -27,7 +27,7 @@ from lsiq.tables.layout import study_jobs
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
 from lsiq.tables.published import Literature, Published
 from lsiq.tables.render import in_readme, render
-from lsiq.tables.runs import Run, read_runs
+from lsiq.tables.runs import Run, read_runs, without_nulls
 from lsiq.tables.study import Runs, Sample, load
 from lsiq.tables.table import Cell, Row, Table, best_in_bold
 from lsiq.tables.traces import read_traces
@@ -141,6 +141,16 @@ def test_a_run_with_other_settings_does_not_stand_in_the_studys_tables(committed
         assert not STUDY.holds(replace(found, config={**found.config, "model": model})), model
     assert not STUDY.holds(replace(found, method="a-label-of-my-own"))
     assert not STUDY.holds(replace(found, method="lsi+gptq")), "lsi has no then"
+
+
+def test_a_recipe_by_format_is_compared_with_that_of_the_runs_format(committed: tuple[Runs, Literature]) -> None:
+    any_run = next(run for run in committed[0].runs if run.get("model.dtype") == "float32")
+    for setting, other in (("w2a16g128", "w4a4"), ("w4a4", "w2a16g128")):
+        plain = plain_config(compose_run("sweep=study", "method=best", f"quant={setting}"))
+        kept = {key: without_nulls(plain[key]) for key in ("model", "calib", "method", "quant")}
+        assert STUDY.holds(replace(any_run, method="best", setting=setting, config=kept))
+        quant = without_nulls(plain_config(compose_run(f"quant={other}"))["quant"])
+        assert not STUDY.holds(replace(any_run, method="best", setting=other, config={**kept, "quant": quant}))
 
 
 def test_of_two_runs_of_a_seed_the_later_one_that_measured_it_counts(committed: tuple[Runs, Literature]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lsiq.tables.layout import BUNDLED, METHODS, study_methods
 from lsiq.tables.perplexity import EQUAL_BITS, average_bits
-from lsiq.tables.protocol import FINE_TUNING, PAPERS, STUDY, ZERO_SHOT, Job
+from lsiq.tables.protocol import FINE_TUNING, PAPERS, PTB_TUNING, STUDY, ZERO_SHOT, Job
 from lsiq.tables.published import Literature
 from lsiq.tables.study import LQER_TASKS, Runs
 from lsiq.tables.table import Cell, Row, Table, best_in_bold, percent
@@ -123,7 +123,7 @@ def hub_fine_tuning(runs: Runs, literature: Literature) -> Table:
             (f"{model} {setting}", method),
             (
                 Cell(
-                    runs.sample(PAPERS, model, setting, method, "ppl/ptb@2048"),
+                    runs.sample(protocol, model, setting, method, "ppl/ptb@2048"),
                     literature.perplexity(model, setting, method, "ptb"),
                     wanted=True,
                 ),
@@ -131,7 +131,7 @@ def hub_fine_tuning(runs: Runs, literature: Literature) -> Table:
             model,
         )
         for model, setting in jobs
-        for method in ("omniquant", "lsi-finetune")
+        for protocol, method in ((PAPERS, "omniquant"), (PTB_TUNING, "lsi-finetune"))
     ]
     commands = [
         f"python run.py -m model={model} quant={setting} method=omniquant calib=wikitext2 eval=ptb seed=0,1,2 && "

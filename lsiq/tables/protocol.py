@@ -9,11 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lsiq.config import recipe_for
 from lsiq.tables.runs import Run, without_nulls
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# What changes how a number is computed, and moves it less than a seed does: none of it makes another method.
-_SAME = ("calib.batch", "precision", "product", "graphs")
+# What changes how a number is computed, and moves it less than a seed does: none of it makes another method. Neither
+# does the name of the run that another one starts from.
+_SAME = ("calib.batch", "precision", "product", "graphs", "run")
 # A run of one model, setting and method.
 Job = tuple[str, str, str]
 
@@ -42,9 +44,8 @@ class Protocol:
         expected = _composed((*self.overrides, *method_overrides(run.method)))
         if expected is None or not self.same_float(run):
             return False
-        return not any(
-            _contradict(run.config.get(group), expected.get(group), group, self.varied) for group in ("calib", "method")
-        )
+        wanted = {"calib": expected["calib"], "method": recipe_for(expected["method"], run.config.get("quant"))}
+        return not _contradict(run.config, wanted, "", self.varied)
 
     def same_float(self, run: Run) -> bool:
         """Whether the run began with the same float model: of the same type, and as it was trained."""
@@ -88,6 +89,7 @@ STUDY = Protocol(("sweep=study",), "python run.py sweep=study")
 # Hub models as the papers measure them.
 PAPERS = Protocol(("experiment=paper-protocol",), "python run.py -m experiment=paper-protocol", "seed=0,1,2")
 ZERO_SHOT = Protocol(PAPERS.overrides, f"{PAPERS.command} eval=zeroshot", PAPERS.after)
+PTB_TUNING = Protocol(("calib=ptb", "eval=ptb"), "")
 FINE_TUNING = Protocol(("sweep=finetune",), "python run.py sweep=finetune")
 
 
@@ -118,7 +120,7 @@ def _contradict(found: Any, expected: Any, key: str, varied: tuple[str, ...]) ->
         return False
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         both = [name for name in found if name in expected]
-        return any(_contradict(found[name], expected[name], f"{key}.{name}", varied) for name in both)
+        return any(_contradict(found[name], expected[name], f"{key}.{name}".lstrip("."), varied) for name in both)
     if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
         pairs = enumerate(zip(found, expected, strict=True))
         return any(_contradict(one, other, f"{key}.{index}", varied) for index, (one, other) in pairs)

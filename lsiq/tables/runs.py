@@ -15,7 +15,7 @@ from lsiq.results import Record
 _KEPT = {
     "model": ("dtype", "outliers", "outlier_strength", "weights"),
     "quant": ("weight", "activation"),
-    "calib": ("corpus", "samples", "seqlen", "batch"),
+    "calib": ("corpus", "samples", "written", "seqlen", "batch"),
     "eval": ("corpora", "seqlen", "windows", "tasks", "items"),
 }
 _MEASURES = ("ppl", "excess", "kl", "top1", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
