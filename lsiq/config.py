@@ -267,7 +267,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{error.full_key} has no value; give it as {error.full_key}=…") from error
     assert isinstance(plain, dict)
     plain.pop("from", None)  # says whose settings these are, and is none of them
-    plain["method"] = _recipe(plain.get("method"), plain.get("quant"))
+    plain["method"] = recipe_for(plain.get("method"), plain.get("quant"))
     model = plain.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         model.update(bundled=None, hub=None, published={})
@@ -279,7 +279,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _recipe(method: Any, quant: Any) -> Any:
+def recipe_for(method: Any, quant: Any) -> Any:
     """Return the recipe for this format, where a method's file has one for float and one for quantised activations."""
     if not isinstance(method, dict) or set(method) != {"weight_only", "weight_activation"}:
         return method

@@ -1,0 +1,81 @@
+"""Gather the records of finished runs into one small file that can be committed.
+
+    python -m lsiq.tables.collect runs -o analysis/records/study.jsonl
+    python -m lsiq.tables.collect runs/<run id> -o analysis/records/study.jsonl --traces analysis/traces
+
+Runs that the file has already are replaced, others are kept. The lines are sorted: doing it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lsiq.errors import InputError, LsiqError
+from lsiq.results import Record, read_record
+from lsiq.tables.runs import Run, compact, read_runs, write_runs
+from lsiq.tables.traces import trace, write_trace
+
+
+def finished(folders: Sequence[Path], dirty: bool = False) -> tuple[list[tuple[Path, Record]], int]:
+    """Return the finished runs in the folders or right below them, and how many were left out.
+
+    Left out are runs that did not finish and, unless `dirty`, those of a changed checkout: nobody could repeat them.
+
+    Raises:
+        InputError: a folder holds no records.
+    """
+    found, left = [], 0
+    for folder in folders:
+        places = (
+            [folder] if (folder / "record.json").is_file() else sorted(p.parent for p in folder.glob("*/record.json"))
+        )
+        if not places:
+            raise InputError(f"{folder}: no records there; give a folder of runs, or the folder of one")
+        for place in places:
+            record = read_record(place)
+            if record is None or record.status != "finished" or (record.clean is False and not dirty):
+                left += 1
+            else:
+                found.append((place, record))
+    return found, left
+
+
+def collect(folders: Sequence[Path], output: Path, traces: Path | None = None, dirty: bool = False) -> tuple[int, int]:
+    """Add the finished runs to `output`, and what figures need of the learned ones to the folder `traces`.
+
+    Returns:
+        How many runs were added or replaced, and how many were left out.
+    """
+    found, left = finished(folders, dirty)
+    runs = [compact(record) for _, record in found]
+    new = {run.run_id for run in runs}
+    kept: list[Run] = [run for run in (read_runs(output) if output.exists() else []) if run.run_id not in new]
+    write_runs([*kept, *runs], output)
+    if traces is not None:
+        for folder, record in found:
+            if any("loss_last" in row["metrics"] for row in record.blocks):
+                write_trace(trace(record, folder), traces)
+    return len(runs), left
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lsiq.tables.collect", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUNS", help="a folder of runs, or the folder of one")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the file of compact records")
+    parser.add_argument("--traces", type=Path, help="a folder for trajectories and histograms of the learned runs")
+    parser.add_argument("--dirty", action="store_true", help="take runs of a changed checkout as well")
+    given = parser.parse_args()
+    try:
+        added, left = collect(given.folders, given.output, given.traces, given.dirty)
+    except LsiqError as error:
+        sys.exit(f"error: {error}")
+    print(f"{given.output}: {added} runs; left out: {left} unfinished or of a changed checkout")
+
+
+if __name__ == "__main__":
+    main()

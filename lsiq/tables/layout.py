@@ -1,0 +1,57 @@
+"""What the tables of this project have in their rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import yaml
+
+from lsiq.tables.protocol import ROOT, Job
+
+BUNDLED = ("tiny-llama", "tiny-opt")
+OPT = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b")
+LLAMA = ("llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama-2-7b", "llama-2-13b", "llama-2-70b")
+OTHER_MODELS = ("vicuna-7b", "vicuna-13b", "llama-3-8b", "mistral-7b", "qwen2.5-7b", "qwen2.5-14b")
+FAMILIES = {"OPT": OPT, "LLaMA": LLAMA, "other models": OTHER_MODELS}
+
+WEIGHT_ONLY = ("w2a16", "w2a16g128", "w2a16g64", "w3a16", "w3a16g128", "w4a16", "w4a16g128")
+WEIGHT_ACTIVATION = ("w8a8", "w6a6", "w4a4")
+
+# In the order of the rows, from what uses no data to what trains everything.
+METHODS = (
+    *("fp16", "rtn", "gptq", "awq", "smoothquant", "rotate", "duquant", "lqer", "l2qer", "qera-approx", "qera-exact"),
+    *("lwc", "omniquant", "lsi-only", "lsi-random", "lsi", "sde", "autoround", "dense", "best"),
+)
+# Rows that a table of hub models has even where no paper printed a number.
+ALWAYS = ("rtn", "gptq", "awq", "omniquant", "lsi")
+# Published methods that this project does not have, as far as they make uniform grids of the same bits.
+OTHERS = (
+    *("quip", "affinequant", "cbq", "sliderquant", "tesseraq", "efficientqat", "qllm", "atom", "rptq", "duquant-lwc"),
+    *("quarot-gptq", "spinquant-gptq", "flatquant", "sliderquant-plus"),
+)
+CORPORA = {"bundled": "bundled", "wikitext2": "WikiText-2", "ptb": "PTB", "c4": "C4"}
+
+
+@cache
+def study_jobs() -> frozenset[Job]:
+    """The jobs of the files sweeps/study*.yaml: model, setting and method."""
+    jobs: set[Job] = set()
+    for file in sorted((ROOT / "sweeps").glob("study*.yaml")):
+        params = yaml.safe_load(file.read_text(encoding="utf-8"))["hydra"]["sweeper"]["params"]
+        models, settings, methods = (str(params[key]).split(",") for key in ("model", "quant", "method"))
+        jobs |= {(model, setting, method) for model in models for setting in settings for method in methods}
+    return frozenset(jobs)
+
+
+def study_methods(settings: Iterable[str]) -> list[str]:
+    """The study's methods at any of the settings, in the order of rows."""
+    wanted = set(settings)
+    found = {method for _, setting, method in study_jobs() if setting in wanted}
+    return sorted(found, key=rank)
+
+
+def rank(method: str) -> tuple[int, str]:
+    """Where a method's row stands; one with a `then` comes after the method itself, others at the end."""
+    first = method.partition("+")[0]
+    return METHODS.index(first) if first in METHODS else len(METHODS), method

@@ -1,0 +1,31 @@
+"""Published numbers that nothing of ours can stand beside, as they were printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lsiq.tables.published import MARKS, Literature
+from lsiq.tables.table import Cell, Row, Table
+
+
+def other_means(literature: Literature) -> Table:
+    """Return the means over tasks whose sets are not LQER's: OmniQuant's, which is not recorded, and QERA's."""
+    rows = [row for row in literature.accuracies if row["task"] == "mean6" and row["metric"] != "acc"]
+    columns = ("source", "metric", "model", "setting", "method")
+    return _listing(
+        "zero-shot-other-means", "Published means over other sets of six tasks, percent", rows, columns, "value"
+    )
+
+
+def costs(literature: Literature) -> Table:
+    """Return how long the published methods take."""
+    rows = [row for row in literature.costs if row["hours"]]
+    columns = ("source", "method", "model", "setting", "hardware")
+    return _listing("published-costs", "Published times of calibration, hours", rows, columns, "hours")
+
+
+def _listing(name: str, caption: str, rows: Sequence[dict[str, str]], columns: tuple[str, ...], value: str) -> Table:
+    found = (
+        Row(tuple(row[column] for column in columns), (Cell(text=row[value] + MARKS[row["trust"]]),)) for row in rows
+    )
+    return Table(name, caption, (*columns, value), tuple(found), folded=True)

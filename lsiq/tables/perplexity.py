@@ -1,0 +1,168 @@
+"""Perplexity tables: model by setting by method, ours beside the published."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from lsiq.tables.layout import ALWAYS, BUNDLED, CORPORA, FAMILIES, METHODS, OTHERS, study_jobs, study_methods
+from lsiq.tables.protocol import PAPERS, STUDY, Job
+from lsiq.tables.published import Literature
+from lsiq.tables.study import Runs
+from lsiq.tables.table import Cell, Row, Table, best_in_bold, decimals
+
+# Rows with more bits than this share above the fewest of their setting are another trade, and do not compete.
+EQUAL_BITS = 1.02
+
+
+def bundled_perplexity(
+    runs: Runs,
+    settings: Sequence[str],
+    name: str,
+    caption: str,
+    measure: str = "ppl",
+    methods: Sequence[str] = (),
+    gaps: bool = True,
+) -> Table:
+    """Return the study's table of the bundled models: a row per setting and method, a column per model and corpus.
+
+    Args:
+        measure: ppl, or excess: its logarithm over the float model's.
+        methods: the rows of each setting; by default all of the study and the float model.
+        gaps: whether rows without a number stay, with the commands that measure them.
+    """
+    columns = _measured_columns(runs, measure)
+    rows: list[Row] = []
+    chosen = list(methods) or ["fp16", *study_methods(settings)]
+    if chosen[0] == "fp16":
+        rows.append(Row(("float", "fp16", "16"), _samples(runs, columns, "fp16", "fp16", measure), "fp16", False))
+    for setting in settings:
+        bits = {m: average_bits(runs, setting, m) for m in chosen}
+        known = [value for value in bits.values() if value is not None]
+        for method in chosen[chosen[0] == "fp16" :]:
+            if not any((model, setting, method) in study_jobs() for model in BUNDLED):
+                continue
+            spent = bits[method]
+            competes = spent is None or spent <= EQUAL_BITS * min(known)
+            cells = _samples(runs, columns, setting, method, measure)
+            labels = (setting, method, "" if spent is None else f"{spent:.2f}")
+            rows.append(Row(labels, cells, setting, competes))
+    rows = [row for row in rows if gaps or any(cell.ours for cell in row.cells)]
+    heads = ("setting", "method", "bits", *(f"{model}, {CORPORA[corpus.split('@')[0]]}" for model, corpus in columns))
+    digits = 2 if measure == "ppl" else 3
+    return Table(
+        name,
+        caption,
+        heads,
+        best_in_bold(rows),
+        number=decimals(digits),
+        commands=STUDY.commands(_missing(rows, columns)) if gaps else (),
+    )
+
+
+def average_bits(runs: Runs, setting: str, method: str) -> float | None:
+    """Return the bits per weight that the method spends, the mean over the bundled models; None where unknown."""
+    found = [runs.mean(STUDY, model, setting, method, lambda run: run.average_bits) for model in BUNDLED]
+    known = [value for value in found if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def hub_perplexities(
+    runs: Runs,
+    literature: Literature,
+    settings: Sequence[str],
+    name: str,
+    corpora: Iterable[str] = ("wikitext2", "ptb", "c4"),
+    always: Sequence[str] = ALWAYS,
+) -> list[Table]:
+    """Return a table per family and corpus for the hub's models, each cell with ours and the published number.
+
+    One run measures all three corpora, so the commands stand under the first table of a family.
+
+    Args:
+        always: methods that have a row even where no paper printed a number.
+    """
+    tables = []
+    for family, models in FAMILIES.items():
+        named = False
+        for corpus in corpora:
+            rows = _hub_rows(runs, literature, models, settings, corpus, always)
+            if not any(cell.published or cell.ours for row in rows[1:] for cell in row.cells):
+                continue
+            jobs = [] if named else _hub_jobs(rows, models)
+            named = True
+            tables.append(
+                Table(
+                    f"{name}-{corpus}-{family.split()[0].lower()}",
+                    f"{CORPORA[corpus]}, {family}: ours / published",
+                    ("setting", "method", *models),
+                    best_in_bold(rows),
+                    beside=True,
+                    commands=PAPERS.commands(jobs),
+                    folded=True,
+                )
+            )
+    return tables
+
+
+def _hub_rows(
+    runs: Runs,
+    literature: Literature,
+    models: Sequence[str],
+    settings: Sequence[str],
+    corpus: str,
+    always: Sequence[str],
+) -> list[Row]:
+    rows = []
+    for setting, method in [("fp16", "fp16"), *((s, m) for s in settings for m in (*METHODS[1:], *OTHERS))]:
+        cells = tuple(
+            Cell(
+                runs.sample(PAPERS, model, setting, method, f"ppl/{corpus}@2048"),
+                literature.perplexity(model, setting, method, corpus),
+                wanted=method not in OTHERS,
+            )
+            for model in models
+        )
+        if method in ("fp16", *always) or any(cell.ours or cell.published for cell in cells):
+            rows.append(Row((setting, method), cells, setting))
+    return rows
+
+
+def _hub_jobs(rows: Sequence[Row], models: Sequence[str]) -> list[Job]:
+    """The runs that would fill empty cells; the float model is measured beside any of them."""
+    return [
+        (model, row.labels[0], row.labels[1])
+        for row in rows
+        for model, cell in zip(models, row.cells, strict=True)
+        if cell.wanted and cell.ours is None and row.labels[1] != "fp16"
+    ]
+
+
+def _measured_columns(runs: Runs, measure: str) -> list[tuple[str, str]]:
+    """Model and corpus with its length, as far as any run of the study measured them; bundled text always."""
+    found = {"bundled@512"}
+    for run in runs.runs:
+        if run.model in BUNDLED and runs.follows(run, STUDY):
+            found |= {key.partition("/")[2] for key in run.metrics if key.startswith(f"{measure}/")}
+    order = list(CORPORA)
+    kept = sorted((key for key in found if key.split("@")[0] in order), key=lambda key: order.index(key.split("@")[0]))
+    return [(model, key) for model in BUNDLED for key in kept]
+
+
+def _samples(
+    runs: Runs, columns: Sequence[tuple[str, str]], setting: str, method: str, measure: str
+) -> tuple[Cell, ...]:
+    return tuple(
+        Cell(runs.sample(STUDY, model, setting, method, f"{measure}/{corpus}"), wanted=True)
+        for model, corpus in columns
+    )
+
+
+def _missing(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> list[Job]:
+    jobs = {
+        (model, row.labels[0], row.labels[1]): None
+        for row in rows
+        for (model, _), cell in zip(columns, row.cells, strict=True)
+        if cell.ours is None and row.labels[1] != "fp16"
+    }
+    return list(jobs)

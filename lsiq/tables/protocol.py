@@ -1,0 +1,127 @@
+"""Which runs may stand in a table, and the commands that carry out those that are missing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lsiq.config import recipe_for
+from lsiq.tables.runs import Run, without_nulls
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# What changes how a number is computed, and moves it less than a seed does: none of it makes another method. Neither
+# does the name of the run that another one starts from.
+_SAME = ("calib.batch", "precision", "product", "graphs", "run")
+# A run of one model, setting and method.
+Job = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The settings that the runs of a table share: those of a study.
+
+    A run belongs if nothing it says contradicts what the method's file and the study compose to today. Settings that
+    only one of the two knows are no contradiction: later versions may add some.
+
+    Attributes:
+        overrides: compose the study.
+        command: carries out a job for all seeds, before model, quant and method.
+        after: what the command says last.
+        varied: dotted names of settings that are free to differ, as in an ablation.
+    """
+
+    overrides: tuple[str, ...]
+    command: str
+    after: str = ""
+    varied: tuple[str, ...] = ()
+
+    def holds(self, run: Run) -> bool:
+        """Whether the run belongs."""
+        expected = _composed((*self.overrides, *method_overrides(run.method)))
+        if expected is None or not self.same_float(run):
+            return False
+        wanted = {"calib": expected["calib"], "method": recipe_for(expected["method"], run.config.get("quant"))}
+        return not _contradict(run.config, wanted, "", self.varied)
+
+    def same_float(self, run: Run) -> bool:
+        """Whether the run began with the same float model: of the same type, and as it was trained."""
+        expected = _composed(self.overrides)
+        assert expected is not None  # the study's own file
+        return expected["model"]["dtype"] in ("auto", run.dtype) and not run.get("model.outliers")
+
+    def commands(self, jobs: Iterable[Job]) -> list[str]:
+        """Return commands that carry out just these jobs, as few as products of lists allow."""
+        by_model: dict[tuple[str, str], set[str]] = defaultdict(set)
+        order: dict[str, int] = {}  # models stand as they came, the same in every command
+        for model, setting, method in jobs:
+            by_model[setting, method].add(model)
+            order.setdefault(model, len(order))
+        by_method: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+        for (setting, method), models in by_model.items():
+            # A method with a `then` is several overrides, which no list can hold.
+            alone = method if "+" in method else ""
+            by_method[f"{setting}/{alone}", tuple(sorted(models, key=order.__getitem__))].append(method)
+        by_setting: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = defaultdict(list)
+        for (setting, models), methods in by_method.items():
+            by_setting[tuple(methods), models].append(setting.partition("/")[0])
+        return [
+            " ".join(
+                word
+                for word in (
+                    self.command,
+                    f"model={','.join(models)}",
+                    f"quant={','.join(settings)}",
+                    *(method_overrides(methods[0]) if len(methods) == 1 else [f"method={','.join(methods)}"]),
+                    self.after,
+                )
+                if word
+            )
+            for (methods, models), settings in by_setting.items()
+        ]
+
+
+# The bundled models. What was evaluated is not compared: the metric's key says it.
+STUDY = Protocol(("sweep=study",), "python run.py sweep=study")
+# Hub models as the papers measure them.
+PAPERS = Protocol(("experiment=paper-protocol",), "python run.py -m experiment=paper-protocol", "seed=0,1,2")
+ZERO_SHOT = Protocol(PAPERS.overrides, f"{PAPERS.command} eval=zeroshot", PAPERS.after)
+PTB_TUNING = Protocol(("calib=ptb", "eval=ptb"), "")
+FINE_TUNING = Protocol(("sweep=finetune",), "python run.py sweep=finetune")
+
+
+def method_overrides(name: str) -> list[str]:
+    """Return what the command line says for a method's name in records; `awq+gptq` is awq with gptq in its `then`."""
+    first, *rest = name.split("+")
+    return [f"method={first}", *(f"method@method{'.then' * depth}={link}" for depth, link in enumerate(rest, 1))]
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """The composed configuration as plain data; None where a method is not made of files."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import ConfigCompositionException, MissingConfigException
+    from omegaconf import OmegaConf
+
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            composed = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+    except (ConfigCompositionException, MissingConfigException):
+        return None
+    return without_nulls(composed)
+
+
+def _contradict(found: Any, expected: Any, key: str, varied: tuple[str, ...]) -> bool:
+    free = key in varied or key in _SAME or key.rpartition(".")[2] in _SAME
+    if free or found is None or expected in (None, "???"):
+        return False
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        both = [name for name in found if name in expected]
+        return any(_contradict(found[name], expected[name], f"{key}.{name}".lstrip("."), varied) for name in both)
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        pairs = enumerate(zip(found, expected, strict=True))
+        return any(_contradict(one, other, f"{key}.{index}", varied) for index, (one, other) in pairs)
+    return found != expected

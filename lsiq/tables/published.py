@@ -1,0 +1,90 @@
+"""Published numbers, with the place they stand in and how far to trust them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+# How a number is marked; see analysis/published/README.md for what the words mean.
+MARKS = {"first-hand": "", "second-hand": "†", "inferred": "‡"}
+# Papers call some things otherwise.
+ALIASES = {"rotate": "quarot-rtn", "rtn@mxint": "mxint-plain"}
+# Where several papers print a number that each of them calls first-hand: OmniQuant's tables hold the baselines that
+# the others quote, LQER's and QERA's their own family.
+_FIRST = ("shao2024omniquant", "zhang2024lqer", "zhang2025qera")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number as it was printed."""
+
+    text: str
+    trust: str
+    source: str
+    rank: int | None = None
+
+    @property
+    def marked(self) -> str:
+        return self.text + MARKS[self.trust]
+
+
+class Literature:
+    """The tables of analysis/published."""
+
+    def __init__(self, folder: Path) -> None:
+        self.perplexities = _rows(folder / "perplexity.csv")
+        self.accuracies = _rows(folder / "zero_shot.csv")
+        self.areas = _rows(folder / "hardware_area.csv")
+        self.costs = _rows(folder / "cost.csv")
+
+    def perplexity(
+        self, model: str, setting: str, method: str, dataset: str, seqlen: int = 2048, rank: int | None = None
+    ) -> Published | None:
+        """Return the perplexity that stands in the most trustworthy place, or None.
+
+        Args:
+            rank: of a low-rank method; None takes the smallest that was printed.
+        """
+        name = ALIASES.get(f"{method}@mxint" if setting.endswith("-mxint") else method, method)
+        found = [
+            row
+            for row in self.perplexities
+            if (row["model"], row["setting"], row["method"], row["dataset"]) == (model, setting, name, dataset)
+            and row["seqlen"] == str(seqlen)
+            and (rank is None or row["rank"] == str(rank))
+        ]
+        return _best(found, "value")
+
+    def accuracy(self, model: str, setting: str, method: str, task: str, metric: str = "acc") -> Published | None:
+        """Return the accuracy in percent that stands in the most trustworthy place, or None."""
+        wanted = (model, setting, method, task, metric)
+        found = [
+            r for r in self.accuracies if (r["model"], r["setting"], r["method"], r["task"], r["metric"]) == wanted
+        ]
+        return _best(found, "value")
+
+    def methods(self, settings: Iterable[str], dataset: str) -> list[str]:
+        """Methods with a perplexity in one of the settings, in the order of the file."""
+        wanted = set(settings)
+        found = [r["method"] for r in self.perplexities if r["setting"] in wanted and r["dataset"] == dataset]
+        return list(dict.fromkeys(found))
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def _best(rows: list[dict[str, str]], column: str) -> Published | None:
+    printed = [row for row in rows if row[column] not in ("", "nan")]
+    if not printed:
+        return None
+
+    def order(row: dict[str, str]) -> tuple[int, int, int]:
+        source = _FIRST.index(row["source"]) if row["source"] in _FIRST else len(_FIRST)
+        return list(MARKS).index(row["trust"]), source, int(row.get("rank") or 0)
+
+    row = min(printed, key=order)
+    return Published(row[column], row["trust"], row["source"], int(row["rank"]) if row.get("rank") else None)

@@ -1,0 +1,145 @@
+"""Compact records: what tables need of a run, one line of JSON each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lsiq.errors import InputError
+from lsiq.results import Record
+
+# Of the resolved configuration: what decides a number, without where things lie and what is only said.
+_KEPT = {
+    "model": ("dtype", "outliers", "outlier_strength", "weights"),
+    "quant": ("weight", "activation"),
+    "calib": ("corpus", "samples", "written", "seqlen", "batch"),
+    "eval": ("corpora", "seqlen", "windows", "tasks", "items"),
+}
+_MEASURES = ("ppl", "excess", "kl", "top1", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        run_id: names the run's folder; None for runs that were noted before records were collected.
+        study: the group that the run was filed under.
+        setting: the number formats, such as w3a16g128.
+        config: the resolved settings that decide its numbers; what is null is left out.
+        metrics: as in the record, to six digits.
+        tokens: by metric key, the hash of the tokens that it was measured on.
+        macs: multiply-accumulates per token by width.
+        seconds: of quantising all blocks, with a start from another method.
+        errors: by block, the relative squared error of its output.
+        machine: device, GPU, threads and version of torch.
+    """
+
+    run_id: str | None
+    study: str | None
+    created: str
+    model: str
+    setting: str
+    method: str
+    seed: int
+    config: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    tokens: Mapping[str, str]
+    average_bits: float | None
+    relative_area: float | None
+    macs: Mapping[str, int]
+    seconds: float
+    errors: list[float | None]
+    machine: Mapping[str, Any]
+    commit: str | None
+
+    @property
+    def dtype(self) -> str | None:
+        """What the model was held in, as far as the settings say; auto on a CPU is float32."""
+        asked = self.get("model.dtype")
+        return "float32" if asked == "auto" and self.machine.get("device") == "cpu" else asked
+
+    def get(self, key: str) -> Any:
+        """Return the setting with a dotted name, such as `method.training.epochs` or `method.parts.0.width`."""
+        value: Any = self.config
+        for name in key.split("."):
+            if isinstance(value, list):
+                value = value[int(name)] if int(name) < len(value) else None
+            else:
+                value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
+
+def compact(record: Record) -> Run:
+    """Return what tables need of a finished run's record."""
+    model, setting, method, *_ = record.run_id.rsplit("_", 4)
+    kept = {group: {key: record.config[group].get(key) for key in keys} for group, keys in _KEPT.items()}
+    config = without_nulls({**kept, "method": record.config["method"]})
+    metrics = {
+        key: float(f"{value:.6g}")
+        for key, value in record.metrics.items()
+        if key.removeprefix("float/").removeprefix("rtn/").split("/")[0] in _MEASURES
+    }
+    cost, seconds = record.cost, record.seconds
+    return Run(
+        run_id=record.run_id,
+        study=record.config["tracker"].get("group"),
+        created=record.created,
+        model=model,
+        setting=setting,
+        method=method,
+        seed=record.seed,
+        config=config,
+        metrics=metrics,
+        tokens={key: facts["tokens"] for key, facts in record.protocol.items() if "tokens" in facts},
+        average_bits=record.average_bits,
+        relative_area=cost.get("relative_area"),
+        macs=cost.get("macs_per_token", {}),
+        seconds=round(sum(seconds.get(stage, 0.0) for stage in ("prepare", "start", "quantize")), 2),
+        errors=[None if row["error"] is None else float(f"{row['error']:.4g}") for row in record.blocks],
+        machine={key: record.machine[key] for key in ("device", "gpu", "threads") if key in record.machine}
+        | {"torch": record.versions.get("torch")},
+        commit=record.commit,
+    )
+
+
+def without_nulls(value: Any) -> Any:
+    """Return nested plain data without keys whose value is None."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def read_runs(file: Path) -> list[Run]:
+    """Return the runs of a file of compact records.
+
+    Raises:
+        InputError: a line is none.
+    """
+    names, found = {field.name for field in fields(Run)}, []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            values = json.loads(line)
+            wrong = names.symmetric_difference(values)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{file}:{number}: not JSON ({error}); collect the records again") from error
+        if wrong:
+            raise InputError(
+                f"{file}:{number}: not a compact record ({', '.join(sorted(wrong)[:3])} unknown or missing); "
+                "write it with python -m lsiq.tables.collect"
+            )
+        found.append(Run(**values))
+    return found
+
+
+def write_runs(runs: Iterable[Run], file: Path) -> None:
+    """Write compact records, sorted, so that the same runs give the same file."""
+    ordered = sorted(
+        runs, key=lambda run: (run.model, run.setting, run.method, run.seed, run.run_id or "", run.created)
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(asdict(run), separators=(",", ":"), allow_nan=False) for run in ordered)
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

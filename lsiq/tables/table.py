@@ -1,0 +1,180 @@
+"""Tables of measured and published numbers, as Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lsiq.tables.published import Published
+from lsiq.tables.study import Sample
+
+DASH = "–"
+
+
+def decimals(digits: int) -> Callable[[float], str]:
+    """Return a way to write numbers: with so many decimals, fewer where they are large."""
+
+    def write(value: float) -> str:
+        if abs(value) >= 1e5:
+            return f"{value:.1e}"
+        return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.0f}"
+
+    return write
+
+
+PERPLEXITY = decimals(2)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of a table.
+
+    Attributes:
+        ours: what this project measured.
+        published: what a paper printed.
+        wanted: whether a command exists that measures it.
+        bold: whether it is the best by more than the spread.
+        text: words in place of numbers.
+    """
+
+    ours: Sample | None = None
+    published: Published | None = None
+    wanted: bool = False
+    bold: bool = False
+    text: str | None = None
+
+    def write(self, number: Callable[[float], str], beside: bool, tex: bool = False) -> str:
+        """Return the cell's text; `beside` puts the published number behind ours, empty ones included."""
+        if self.text is not None:
+            return self.text
+        ours = DASH if self.wanted else ""
+        if self.ours is not None:
+            plus = r" $\pm$ " if tex else " ± "
+            ours = number(self.ours.mean)
+            if not self.ours.exact:
+                spread = self.ours.spread
+                ours += " (1 seed)" if spread is None else plus + number(spread)
+            if self.bold:
+                ours = rf"\textbf{{{ours}}}" if tex else f"**{ours}**"
+        if not beside:
+            return ours
+        other = DASH if self.published is None else self.published.marked
+        return f"{ours or '·'} / {other}" if ours or self.published else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Labels, then cells; `group` says which rows compete for bold."""
+
+    labels: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    group: str = ""
+    competes: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings; shows itself in a notebook as Markdown, with LaTeX beside.
+
+    Attributes:
+        name: of its files.
+        heads: of the labels, then of the cells.
+        beside: whether each cell has ours and, behind a stroke, the published number.
+        commands: what fills the empty cells.
+        folded: whether a page shows it only when asked.
+    """
+
+    name: str
+    caption: str
+    heads: tuple[str, ...]
+    rows: tuple[Row, ...]
+    beside: bool = False
+    number: Callable[[float], str] = PERPLEXITY
+    commands: Sequence[str] = ()
+    folded: bool = False
+
+    def markdown(self) -> str:
+        """Return the table with its caption, and a list of commands where cells are empty."""
+        labels = len(self.rows[0].labels) if self.rows else 1
+        lines = [_line(self.heads), _line(["---"] * labels + ["---:"] * (len(self.heads) - labels))]
+        lines += [
+            _line([*row.labels, *(cell.write(self.number, self.beside) for cell in row.cells)]) for row in self.rows
+        ]
+        parts = [f"**{self.caption}**", "\n".join(lines)]
+        if self.folded:
+            parts = [f"<details><summary>{self.caption}</summary>", parts[1], "</details>"]
+        if self.commands:
+            listed = "\n".join(self.commands)
+            parts.append(
+                f"<details><summary>Cells without a number of ours ({DASH}): {self.empty}; commands that fill them: "
+                f"{len(self.commands)}</summary>\n\n```sh\n{listed}\n```\n\n</details>"
+            )
+        return "\n\n".join(parts) + "\n"
+
+    def latex(self) -> str:
+        """Return the table as a booktabs environment."""
+        columns = len(self.heads)
+        labels = len(self.rows[0].labels) if self.rows else 1
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(self.caption)}}}"]
+        lines += [rf"\begin{{tabular}}{{{'l' * labels}{'r' * (columns - labels)}}}", r"\toprule"]
+        lines += [" & ".join(_tex(head) for head in self.heads) + r" \\", r"\midrule"]
+        for row in self.rows:
+            cells = (_marks(cell.write(self.number, self.beside, tex=True)) for cell in row.cells)
+            lines.append(" & ".join([*(_tex(label) for label in row.labels), *cells]) + r" \\")
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+
+    @property
+    def empty(self) -> int:
+        return sum(cell.wanted and cell.ours is None for row in self.rows for cell in row.cells)
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        return {"text/markdown": self.markdown(), "text/latex": self.latex()}, {"lsiq": {"name": self.name}}
+
+
+def best_in_bold(rows: Sequence[Row], lower: bool = True) -> tuple[Row, ...]:
+    """Return the rows with the best cell of each column and group in bold, where it leads by more than the spread.
+
+    The gap to every other must exceed the larger of the two standard deviations; that of a single seed is not known, so
+    nothing is in bold beside it. Rows that do not compete (more bits than the others) are left as they are.
+    """
+    done = list(rows)
+    for column in range(len(rows[0].cells) if rows else 0):
+        for group in dict.fromkeys(row.group for row in rows):
+            entries = [
+                (sample.mean if lower else -sample.mean, index, math.inf if sample.spread is None else sample.spread)
+                for index, row in enumerate(rows)
+                if row.group == group and row.competes and (sample := row.cells[column].ours) is not None
+            ]
+            entries.sort()
+            if len(entries) > 1 and _leads(entries):
+                cells = list(done[entries[0][1]].cells)
+                cells[column] = replace(cells[column], bold=True)
+                done[entries[0][1]] = replace(done[entries[0][1]], cells=tuple(cells))
+    return tuple(done)
+
+
+def _leads(entries: Sequence[tuple[float, int, float]]) -> bool:
+    best, _, spread = entries[0]
+    return all(value - best > max(spread, other) for value, _, other in entries[1:])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _tex(text: str) -> str:
+    for plain, escaped in (("_", r"\_"), ("%", r"\%"), ("&", r"\&")):
+        text = text.replace(plain, escaped)
+    return _marks(text)
+
+
+def _marks(text: str) -> str:
+    for plain, escaped in (("†", r"$^\dagger$"), ("‡", r"$^\ddagger$"), ("–", "--"), ("·", r"$\cdot$")):
+        text = text.replace(plain, escaped)
+    return text
