@@ -134,12 +134,12 @@ def test_a_trajectory_tells_of_every_linear_whatever_the_method(
     plain = rows["rtn"]
     assert (plain["flip_rate"] == 0).all()
     assert (plain["error_before"] == plain["error_after"]).all()
-    # Rounding to 3 bits in groups of 32 adds 3 to 4 % to the power of an output of random weights; behind what a host
-    # prepared the reference is another one, so an error of another size would mean the wrong one. Measured: 0.031 to
-    # 0.041 rounded to nearest, 0.016 to 0.040 by GPTQ, 0.028 to 0.043 smoothed, 0.036 to 0.044 turned.
+    # A wrong reference behind a host would show as an error near 1. Measured: rounded to nearest 0.027 to 0.035, GPTQ
+    # 0.002 to 0.009 (more inputs than channels were not seen), LSI 0.026 to 0.033, smoothed and turned 0.026 to 0.035.
     for method, found in rows.items():
         last = found[found["epoch"] == -1]
-        assert last["error_after"].between(0.005, 0.08).all(), (method, last["error_after"].describe())
+        assert last["error_before"].between(0.02, 0.05).all(), method
+        assert last["error_after"].between(0.001 if method == "gptq" else 0.02, 0.05).all(), method
     assert set(rows["lsi"]["epoch"]) == {-1, 0, 1}
     trained = rows["lsi"][rows["lsi"]["epoch"] == 1]
     assert (trained["increment_norm"] > 0).all()
@@ -181,7 +181,7 @@ def test_runs_of_one_process_do_not_leak_into_each_other(model: Path, small_run:
         assert told["run"][0].get("run_group") == ("other" if name == "gptq" else None)
         assert told["history"][0]["step"]["num"] == 0
         assert summary_of(told)["ppl/file@64"] == record.metrics["ppl/file@64"]
-        assert [exit["exit_code"] for exit in told["exit"]] == [0] if "exit_code" in told["exit"][0] else told["exit"]
+        assert told["exit"][0].get("exit_code", 0) == 0
 
 
 def test_a_resumed_run_continues_its_tracked_run_and_force_begins_anew(small_run: SmallRun, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_resumed_run_continues_its_tracked_run_and_force_begins_anew(small_run
     (first,) = fail()
     assert first["exit"][0]["exit_code"] == 1
     time.sleep(1.1)  # wandb names folders by the second
-    first, second = fail("+tracker.upload=1")
+    first, second = fail("tracker.upload=1")
     assert first["run"][0]["run_id"] == second["run"][0]["run_id"]
     assert "resume" not in first["run"][0]
     assert second["run"][0]["resume"] is True
@@ -250,7 +250,11 @@ def test_tensorboard_holds_the_same_story(model: Path, small_run: SmallRun, tmp_
     first = rows[(rows["epoch"] == -1) & (rows["block"] == 0) & (rows["linear"] == "self_attn.q_proj")].iloc[0]
     for event, column in ((before, "histogram_before"), (after, "histogram_after")):
         assert event.histogram_value.num == sum(first[column])
-    texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    texts = {
+        tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
+        for tag in events.Tags()["tensors"]
+        if "text" in tag
+    }
     assert record.run_id in texts["run/text_summary"]
     assert '"group": "study"' in texts["run/text_summary"]
     assert texts["status/text_summary"] == "finished"

@@ -58,12 +58,18 @@ def spread(count: int, chosen: int) -> list[int]:
 
 def markdown(table: Table) -> str:
     """Return a table as Markdown shows it."""
-    lines = [list(table.columns), *([_shown(cell) for cell in row] for row in table.rows)]
-    marks = ["---"] + ["---:"] * (len(table.columns) - 1)
+    lines = [list(table.columns), *([shown(cell).replace("|", "\\|") for cell in row] for row in table.rows)]
+    marks = ["---:" if right else "---" for right in right_aligned(table)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], marks, *lines[1:]))
 
 
-def _shown(cell: Cell) -> str:
+def right_aligned(table: Table) -> list[bool]:
+    """Say of each column whether it holds numbers."""
+    return [any(isinstance(row[place], (int, float)) for row in table.rows) for place in range(len(table.columns))]
+
+
+def shown(cell: Cell) -> str:
+    """Return a cell as text; numbers with five digits."""
     if cell is None:
         return "—"
-    return f"{cell:.5g}" if isinstance(cell, float) else str(cell).replace("|", "\\|")
+    return f"{cell:.5g}" if isinstance(cell, float) else str(cell)

@@ -134,7 +134,9 @@ def accuracies(record: Record) -> Table:
 
 def costs(record: Record) -> Table:
     """Seconds by stage, peak memory and bits."""
-    rows: list[Sequence[Cell]] = [[f"seconds {stage}", seconds] for stage, seconds in record.seconds.items()]
+    rows: list[Sequence[Cell]] = [
+        [f"seconds {stage}", seconds] for stage, seconds in record.seconds.items() if seconds > 0.005
+    ]
     rows += [[f"peak {place} memory, GiB", size / 2**30] for place, size in record.peak_bytes.items()]
     return Table("tables/time and memory", ["what", "value"], [*rows, ["average bits", record.average_bits]])
 
