@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lsiq.cost import BlockCost, block_cost
 from lsiq.errors import NumericalError
-from lsiq.layers import layer_rows
+from lsiq.layers import TOKENS, layer_rows
 from lsiq.methods.base import Ahead, BlockResult, Context, Method, WholeMethod
 from lsiq.models.block import Block, run_stream
 from lsiq.models.loading import Model
@@ -96,7 +96,7 @@ def quantize(
         result = by_block.quantize_block(block, quant, context)
         _check(result, block)
         store.write(index, result)
-        error, fed = None, None if quantised is None else quantised[:batch].clone()
+        error, fed = None, None if quantised is None else quantised[: max(1, TOKENS // quantised.shape[1])].clone()
         if quantised is not None and targets is not None:
             quantised = run_stream(block.with_result(result, quant.activation), quantised, batch, model.device)
             error = _relative_error(quantised, targets, index)
@@ -108,7 +108,7 @@ def quantize(
             error,
             block_cost(result, quant, online_multiplications(block, result.rotations)),
             dict(result.metrics),
-            [*result.trace, *layer_rows(block, result, quant, fed, batch)],
+            [*result.trace, *layer_rows(block, result, quant, fed)],
         )
         start = time.perf_counter()
 

@@ -41,15 +41,16 @@ def say(message: str) -> None:
 class Stage:
     """The progress of one stage; on a terminal a moving bar, elsewhere a line from time to time."""
 
-    def __init__(self, progress: Progress, task: TaskID, name: str, total: int) -> None:
-        self._progress, self._task, self._name, self._total = progress, task, name, total
+    def __init__(self, progress: Progress, task: TaskID, name: str, total: int, brief: bool) -> None:
+        self._progress, self._task, self._name, self._total, self._brief = progress, task, name, total, brief
         self._done, self._start, self._said = 0, time.perf_counter(), time.perf_counter()
 
     def advance(self, note: str = "") -> None:
         """One more step is done; `note` says what came of it."""
         self._done += 1
-        note = f"{note}  peak {gib(max(peak_bytes().values()))}".strip()
-        self._progress.update(self._task, advance=1, note=note)
+        peak = f"peak {gib(max(peak_bytes().values()))}"
+        note = f"{note}  {peak}".strip()
+        self._progress.update(self._task, advance=1, note=peak if self._brief else note)
         now = time.perf_counter()
         # Logs of batch jobs: the first and last step, and at most one line in ten seconds between.
         if not STORY.is_terminal and (self._done in (1, self._total) or now - self._said > 10):
@@ -82,7 +83,7 @@ def stage(name: str, total: int, above: Callable[[], RenderableType] | None = No
         TextColumn("{task.fields[note]}"),
     )
     with _Shown(*columns, above=above) as progress:
-        yield Stage(progress, progress.add_task(name, total=total, note=""), name, total)
+        yield Stage(progress, progress.add_task(name, total=total, note=""), name, total, brief=above is not None)
 
 
 def gib(size: float) -> str:
