@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # What a run leaves beside its record.
 TABLES = ("trajectory.parquet", "windows.parquet", "items.parquet")
+# Logged to tell rows apart; none is worth a panel.
+COUNTERS = ("block/index", "learn/epoch", "learn/block", "finetune/epoch", "finetune/block")
 
 
 class Wandb:
@@ -35,8 +37,9 @@ class Wandb:
         if mode == "auto" and (asked := os.environ.get("WANDB_MODE")):
             mode = asked
         self._start(self._choose_mode() if mode == "auto" else mode, resumed)
-        # Blocks are counted from 0 whatever came before them.
         self._run.define_metric("block/*", step_metric="block/index")
+        for name in COUNTERS:
+            self._run.define_metric(name, hidden=True)
 
     def _choose_mode(self) -> str:
         import wandb
