@@ -183,16 +183,18 @@ def test_the_number_of_panels_does_not_grow_with_the_model() -> None:
 
 
 def test_runs_of_one_process_do_not_leak_into_each_other(model: Path, small_run: SmallRun, tmp_path: Path) -> None:
-    overrides = {"rtn": ("method=rtn",), "gptq": ("method=gptq", "tracker.group=other")}
+    hosted = ("method=rotate", "method@method.then=gptq", "tracker.group=other")
+    overrides = {"rtn": ("method=rtn",), "rotate+gptq": hosted}
     for name, own in overrides.items():
         record = run(small_run(model, *OFFLINE, *own))
         (file,) = offline_files(tmp_path / "runs" / record.run_id)
         told = read_back(file)
         assert (told["run"][0]["job_type"], told["run"][0]["run_id"]) == (name, record.run_id)
-        assert told["run"][0].get("run_group") == ("other" if name == "gptq" else None)
+        assert told["run"][0].get("run_group") == ("other" if name == "rotate+gptq" else None)
         assert told["history"][0]["step"]["num"] == 0
         assert summary_of(told)["ppl/file@64"] == record.metrics["ppl/file@64"]
         assert told["exit"][0].get("exit_code", 0) == 0
+        assert {"record", "blocks"} <= {found["type"] for found in told["artifact"]}
 
 
 def test_a_resumed_run_continues_its_tracked_run_and_force_begins_anew(small_run: SmallRun, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ class Wandb:
                 return "online"
             say(f"tracker=wandb: nobody is logged in, so the run is tracked offline; {way_to_send}")
         except AuthenticationError as error:  # also where the server is out of reach
-            warn(f"tracker=wandb: {error}; the run is tracked offline; {way_to_send}")
+            why = " ".join(str(error).split())
+            warn(f"tracker=wandb: {why}; the run is tracked offline; {way_to_send}")
         return "offline"
 
     def _start(self, mode: str, resumed: bool) -> None:
@@ -125,7 +126,8 @@ class Wandb:
         files = [file for file in files if file.exists()]
         if not files:
             return
-        artifact = wandb.Artifact(f"{kind}-{self._id}", type=kind)
+        # Of what our ids may hold, names of artifacts refuse the plus sign alone.
+        artifact = wandb.Artifact(f"{kind}-{self._id.replace('+', '-')}", type=kind)
         small = kind == "record" or sum(file.stat().st_size for file in files) <= self._settings.upload * 2**20
         with self._staging():
             for file in files:
