@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,11 +16,13 @@ import pandas
 import pytest
 from conftest import SHAPES, save_model
 from omegaconf import DictConfig
+from rich.console import Console
 
 from lsiq.config import TrackerSettings
 from lsiq.errors import NumericalError
 from lsiq.results import Record
 from lsiq.run import run
+from lsiq.track.live import block_table
 from lsiq.track.mirror import Mirror
 from lsiq.track.panels import Lines, Table, markdown, spread
 from lsiq.track.story import own_layers, record_panels, trajectory_panels
@@ -368,7 +371,36 @@ def test_tables_are_markdown() -> None:
     ]
 
 
-def test_a_record_with_underscores_in_its_models_name_is_told_apart() -> None:
+def test_tables_of_a_record_hold_tasks_and_costs() -> None:
     record = Record("my_model_w3a16g128_lsi_s0_abc", "finished", "2026-01-01", {}, 0, {})
     assert (record.model, record.setting, record.method) == ("my_model", "w3a16g128", "lsi")
     assert [table.name for table in record_panels(record)] == ["tables/perplexity", "tables/time and memory"]
+    record.metrics = {"acc/piqa": 0.7, "acc_stderr/piqa": 0.01, "float/acc/piqa": 0.75, "float/acc_stderr/piqa": 0.02}
+    record.protocol = {"acc/piqa": {"task_version": 1}}
+    record.peak_bytes, record.seconds = {"device": 2**31}, {"total": 3.0, "tasks": 1e-6}
+    tables = {table.name: table.rows for table in record_panels(record)}
+    assert tables["tables/tasks"] == [["acc/piqa", "float", 0.75, 0.02], ["acc/piqa", "lsi", 0.7, 0.01]]
+    costs = [["seconds total", 3.0], ["peak device memory, GiB", 2.0], ["average bits", None]]
+    assert tables["tables/time and memory"] == costs
+
+
+def test_the_block_table_follows_training_and_keeps_the_last_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown() -> list[list[str]]:
+        console = Console(file=io.StringIO(), width=100)
+        console.print(table.render())
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+
+    with block_table(10) as table:
+        for epoch, loss in enumerate((0.5, 0.25)):
+            table.log({"learn/epoch": epoch, "learn/loss": loss, "learn/block": 0})
+        assert shown() == [["0", "0.5000 → 0.2500", "", "epoch 2"]]
+        table.done({"index": 0, "error": 0.2, "seconds": 1.5})
+        assert shown() == [["0", "0.5000 → 0.2500", "0.2000", "1.5 s"]]
+        for index in range(1, 10):
+            table.done({"index": index, "error": None, "seconds": 1.0})
+        assert [row[0] for row in shown()] == [str(index) for index in range(2, 10)]
+        assert shown()[-1] == ["9", "", "—", "1.0 s"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("quantize 1/10  loss 0.5000 → 0.2500  error 0.2000  peak ")
+    assert lines[-1].startswith("quantize 10/10  peak ")
