@@ -113,7 +113,7 @@ def test_what_was_learned_is_shown_as_it_was(model: Path, small_run: SmallRun, t
     told = read_back(file)
     steps = [row["step"]["num"] for row in told["history"]]
     assert steps == list(range(len(steps)))
-    losses = table_of(told, "learning/loss by epoch_table", file).set_index(["lineKey", "step"])["lineVal"]
+    losses = table_of(told, "learning/loss_table", file).set_index(["lineKey", "step"])["lineVal"]
     for (block, epoch), found in rows[rows["epoch"] >= 0].groupby(["block", "epoch"]):
         assert losses[f"block {block}", epoch] == found["loss"].iloc[0]
     flips = table_of(told, "layers/flipped codes_table", file).set_index(["lineKey", "step"])["lineVal"]
@@ -259,7 +259,7 @@ def test_tensorboard_holds_the_same_story(model: Path, small_run: SmallRun, tmp_
     events = read_events(folder)
     rows = pandas.read_parquet(folder / "trajectory.parquet")
     losses = rows[(rows["block"] == 1) & (rows["epoch"] >= 0)].drop_duplicates("epoch")["loss"]
-    told = [event.value for event in events.Scalars("learning/loss by epoch/block 1")]
+    told = [event.value for event in events.Scalars("learning/loss/block 1")]
     assert told == pytest.approx(list(losses), rel=1e-6)  # float32; measured: 1e-8
     assert events.Scalars("record/ppl/file@64")[0].value == pytest.approx(record.metrics["ppl/file@64"], rel=1e-6)
     before, after = events.Histograms("weights/block 0 self_attn.q_proj")

@@ -71,11 +71,11 @@ def _learning(epochs: Sequence[Row], chosen: Sequence[Row]) -> Iterator[Lines]:
     for row in epochs:
         losses.setdefault(f"block {row['block']}", {})[row["epoch"]] = row["loss"]
     names = list(losses)
-    yield _family("learning/loss by epoch", {names[index]: losses[names[index]] for index in spread(len(names), LINES)})
+    yield _family("learning/loss", {names[index]: losses[names[index]] for index in spread(len(names), LINES)})
     found = {_layer(row): [epoch for epoch in epochs if _layer(epoch) == _layer(row)] for row in chosen}
     norms = {name: {row["epoch"]: row["gradient_norm"] for row in rows} for name, rows in found.items() if rows}
     if norms:
-        yield _family("learning/gradient norm by epoch", norms)
+        yield _family("learning/gradient norm", norms)
     for name, rows in found.items():
         values = {row["epoch"]: row["values"] for row in rows if "values" in row}
         if values:

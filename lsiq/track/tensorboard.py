@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,9 @@ class TensorBoard:
     def _show_lines(self, panel: Lines) -> None:
         section, _, title = panel.name.partition("/")
         tags = [f"{panel.name}/{line}" for line in panel.lines]
-        self._charts.setdefault(section, {})[f"{title} over {panel.axis}"] = ["Multiline", tags]
+        # A chart names its lines by regular expressions, and `block 1` would otherwise find `block 10` as well.
+        lines = [f"{re.escape(tag)}$" for tag in tags]
+        self._charts.setdefault(section, {})[f"{title} over {panel.axis}"] = ["Multiline", lines]
         for tag, line in zip(tags, panel.lines.values(), strict=True):
             for x, y in zip(panel.x, line, strict=True):
                 if y is not None:
