@@ -30,7 +30,9 @@ from lsiq.quantize import BlockReport, check_formats, quantize
 from lsiq.results import Record, write_record
 from lsiq.store import BlockStore
 from lsiq.track.base import Tracker, make_tracker
-from lsiq.track.console import say, stage, warn
+from lsiq.track.console import say, warn
+from lsiq.track.live import block_table
+from lsiq.track.story import trajectory_panels
 
 T = TypeVar("T")
 # Sequences that suffice to report block errors where a method needs none.
@@ -55,8 +57,6 @@ def carry_out(
         exporter.check_model(source)
     if record.status != "finished":
         measure(config, plain, model, store, record, folder, start)
-        record.status = "finished"
-        write_record(record, folder)
     if exporter is not None and source is not None:
         timed(record, "export", lambda: export(exporter, source, config, record, folder))
 
@@ -85,7 +85,7 @@ def measure(
         samples, seqlen = calibration.shape
         record.calibration = {"samples": samples, "seqlen": seqlen, "tokens": token_hash(calibration)}
 
-    with make_tracker(config, plain, record.run_id, folder) as tracker:
+    with make_tracker(config, plain, record, folder) as tracker:
         try:
             if record.quantised:
                 say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")
@@ -101,10 +101,12 @@ def measure(
                 )
                 record.quantised = bool(record.blocks)
                 write_record(record, folder)
-            timed(record, "evaluate", lambda: evaluate(config, model, prepared, windows, tasks, store, record, tracker))
+            timed(record, "evaluate", lambda: evaluate(config, model, prepared, windows, tasks, store, record))
         finally:
             record.seconds["total"] = record.seconds.get("total", 0.0) + time.perf_counter() - start
             record.peak_bytes = peak_bytes()
+        record.status = "finished"
+        write_record(record, folder)
         tracker.finish(record)
 
 
@@ -162,19 +164,22 @@ def quantize_model(
     store.write_model(model)
     reports: list[BlockReport] = []
     before, record.blocks = record.blocks, []
-    with stage("quantize", model.depth) as progress:
-        for report in quantize(
-            model, method, config.quant, tokens, config.calib.batch, config.seed, store, tracker.log
-        ):
+    with block_table(model.depth) as table:
+
+        def log(values: Mapping[str, float]) -> None:
+            tracker.log(values)
+            table.log(values)
+
+        for report in quantize(model, method, config.quant, tokens, config.calib.batch, config.seed, store, log):
             reports.append(report)
             row = block_row(report, before)
             record.blocks.append(row)
-            tracker.log({f"block/{key}": row[key] for key in ("index", "error", "seconds") if row[key] is not None})
-            progress.advance("" if report.error is None else f"error {report.error:.3g}")
+            told = {f"block/{key}": row[key] for key in ("index", "error", "seconds") if row[key] is not None}
+            tracker.log({**told, **{f"block/peak_{place}_gib": size / 2**30 for place, size in peak_bytes().items()}})
+            table.done(row)
     if rows := [row for report in reports for row in report.trace]:
-        trajectory = pandas.DataFrame(rows)
-        trajectory.to_parquet(store.folder.parent / "trajectory.parquet", index=False)
-        tracker.table("trajectory", trajectory)
+        pandas.DataFrame(rows).to_parquet(store.folder.parent / "trajectory.parquet", index=False)
+        tracker.show(trajectory_panels(rows, config.tracker.panels))
     record.cost = model_cost(model, (report.cost for report in reports))
     record.average_bits = record.cost["average_bits"]
 

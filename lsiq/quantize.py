@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lsiq.cost import BlockCost, block_cost
 from lsiq.errors import NumericalError
+from lsiq.layers import TOKENS, layer_rows
 from lsiq.methods.base import Ahead, BlockResult, Context, Method, WholeMethod
 from lsiq.models.block import Block, run_stream
 from lsiq.models.loading import Model
@@ -33,7 +34,7 @@ class BlockReport:
             without calibration data.
         cost: bits and multiply-accumulates of its linears and what runs beside them.
         metrics: what the method reported.
-        trace: the rows of its trajectory.
+        trace: the rows of its trajectory: how each linear was learned, and what became of it.
     """
 
     index: int
@@ -95,18 +96,19 @@ def quantize(
         result = by_block.quantize_block(block, quant, context)
         _check(result, block)
         store.write(index, result)
-        error = None
+        error, fed = None, None if quantised is None else quantised[: max(1, TOKENS // quantised.shape[1])].clone()
         if quantised is not None and targets is not None:
             quantised = run_stream(block.with_result(result, quant.activation), quantised, batch, model.device)
             error = _relative_error(quantised, targets, index)
             floats = targets
+        seconds = time.perf_counter() - start
         yield BlockReport(
             index,
-            time.perf_counter() - start,
+            seconds,
             error,
             block_cost(result, quant, online_multiplications(block, result.rotations)),
             dict(result.metrics),
-            result.trace,
+            [*result.trace, *layer_rows(block, result, quant, fed)],
         )
         start = time.perf_counter()
 

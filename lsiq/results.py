@@ -26,6 +26,7 @@ _PACKAGES = (
     "datasets",
     "lm_eval",
     "wandb",
+    "tensorboard",
 )
 
 
@@ -80,6 +81,21 @@ class Record:
     error: str | None = None
     quantised: bool = False
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.run_id.rsplit("_", 4)[0]
+
+    @property
+    def setting(self) -> str:
+        """The number format's name, such as w4a16g128."""
+        return self.run_id.rsplit("_", 4)[1]
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.run_id.rsplit("_", 4)[2]
 
     @property
     def objective(self) -> float | None:

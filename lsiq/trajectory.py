@@ -3,61 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from lsiq.formats.tensor import quantize
 from lsiq.learn import Epoch, Learned
-from lsiq.methods.base import BlockResult
 from lsiq.models.block import Block
 from lsiq.parts.base import Part, PartState
 from lsiq.parts.singular import Singular
-from lsiq.step import apply_parts
-
-if TYPE_CHECKING:
-    from lsiq.config import QuantSettings
 
 # How many singular values are kept per linear and epoch, evenly strided from the largest to the smallest.
 SAMPLED_VALUES = 32
-BINS = 64
 
 
-def trace(
-    parts: Sequence[Part], learned: Learned, block: Block, quant: QuantSettings, result: BlockResult
-) -> list[dict[str, Any]]:
-    """Return one row per linear and epoch, and one last row per linear with the histograms.
+def trace(parts: Sequence[Part], learned: Learned, block: Block) -> list[dict[str, Any]]:
+    """Return one row per linear and epoch; what became of each linear in the end is added by the block loop.
 
-    Columns: block, linear, epoch (the last row has -1), loss, gradient_norm and rms_change (RMS of the increment part's
-    change of the weight), increment_norm, increment_max, values (sampled singular values plus increments), flip_rate
-    (share of codes that differ from round-to-nearest's), histogram_before, histogram_after, histogram_codes,
-    histogram_range (the weights' edges).
+    Columns: block, linear, epoch, loss, seconds, gradient_norm and rms_change (RMS of the increment part's change of
+    the weight), increment_norm, increment_max, values (sampled singular values plus increments), increments.
     """
-    rows: list[dict[str, Any]] = []
-    for epoch in learned.epochs:
-        rows += [_epoch_row(parts, learned.states, epoch, block, name) for name in block.linears]
-    draft = apply_parts(parts, learned.states, block)
-    for name in block.linears:
-        before, after = block.weights[name], result.weights[name].decode()
-        plain = quantize(before, quant.weight, name)
-        reach = max(before.abs().max().item(), after.abs().max().item(), 1e-12)
-        rows.append(
-            {
-                "block": block.index,
-                "linear": name.removesuffix(".weight"),
-                "epoch": -1,
-                "flip_rate": (plain.codes != result.weights[name].codes).float().mean().item(),
-                "rms_change": (draft.weights[name] - before).square().mean().sqrt().item(),
-                "histogram_before": _histogram(before, reach),
-                "histogram_after": _histogram(after, reach),
-                "histogram_codes": torch.bincount(
-                    result.weights[name].codes.flatten().int(), minlength=quant.weight.levels + 1
-                ).tolist(),
-                "histogram_range": reach,
-            }
-        )
-    return rows
+    return [_epoch_row(parts, learned.states, epoch, block, name) for epoch in learned.epochs for name in block.linears]
 
 
 def _epoch_row(
@@ -85,7 +48,3 @@ def _epoch_row(
         own = {key.removeprefix(f"{part.name}:"): tensor for key, tensor in epoch.increments.items()}
         row["rms_change"] = (part.core_square(own, name) / block.weights[name].numel()).clamp(min=0).sqrt().item()
     return row
-
-
-def _histogram(w: Tensor, reach: float) -> list[float]:
-    return torch.histc(w.float(), bins=BINS, min=-reach, max=reach).tolist()

@@ -67,6 +67,12 @@ CONFIG_ERRORS = {
     "unknown-dtype": (["model.dtype=int8"], ["model.dtype=int8", "bfloat16"]),
     "unknown-weights": (["model.weights=none"], ["model.weights=none", "random"]),
     "tracker-mode": (["tracker.mode=loud"], ["tracker.mode=loud", "offline"]),
+    "tracker-panels": (["tracker.panels=-1"], ["tracker.panels=-1", "at least 0"]),
+    "tracker-without-network": (
+        ["tracker=tensorboard", "tracker.mode=offline"],
+        ["tracker.mode=offline", "tracker=tensorboard", "mode=auto"],
+    ),
+    "unknown-tracker": (["tracker=mlflow"], ["tracker=mlflow", "tensorboard"]),
     "group-as-value": (["quant=null"], ["quant", "group=choice"]),
     "missing-folder": (["model.path=/nowhere/at/all"], ["model.path=/nowhere/at/all", "no such folder"]),
     "missing-text": (["calib=file", "calib.path=/nowhere.txt"], ["calib.path=/nowhere.txt", "no such file"]),

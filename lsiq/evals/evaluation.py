@@ -27,7 +27,6 @@ from lsiq.methods.rtn import round_to_nearest
 from lsiq.models.loading import Model
 from lsiq.results import Record
 from lsiq.store import BlockStore
-from lsiq.track.base import Tracker
 from lsiq.track.console import stage
 
 
@@ -39,7 +38,6 @@ def evaluate(
     tasks: Tasks,
     store: BlockStore,
     record: Record,
-    tracker: Tracker,
 ) -> None:
     """Measure every model on every corpus and task, and write the numbers into `record`.
 
@@ -49,7 +47,6 @@ def evaluate(
     variants = variants_to_measure(config, prepared, store)
     cache = open_cache(config, model, record)
     folder = store.folder.parent
-    before = set(record.metrics)
     if windows:
         with stage("evaluate", model.depth * len(by_model(model, variants))) as progress:
             measured = measure_windows(
@@ -60,7 +57,6 @@ def evaluate(
         write_windows(folder, measured, config.eval.seqlen)
     if tasks:
         measure_tasks(tasks, config.eval, model, variants, cache, folder, record)
-    tracker.log({name: value for name, value in record.metrics.items() if name not in before})
 
 
 def variants_to_measure(config: RunConfig, prepared: Model, store: BlockStore) -> dict[str, Variant]:

@@ -153,7 +153,7 @@ class Learned:
         learned = learn(parts, self.training, block, quant, context)
         with torch.no_grad():
             result = merge(apply_parts(parts, learned.states, block), block, quant)
-            rows = trace(parts, learned, block, quant, result)
+            rows = trace(parts, learned, block)
             # Of the parts only the equivalent transformation keeps the float function; the codes stand for its weights.
             folds = [(p, s) for p, s in zip(parts, learned.states, strict=True) if isinstance(p, Equivalent)]
             folded = apply_parts([p for p, _ in folds], [s for _, s in folds], block).weights

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-
     from lsiq.config import RunConfig
     from lsiq.results import Record
+    from lsiq.track.panels import Panel
 
 
 class Tracker(Protocol):
@@ -27,12 +26,33 @@ class Tracker(Protocol):
         """Add one row of named numbers."""
         ...
 
-    def table(self, name: str, rows: DataFrame) -> None:
-        """Show a table, such as the trajectories of a learned run."""
+    def show(self, panels: Iterable[Panel]) -> None:
+        """Show line families, histograms and tables."""
         ...
 
     def finish(self, record: Record) -> None:
-        """Show the finished record."""
+        """Show the finished record, and keep it with what the run learned."""
+        ...
+
+
+class Backend(Protocol):
+    """What a tracker does with what it is told; it may raise or hang, which `lsiq.track.mirror` answers for.
+
+    Steps count the rows of a run and go on where an interrupted run stopped.
+    """
+
+    def open(self, resumed: bool) -> None:
+        """Begin, or go on with the run of the same name."""
+        ...
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def show(self, panel: Panel, step: int) -> None: ...
+
+    def finish(self, record: Record) -> None: ...
+
+    def close(self, failed: bool) -> None:
+        """Leave everything written; `failed` says that the run was not finished."""
         ...
 
 
@@ -48,17 +68,26 @@ class NoTracker:
     def log(self, values: Mapping[str, float]) -> None:
         del values
 
-    def table(self, name: str, rows: DataFrame) -> None:
-        del name, rows
+    def show(self, panels: Iterable[Panel]) -> None:
+        del panels
 
     def finish(self, record: Record) -> None:
         del record
 
 
-def make_tracker(config: RunConfig, plain: Mapping[str, Any], run_id: str, folder: Path) -> Tracker:
-    """Return the tracker that the settings ask for."""
-    if config.tracker.kind == "none" or config.tracker.mode == "disabled":
+def make_tracker(config: RunConfig, plain: Mapping[str, Any], record: Record, folder: Path) -> Tracker:
+    """Return the tracker that the settings ask for, telling of the run whose `folder` this is."""
+    settings = config.tracker
+    if settings.kind == "none" or settings.mode == "disabled":
         return NoTracker()
-    from lsiq.track.wandb import WandbTracker
+    from lsiq.track.mirror import Mirror
 
-    return WandbTracker(config, plain, run_id, folder)
+    if settings.kind == "wandb":
+        from lsiq.track.wandb import Wandb
+
+        backend: Backend = Wandb(settings, plain, record, folder)
+    else:
+        from lsiq.track.tensorboard import TensorBoard
+
+        backend = TensorBoard(settings, plain, record, folder)
+    return Mirror(backend, settings, folder, anew=config.force)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from lsiq.memory import peak_bytes
@@ -33,15 +41,16 @@ def say(message: str) -> None:
 class Stage:
     """The progress of one stage; on a terminal a moving bar, elsewhere a line from time to time."""
 
-    def __init__(self, progress: Progress, task: TaskID, name: str, total: int) -> None:
-        self._progress, self._task, self._name, self._total = progress, task, name, total
+    def __init__(self, progress: Progress, task: TaskID, name: str, total: int, brief: bool) -> None:
+        self._progress, self._task, self._name, self._total, self._brief = progress, task, name, total, brief
         self._done, self._start, self._said = 0, time.perf_counter(), time.perf_counter()
 
     def advance(self, note: str = "") -> None:
         """One more step is done; `note` says what came of it."""
         self._done += 1
-        note = f"{note}  peak {gib(max(peak_bytes().values()))}".strip()
-        self._progress.update(self._task, advance=1, note=note)
+        peak = f"peak {gib(max(peak_bytes().values()))}"
+        note = f"{note}  {peak}".strip()
+        self._progress.update(self._task, advance=1, note=peak if self._brief else note)
         now = time.perf_counter()
         # Logs of batch jobs: the first and last step, and at most one line in ten seconds between.
         if not STORY.is_terminal and (self._done in (1, self._total) or now - self._said > 10):
@@ -50,9 +59,22 @@ class Stage:
             STORY.print(f"{self._name} {self._done}/{self._total}  {note}  {left:.0f} s left", soft_wrap=True)
 
 
+class _Shown(Progress):
+    """A moving bar with something above it."""
+
+    def __init__(self, *columns: ProgressColumn, above: Callable[[], RenderableType] | None) -> None:
+        self._above = above
+        super().__init__(*columns, console=STORY, transient=False, disable=not STORY.is_terminal)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self._above is not None:
+            yield self._above()
+        yield from super().get_renderables()
+
+
 @contextlib.contextmanager
-def stage(name: str, total: int) -> Iterator[Stage]:
-    """Show the progress of `total` steps under `name`."""
+def stage(name: str, total: int, above: Callable[[], RenderableType] | None = None) -> Iterator[Stage]:
+    """Show the progress of `total` steps under `name`; on a terminal with what `above` returns above the bar."""
     columns = (
         TextColumn("{task.description:<12}"),
         BarColumn(bar_width=24),
@@ -60,8 +82,8 @@ def stage(name: str, total: int) -> Iterator[Stage]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=STORY, transient=False, disable=not STORY.is_terminal) as progress:
-        yield Stage(progress, progress.add_task(name, total=total, note=""), name, total)
+    with _Shown(*columns, above=above) as progress:
+        yield Stage(progress, progress.add_task(name, total=total, note=""), name, total, brief=above is not None)
 
 
 def gib(size: float) -> str:
@@ -70,18 +92,18 @@ def gib(size: float) -> str:
 
 def show_record(record: Record) -> None:
     """Print the tables a run ends with: perplexities with bits, seconds and peak memory, and accuracies."""
-    model, method = record.config["model"]["name"], record.run_id.split("_")[2]
-    title = f"{model}  {record.run_id.split('_')[1]}  {method}  seed {record.seed}"
+    model, method = record.model, record.method
+    title = f"{model}  {record.setting}  {method}  seed {record.seed}"
     prefixes = {"float/": "float", "rtn/": "rtn", "": method}
     if not any(key.startswith("rtn/") for key in record.metrics):
         del prefixes["rtn/"]
     keys = [key.removeprefix("ppl/") for key in record.metrics if key.startswith("ppl/")]
-    table = _table(title, "corpus", *prefixes.values(), "excess", "kl", "avg bits", "seconds", "peak memory")
+    table = new_table(title, "corpus", *prefixes.values(), "excess", "kl", "avg bits", "seconds", "peak memory")
     bits = "—" if record.average_bits is None else f"{record.average_bits:.3f}"
     cost = (bits, f"{record.seconds['total']:.1f}", gib(max(record.peak_bytes.values())))
     for key in keys or ["(no text)"]:
         measured = [f"{prefix}ppl/{key}" for prefix in prefixes] + [f"excess/{key}", f"kl/{key}"]
-        table.add_row(key, *(_number(record.metrics.get(name)) for name in measured), *cost)
+        table.add_row(key, *(number(record.metrics.get(name)) for name in measured), *cost)
         cost = ("", "", "")
     OUT.print(table)
     _show_tasks(record, prefixes)
@@ -94,23 +116,23 @@ def _show_tasks(record: Record, prefixes: dict[str, str]) -> None:
     keys = [key for key, facts in record.protocol.items() if "task_version" in facts]
     if not keys:
         return
-    table = _table("", "task", *prefixes.values())
+    table = new_table("", "task", *prefixes.values())
     for key in keys:
         metric, _, task = key.partition("/")
         cells = []
         for prefix in prefixes:
             error = record.metrics.get(f"{prefix}{metric}_stderr/{task}")
-            cells.append(_number(record.metrics.get(f"{prefix}{key}")) + ("" if error is None else f" ± {error:.4f}"))
+            cells.append(number(record.metrics.get(f"{prefix}{key}")) + ("" if error is None else f" ± {error:.4f}"))
         table.add_row(key, *cells)
     OUT.print(table)
 
 
-def _table(title: str, first: str, *columns: str) -> Table:
+def new_table(title: str, first: str, *columns: str) -> Table:
     table = Table(title=title or None, title_justify="left")
     for column in (first, *columns):
         table.add_column(column, justify="left" if column == first else "right", no_wrap=True)
     return table
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "—" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"

@@ -1,110 +1,165 @@
-"""The Weights & Biases tracker."""
+"""Weights & Biases."""
 
 from __future__ import annotations
 
-import netrc
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lsiq.track.console import warn
+from lsiq.track.console import say, warn
+from lsiq.track.panels import Histograms, Lines, Panel
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-
-    from lsiq.config import RunConfig
+    from lsiq.config import TrackerSettings
     from lsiq.results import Record
 
+# What a run leaves beside its record.
+TABLES = ("trajectory.parquet", "windows.parquet", "items.parquet")
+# Logged to tell rows apart; none is worth a panel.
+COUNTERS = ("block/index", "learn/epoch", "learn/block", "finetune/epoch", "finetune/block")
 
-class WandbTracker:
-    """One W&B run per run of ours: same id, config as plain values, job type = method, group = study.
 
-    Any failure of wandb (not installed, disk, network) is reported once, and the tracker keeps still afterwards.
+class Wandb:
+    """One W&B run per run of ours, with its id for name, the study for group and the method for job type.
+
+    Single numbers of the record stand in the summary and in tables, not in the history: there each would open a panel.
     """
 
-    def __init__(self, config: RunConfig, plain: Mapping[str, Any], run_id: str, folder: Path) -> None:
-        self._settings, self._method = config.tracker, config.method.name
-        self._plain, self._id, self._folder = plain, run_id, folder
+    def __init__(self, settings: TrackerSettings, plain: Mapping[str, Any], record: Record, folder: Path) -> None:
+        self._settings, self._plain, self._folder = settings, plain, folder
+        self._id, self._words = record.run_id, (record.model, record.setting, record.method)
         self._run: Any = None
 
-    def __enter__(self) -> WandbTracker:
-        self._attempt(self._start)
-        return self
+    def open(self, resumed: bool) -> None:
+        mode = self._settings.mode
+        if mode == "auto" and (asked := os.environ.get("WANDB_MODE")):
+            mode = asked
+        self._start(self._choose_mode() if mode == "auto" else mode, resumed)
+        self._run.define_metric("block/*", step_metric="block/index")
+        for name in COUNTERS:
+            self._run.define_metric(name, hidden=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        del error, trace
-        if self._run is not None:
-            run = self._run
-            self._attempt(lambda: run.finish(exit_code=0 if kind is None else 1))
+    def _choose_mode(self) -> str:
+        import wandb
+        from wandb.errors import AuthenticationError
 
-    def log(self, values: Mapping[str, float]) -> None:
-        if self._run is not None:
-            run = self._run
-            self._attempt(lambda: run.log(dict(values)))
+        way_to_send = f"send it later with: wandb sync {self._folder}/wandb/offline-run-*"
+        try:
+            if wandb.login(prompt=False):
+                return "online"
+            say(f"tracker=wandb: nobody is logged in, so the run is tracked offline; {way_to_send}")
+        except AuthenticationError as error:  # also where the server is out of reach
+            why = " ".join(str(error).split())
+            warn(f"tracker=wandb: {why}; the run is tracked offline; {way_to_send}")
+        return "offline"
 
-    def table(self, name: str, rows: DataFrame) -> None:
-        # One table per run: a panel per linear would drown a workspace of hundreds of linears.
-        if self._run is not None:
-            run = self._run
-            self._attempt(lambda: run.log({name: _as_table(rows)}))
-
-    def finish(self, record: Record) -> None:
-        if self._run is not None:
-            self._attempt(lambda: self._show(record))
-
-    def _start(self) -> None:
+    def _start(self, mode: str, resumed: bool) -> None:
         import wandb
 
-        self._folder.mkdir(parents=True, exist_ok=True)
+        model, setting, method = self._words
         self._run = wandb.init(
             project=self._settings.project,
             id=self._id,
             name=self._id,
-            resume="allow",
+            # Without `resume` a run that is there already under this id is overwritten, which is what force=true wants.
+            resume="allow" if resumed else None,
             group=self._settings.group,
-            job_type=self._method,
-            tags=self._settings.tags,
-            config=dict(self._plain),
+            job_type=method,
+            tags=list(dict.fromkeys([model, setting, *self._settings.tags])),
+            config={**plain_values(self._plain), "name": {"model": model, "setting": setting, "method": method}},
             dir=str(self._folder),
-            mode=login_mode() if self._settings.mode == "auto" else self._settings.mode,
+            mode=mode,  # type: ignore[arg-type]
             reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                x_disable_stats=True,
+                init_timeout=self._settings.patience,
+                finish_timeout=self._settings.patience,
+                finish_timeout_raises=True,
+            ),
         )
 
-    def _show(self, record: Record) -> None:
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def show(self, panel: Panel, step: int) -> None:
+        import numpy as np
         import wandb
 
-        self._run.summary.update(record.metrics | {"average_bits": record.average_bits})
-        rows: list[Any] = [[b["index"], b["error"], b["seconds"], b["average_bits"]] for b in record.blocks]
-        self._run.log({"blocks": wandb.Table(columns=["block", "error", "seconds", "bits"], data=rows)})
+        if isinstance(panel, Lines):
+            found = [
+                [(x, y) for x, y in zip(panel.x, line, strict=True) if y is not None] for line in panel.lines.values()
+            ]
+            shown: Any = wandb.plot.line_series(
+                xs=[[x for x, _ in line] for line in found],
+                ys=[[y for _, y in line] for line in found],
+                keys=list(panel.lines),
+                title=panel.name,
+                xname=panel.axis,
+            )
+        elif isinstance(panel, Histograms):
+            before, after = (
+                wandb.Histogram(np_histogram=(np.asarray(counts), np.asarray(panel.edges)))
+                for counts in (panel.before, panel.after)
+            )
+            self._run.log({f"{panel.name}/before": before, f"{panel.name}/after": after}, step=step)
+            return
+        else:
+            shown = wandb.Table(columns=list(panel.columns), data=[list(row) for row in panel.rows])
+        with self._staging():
+            self._run.log({panel.name: shown}, step=step)
 
-    def _attempt(self, action: Callable[[], object]) -> None:
+    def finish(self, record: Record) -> None:
+        costs = {f"seconds/{stage}": seconds for stage, seconds in record.seconds.items()}
+        costs |= {f"peak_bytes/{place}": size for place, size in record.peak_bytes.items()}
+        self._run.summary.update({**record.metrics, **costs, "average_bits": record.average_bits})
+        self._keep("record", [self._folder / "record.json", *(self._folder / name for name in TABLES)])
+        self._keep("blocks", sorted((self._folder / "blocks").glob("*.safetensors")))
+
+    def _keep(self, kind: str, files: Sequence[Path]) -> None:
+        """Keep files as an artifact; where they are larger than `tracker.upload` allows, their paths."""
+        import wandb
+
+        files = [file for file in files if file.exists()]
+        if not files:
+            return
+        # Of what our ids may hold, names of artifacts refuse the plus sign alone.
+        artifact = wandb.Artifact(f"{kind}-{self._id.replace('+', '-')}", type=kind)
+        small = kind == "record" or sum(file.stat().st_size for file in files) <= self._settings.upload * 2**20
+        with self._staging():
+            for file in files:
+                if small:
+                    # Blocks are final and need no copy before they are sent; a later export writes the record again.
+                    artifact.add_file(str(file.resolve()), policy="mutable" if kind == "record" else "immutable")
+                else:
+                    artifact.add_reference(file.resolve().as_uri(), checksum=False)
+            self._run.log_artifact(artifact)
+
+    def close(self, failed: bool) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=int(failed))
+
+    @contextlib.contextmanager
+    def _staging(self) -> Iterator[None]:
+        """Let files wait inside the run's folder until they are sent, so that it can be synced from another place."""
+        before = os.environ.get("WANDB_DATA_DIR")
+        os.environ["WANDB_DATA_DIR"] = str((self._folder / "wandb").resolve())
         try:
-            action()
-        except ImportError:
-            self._run = None
-            warn("tracker=wandb: the package wandb is not installed; the run goes on without it (install lsiq[wandb])")
-        except Exception as error:  # whatever a tracker does, the run goes on  # noqa: BLE001
-            self._run = None
-            warn(f"tracker=wandb failed ({type(error).__name__}: {error}); the run goes on without it")
+            yield
+        finally:
+            if before is None:
+                del os.environ["WANDB_DATA_DIR"]
+            else:
+                os.environ["WANDB_DATA_DIR"] = before
 
 
-def _as_table(rows: DataFrame) -> Any:
-    import wandb
-
-    shown = rows.map(lambda cell: str(cell) if isinstance(cell, list) else cell)  # cells hold numbers and text only
-    return wandb.Table(dataframe=shown)
-
-
-def login_mode() -> Literal["online", "offline", "disabled"]:
-    """`online` where an API key is at hand, else `offline`."""
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return os.environ["WANDB_MODE"]  # type: ignore[return-value]
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    try:
-        return "online" if netrc.netrc().authenticators(host) else "offline"
-    except (OSError, netrc.NetrcParseError):
-        return "offline"
+def plain_values(node: Any) -> Any:
+    """Return settings as W&B can filter them: a list that holds groups of settings becomes a group by position."""
+    if isinstance(node, Mapping):
+        return {str(key): plain_values(value) for key, value in node.items()}
+    if isinstance(node, list) and any(isinstance(value, Mapping) for value in node):
+        return {str(place): plain_values(value) for place, value in enumerate(node)}
+    return node

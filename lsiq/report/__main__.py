@@ -1,0 +1,101 @@
+"""Lists, shows, compares and diffs runs.
+
+    python -m lsiq.report                                    all runs below runs/
+    python -m lsiq.report list --where method=lsi --sort excess/bundled@512
+    python -m lsiq.report show RUN                           Markdown to paste into an issue
+    python -m lsiq.report compare RUN_A RUN_B ...            settings and metrics side by side, with intervals
+    python -m lsiq.report diff RUN_A RUN_B                   the same, and which blocks and linears got worse
+
+RUN is a run's id, a part of it that no other run has, or a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from lsiq.errors import InputError, LsiqError
+from lsiq.report.runs import find_run, list_table, read_runs
+from lsiq.report.summary import summary
+from lsiq.track.panels import Table, markdown, right_aligned, shown
+
+
+def main() -> None:
+    given = _parser().parse_args()
+    try:
+        if given.command == "show":
+            sys.stdout.write(summary(find_run(given.runs, given.run)[0]))
+        else:
+            _show(_tables(given), given.markdown)
+        sys.stdout.flush()
+    except LsiqError as error:
+        sys.exit(f"error: {error}")
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tables(given: argparse.Namespace) -> Iterable[Table | str]:
+    if given.command == "list":
+        return [list_table(read_runs(given.runs, given.where), given.metric, given.sort)]
+    from lsiq.report.differences import side_by_side, what_got_worse
+
+    if not 0 < given.level < 1:
+        raise InputError(f"--level={given.level}: a share between 0 and 1 is expected, such as 0.95")
+    if len(given.run) < 2:
+        raise InputError(f"compare {given.run[0]}: give two runs or more; show tells of one")
+    runs = [find_run(given.runs, named) for named in given.run]
+    tables = side_by_side(runs, given.level, given.all)
+    return tables if given.command == "compare" else [*tables, *what_got_worse(runs[0], runs[1], given.most)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lsiq.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = argparse.ArgumentParser(add_help=False)
+    every.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of runs (default: runs)")
+    tables = argparse.ArgumentParser(add_help=False, parents=[every])
+    tables.add_argument("--markdown", action="store_true", help="print Markdown instead of tables for a terminal")
+    commands = parser.add_subparsers(dest="command", metavar="list | show | compare | diff")
+    listing = commands.add_parser("list", parents=[tables], help="all runs, one a line")
+    listing.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="only runs that agree")
+    listing.add_argument("--metric", action="append", default=[], metavar="KEY", help="a metric to show")
+    listing.add_argument("--sort", metavar="KEY", help="a metric to sort by, lowest first")
+    commands.add_parser("show", parents=[every], help="one run as Markdown").add_argument("run")
+    compared = argparse.ArgumentParser(add_help=False, parents=[tables])
+    compared.add_argument("--level", type=float, default=0.95, help="of the intervals (default: 0.95)")
+    compared.add_argument("--all", action="store_true", help="all metrics of the records")
+    comparing = commands.add_parser("compare", parents=[compared], help="settings and metrics side by side")
+    comparing.add_argument("run", nargs="+", help="two or more runs; intervals are against the first")
+    differing = commands.add_parser("diff", parents=[compared], help="two runs, and what got worse")
+    differing.add_argument("run", nargs=2)
+    differing.add_argument("--most", type=int, default=10, help="blocks and linears to name (default: 10)")
+    parser.set_defaults(command="list", runs=Path("runs"), where=[], metric=[], sort=None, markdown=False)
+    return parser
+
+
+def _show(tables: Iterable[Table | str], as_markdown: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    # Piped tables are not cut: whoever reads them has a width of their own.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
+    for table in tables:
+        if isinstance(table, str):
+            console.print(table + "\n", soft_wrap=True, markup=False)
+        elif as_markdown:
+            sys.stdout.write(f"**{table.name}**\n\n{markdown(table)}\n\n")
+        else:
+            told = RichTable(title=table.name, title_justify="left")
+            for column, right in zip(table.columns, right_aligned(table), strict=True):
+                told.add_column(column, justify="right" if right else "left", no_wrap=True)
+            for row in table.rows:
+                told.add_row(*(shown(cell) for cell in row))
+            console.print(told)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Finding runs, and what of their records is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lsiq.errors import InputError
+from lsiq.results import Record, read_record
+from lsiq.track.panels import Cell, Table
+
+# Metrics that tables show without being asked; records hold more.
+SHOWN = ("ppl", "excess", "kl", "top1", "acc", "acc_norm", "last_word_ppl")
+
+
+def find_run(runs: Path, named: str) -> tuple[Record, Path]:
+    """Return the run that is meant by its id, a part of its id that no other has, or its folder.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    found = next((folder for folder in (runs / named, Path(named)) if (folder / "record.json").is_file()), None)
+    if found is None:
+        meant = [file.parent for file in sorted(runs.glob("*/record.json")) if named in file.parent.name]
+        if len(meant) != 1:
+            several = f"{len(meant)} runs are called so, such as {meant[0].name}" if meant else "no such run"
+            raise InputError(f"{named}: {several}; python -m lsiq.report list --runs {runs} shows them")
+        found = meant[0]
+    record = read_record(found)
+    if record is None:
+        raise InputError(f"{found / 'record.json'}: not a record that this version can read; run it again")
+    return record, found
+
+
+def read_runs(runs: Path, where: Sequence[str] = ()) -> list[Record]:
+    """Return the records below a folder, oldest first, that agree with every `key=value`.
+
+    Raises:
+        InputError: the folder is missing, or a condition is malformed or names a key that no run has.
+    """
+    if not runs.is_dir():
+        raise InputError(f"--runs={runs}: no such folder; give the folder that paths.runs named")
+    found = [record for file in runs.glob("*/record.json") if (record := read_record(file.parent)) is not None]
+    for condition in where:
+        key, equal, value = condition.partition("=")
+        known = {name for record in found for name in about(record)}
+        if not equal or (found and key not in known):
+            raise InputError(
+                f"--where {condition}: key=value is expected, with model, setting, method, seed, status or a key of "
+                "the configuration such as calib.samples"
+            )
+        found = [record for record in found if written(about(record).get(key)) == value]
+    return sorted(found, key=lambda record: (record.created, record.run_id))
+
+
+def about(record: Record) -> dict[str, Any]:
+    """What a run can be chosen by: its names, and its settings by the keys of the command line."""
+    names = {"model": record.model, "setting": record.setting, "method": record.method}
+    return {**settings_of(record), **names, "seed": record.seed, "status": record.status}
+
+
+def settings_of(record: Record) -> dict[str, Any]:
+    """Return the settings of a run by dotted key; lists of groups count their members."""
+    return dict(_flatten(record.config, ""))
+
+
+def written(value: Any) -> str:
+    """Return the value of a setting as the command line takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(written(item) for item in value)}]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def _flatten(node: Any, key: str) -> list[tuple[str, Any]]:
+    if isinstance(node, list) and any(isinstance(value, Mapping) for value in node):
+        node = {str(place): value for place, value in enumerate(node)}
+    if not isinstance(node, Mapping):
+        return [(key, node)]
+    return [pair for name, value in node.items() for pair in _flatten(value, f"{key}.{name}" if key else str(name))]
+
+
+def list_table(records: Sequence[Record], metrics: Sequence[str], sort: str | None) -> Table:
+    """One row per run, with what it measured.
+
+    Args:
+        metrics: keys of the record; none given shows the perplexities and accuracies that the runs have.
+        sort: one of the metrics, best first where it is lower; None leaves the order in time.
+    """
+    known = list(dict.fromkeys(key for record in records for key in record.metrics))
+    shown = list(metrics) or [key for key in known if key.split("/")[0] in ("ppl", "excess", "acc")]
+    for key in (*metrics, *([sort] if sort else [])):
+        if records and key not in known:
+            raise InputError(f"{key}: no run has measured it; they have {', '.join(known[:12])} …")
+    if sort:
+        records = sorted(records, key=lambda record: record.metrics.get(sort, float("inf")))
+    rows: list[list[Cell]] = []
+    for record in records:
+        measured = [record.metrics.get(key) for key in shown]
+        seconds = record.seconds.get("total")
+        rows.append(
+            [
+                record.run_id,
+                record.status,
+                *measured,
+                record.average_bits,
+                None if seconds is None else round(seconds, 1),
+                record.created[:16],
+            ]
+        )
+    return Table(
+        f"{len(rows)} run{'s' * (len(rows) != 1)}", ["run", "status", *shown, "bits", "seconds", "created (UTC)"], rows
+    )
