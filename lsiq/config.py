@@ -175,7 +175,10 @@ class TrackerSettings:
 @settings
 class PathSettings:
     runs: str = Field("runs", min_length=1, description="the folder that holds one folder per run")
-    cache: str | None = Field("runs/cache", description="the folder of what reference models scored; null keeps none")
+    cache: str | None = Field("runs/cache", description="the folder of what runs share; null keeps nothing")
+    locks: str | None = Field(
+        "runs/locks", description="the folder of the locks that keep two processes from one run; null for none"
+    )
 
 
 def _device(value: str) -> str:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from lsiq.config import RunConfig, parse, plain_config, run_id
 from lsiq.errors import InputError, LsiqError
 from lsiq.export.finished import export_finished, exports_left
+from lsiq.lock import run_lock
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
@@ -41,13 +42,35 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
     inputs = identify_inputs(config, checkpoint)
     identity = run_id(config, plain, inputs)
     folder = Path(config.paths.runs) / identity
-    found = None if config.force else read_record(folder)
-    if found is not None and found.status == "finished" and not exports_left(config, found):
-        say(f"found {folder / 'record.json'} (force=true runs it again)")
-        show_record(found)
-        return found
+    found = None if config.force else finished_record(config, folder)
+    if found is None:
+        with run_lock(config.paths, identity) as waited:
+            # Who had to wait takes what the other process made, with force=true as well.
+            found = finished_record(config, folder) if waited or not config.force else None
+            if found is None:
+                return work(config, plain, inputs, checkpoint, folder, overrides)
+    say(f"found {folder / 'record.json'} (force=true runs it again)")
+    show_record(found)
+    return found
 
-    record = found if found is not None and found.quantised else new_record(config, plain, inputs, identity)
+
+def finished_record(config: RunConfig, folder: Path) -> Record | None:
+    """Return the record in `folder` if nothing of what the settings ask for is left to do."""
+    found = read_record(folder)
+    return found if found is not None and found.status == "finished" and not exports_left(config, found) else None
+
+
+def work(
+    config: RunConfig,
+    plain: dict[str, Any],
+    inputs: dict[str, str],
+    checkpoint: Path | None,
+    folder: Path,
+    overrides: Sequence[str],
+) -> Record:
+    """Do what is left of a run, and return its record, which is on disk then, whatever came of it."""
+    found = None if config.force else read_record(folder)
+    record = found if found is not None and found.quantised else new_record(config, plain, inputs, folder, overrides)
     if record.status != "finished":
         record.status, record.error = "running", None
         write_record(record, folder)
@@ -68,18 +91,20 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
     return record
 
 
-def new_record(config: RunConfig, plain: dict[str, Any], inputs: dict[str, str], identity: str) -> Record:
+def new_record(
+    config: RunConfig, plain: dict[str, Any], inputs: dict[str, str], folder: Path, overrides: Sequence[str]
+) -> Record:
     """Return the record of a run that begins."""
     commit, clean = source_state()
     return Record(
-        run_id=identity,
+        run_id=folder.name,
         status="running",
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         config=plain,
         seed=config.seed,
         inputs=inputs,
         versions=versions(),
-        command=command_line(),
+        command=command_line(overrides),
         commit=commit,
         clean=clean,
     )
