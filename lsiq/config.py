@@ -292,7 +292,7 @@ def _recipe(method: Any, quant: Any) -> Any:
 
 
 # How and where a run is carried out, against what it is.
-_NOT_IDENTITY = ("tracker", "paths", "force", "trace", "export")
+NOT_IDENTITY = ("tracker", "paths", "force", "trace", "export")
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -303,7 +303,7 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
         plain: the same configuration as plain data.
         inputs: content hashes of the files it reads, by key, so that a changed text or checkpoint is another run.
     """
-    identity = {key: value for key, value in plain.items() if key not in _NOT_IDENTITY}
+    identity = {key: value for key, value in plain.items() if key not in NOT_IDENTITY}
     # Where a checkpoint or an earlier run lies does not matter; `inputs` says which it is.
     identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
     identity["method"] = {key: value for key, value in identity["method"].items() if key != "run"}
