@@ -60,7 +60,7 @@ def run_lock(paths: PathSettings, run_id: str) -> contextlib.AbstractContextMana
     """The lock that the process which works on a run holds; see `exclusive`."""
     if paths.locks is None:
         return contextlib.nullcontext(False)
-    way_out = "set paths.locks=DIR to a folder where files can be locked, or null to go without"
+    way_out = "set paths.runs=DIR or paths.locks=DIR where files can be locked, or paths.locks=null to go without"
     return exclusive(Path(paths.locks).expanduser() / f"{run_id}.lock", run_id, way_out)
 
 

@@ -103,6 +103,6 @@ def test_a_folder_without_locks_is_an_error_with_a_way_out(
     checkpoints: dict[str, Path], small_run: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("a file, not a folder")
-    with pytest.raises(OutputError, match=r"cannot be locked \(.*set paths\.locks=DIR .* or null"):
+    with pytest.raises(OutputError, match=r"cannot be locked \(.*set .*paths\.locks=DIR .* or paths\.locks=null"):
         run(small_run(checkpoints["llama"], f"paths.locks={tmp_path / 'taken'}"))
     assert run(small_run(checkpoints["llama"], "paths.locks=null")).status == "finished"
