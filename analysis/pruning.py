@@ -37,9 +37,8 @@ def main() -> None:
             last = [e[-1] for e in errors]
             best = last[excess.index(min(excess))]
             pruned = "yes" if best > sorted(last)[(len(last) - 1) // 2] else "no"
-            print(
-                f"| {model} | {quant} | {method} | {len(runs)} | {text} | {' | '.join(f'{r:.2f}' for r in ranks)} | {pruned} |"
-            )
+            cells = [model, quant, method, str(len(runs)), text, *(f"{rank:.2f}" for rank in ranks), pruned]
+            print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

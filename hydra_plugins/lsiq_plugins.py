@@ -105,7 +105,9 @@ class Search(Grid):
         from lsiq.sweeps.search import SearchSettings, search
 
         assert self.config is not None
-        settings = fill(SearchSettings, self._values, "hydra.sweeper")
+        settings = fill(
+            SearchSettings, {"folder": f"{self.config.paths.runs}/searches", **self._values}, "hydra.sweeper"
+        )
         identity = {
             str(key): OmegaConf.to_container(OmegaConf.create({"": value}), resolve=False)
             for key, value in self.config.items()
