@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
+from conftest import CONF
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lsiq.errors import ConfigError, LsiqError
@@ -102,3 +105,18 @@ def test_what_can_be_searched() -> None:
         distribution(parsed(["a=interval(2,1)"])[0])
     with pytest.raises(ConfigError, match=r"nothing to search; give values"):
         search(SearchSettings(sampler="tpe", trials=1, folder="x"), parsed(["method=lsi"]), {}, "valley", Valley())
+
+
+def test_a_search_from_the_command_line(checkpoints: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, str(CONF.parent / "run.py"), "-m", "hydra/sweeper=random", "hydra.sweeper.trials=2"),
+        *("method=rtn", f"model.path={checkpoints['llama']}", "calib=none", "eval=file", f"eval.path={text_file}"),
+        *("eval.seqlen=64", "tracker=none", "quant.weight.bits=int(interval(2,8))", "quant.weight.group=16,32"),
+    ]
+    done = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False) for _ in range(2)]
+    assert [call.returncode for call in done] == [0, 0], done[0].stderr
+    said = [call.stderr.splitlines()[-3:] for call in done]
+    assert said[0] == said[1]
+    assert said[0][0].startswith("2 trials in runs/searches/search_")
+    assert said[0][2].startswith("python run.py method=rtn ")
+    assert "quantize" not in done[1].stderr

@@ -93,7 +93,7 @@ def test_a_thousand_finished_runs_are_recognised_in_five_seconds(
     assert "1000 of 1000 jobs are finished" in done.stderr
     assert done.stderr.count("found ") == 1000
     # Processor seconds of the whole command, since the clock also counts what else the machine does.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # measured: 1.6
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # measured: 0.75 to 0.96
 
     last = [*job, "seed=999"]
 

@@ -72,7 +72,7 @@ def launch(
             memory=None if ray_settings.memory_gib is None else int(ray_settings.memory_gib * 2**30),
             max_retries=ray_settings.retries,
         )(_run)
-        shared = [ray.put(it) for it in (hydra_context, config, task_function, Singleton.get_state())]
+        shared: list[Any] = [ray.put(it) for it in (hydra_context, config, task_function, Singleton.get_state())]
         started = [task.remote(list(job), first + index, os.getcwd(), *shared) for index, job in enumerate(jobs)]
         return [_returned(ray, reference, job) for reference, job in zip(started, jobs, strict=True)]
     finally:

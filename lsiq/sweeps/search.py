@@ -61,6 +61,8 @@ def search(
     """
     try:
         import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
     except ModuleNotFoundError as error:
         raise ConfigError("hydra/sweeper: a search needs Optuna; pip install 'lsiq[optuna]'") from error
     space = {override.get_key_element(): distribution(override) for override in swept if override.is_sweep_override()}
@@ -73,10 +75,8 @@ def search(
     file = Path(config.folder).expanduser() / f"{name}_{_digest(config, space, fixed, identity)}.journal"
     with exclusive(file.with_suffix(".lock"), f"search {name}", "set hydra.sweeper.folder=DIR"):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        backend = optuna.storages.journal.JournalFileBackend(str(file))
-        study = optuna.create_study(
-            study_name=name, storage=optuna.storages.JournalStorage(backend), load_if_exists=True
-        )
+        storage = JournalStorage(JournalFileBackend(str(file)))
+        study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
         _take_up(study)
         outcomes = _try_all(study, config, space, fixed, carry_out)
         _report(study, fixed, file)
@@ -184,6 +184,6 @@ def _report(study: Study, fixed: Sequence[str], file: Path) -> None:
     done = study.get_trials(False, (TrialState.COMPLETE,))
     say(f"{len(done)} trials in {file}")
     if done:
-        best = min(done, key=lambda trial: trial.value)
+        best = study.best_trial
         say(f"best: {best.value:.4f} with {' '.join(_overrides(best))}")
         say(f"python run.py {' '.join([*fixed, *_overrides(best)])}")
