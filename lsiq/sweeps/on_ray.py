@@ -57,7 +57,7 @@ def launch(
     except ModuleNotFoundError as error:
         raise ConfigError("hydra/launcher=ray: Ray is not installed; pip install 'lsiq[ray]'") from error
 
-    own = {"include_dashboard": False} if ray_settings.address is None else {}
+    own: dict[str, Any] = {"include_dashboard": False} if ray_settings.address is None else {}
     try:
         ray.init(address=ray_settings.address or "local", **own | ray_settings.init)
     except (ConnectionError, ValueError, TypeError, RuntimeError) as error:
@@ -66,12 +66,9 @@ def launch(
             "start a cluster with `ray start --head`, or leave the address out"
         ) from error
     try:
-        task = ray.remote(
-            num_cpus=ray_settings.cpus,
-            num_gpus=ray_settings.gpus,
-            memory=None if ray_settings.memory_gib is None else int(ray_settings.memory_gib * 2**30),
-            max_retries=ray_settings.retries,
-        )(_run)
+        memory = None if ray_settings.memory_gib is None else int(ray_settings.memory_gib * 2**30)
+        wanted: dict[str, Any] = {"num_cpus": ray_settings.cpus, "num_gpus": ray_settings.gpus, "memory": memory}
+        task = ray.remote(max_retries=ray_settings.retries, **wanted)(_run)
         shared: list[Any] = [ray.put(it) for it in (hydra_context, config, task_function, Singleton.get_state())]
         started = [task.remote(list(job), first + index, os.getcwd(), *shared) for index, job in enumerate(jobs)]
         return [_returned(ray, reference, job) for reference, job in zip(started, jobs, strict=True)]
