@@ -9,12 +9,18 @@ from omegaconf import DictConfig
 
 from lsiq.errors import one_line, reporting
 from lsiq.run import run
+from lsiq.sweeps.ledger import Ledger
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
-    with one_line(multirun=HydraConfig.get().mode == RunMode.MULTIRUN):
-        return run(cfg, HydraConfig.get().overrides.task).objective
+    hydra_config = HydraConfig.get()
+    job, multirun = hydra_config.overrides.task, hydra_config.mode == RunMode.MULTIRUN
+    with one_line(multirun):
+        record = run(cfg, job)
+        if multirun:
+            Ledger(hydra_config, cfg.paths.cache).remember(job, cfg, record)
+        return record.objective
 
 
 if __name__ == "__main__":

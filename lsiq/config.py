@@ -188,7 +188,10 @@ class TrackerSettings:
 @settings
 class PathSettings:
     runs: str = Field("runs", min_length=1, description="the folder that holds one folder per run")
-    cache: str | None = Field("runs/cache", description="the folder of what reference models scored; null keeps none")
+    cache: str | None = Field("runs/cache", description="the folder of what runs share; null keeps nothing")
+    locks: str | None = Field(
+        "runs/locks", description="the folder of the locks that keep two processes from one run; null for none"
+    )
 
 
 def _device(value: str) -> str:
@@ -302,7 +305,7 @@ def recipe_for(method: Any, quant: Any) -> Any:
 
 
 # How and where a run is carried out, against what it is.
-_NOT_IDENTITY = ("tracker", "paths", "force", "trace", "export")
+NOT_IDENTITY = ("tracker", "paths", "force", "trace", "export")
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -313,7 +316,7 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
         plain: the same configuration as plain data.
         inputs: content hashes of the files it reads, by key, so that a changed text or checkpoint is another run.
     """
-    identity = {key: value for key, value in plain.items() if key not in _NOT_IDENTITY}
+    identity = {key: value for key, value in plain.items() if key not in NOT_IDENTITY}
     # Where a checkpoint or an earlier run lies does not matter; `inputs` says which it is.
     identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
     identity["method"] = {key: value for key, value in identity["method"].items() if key != "run"}

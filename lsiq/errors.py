@@ -130,8 +130,9 @@ def reporting(conf: Path) -> Iterator[None]:
 
 
 def _choices(conf: Path) -> dict[str, list[str]]:
+    groups = [*sorted(conf.iterdir()), *sorted((conf / "hydra").glob("*"))]
     return {
-        group.name: sorted(file.stem for file in group.glob("*.yaml"))
-        for group in sorted(conf.iterdir())
-        if group.is_dir()
+        str(group.relative_to(conf)): sorted(file.stem for file in group.glob("*.yaml"))
+        for group in groups
+        if group.is_dir() and group.name != "hydra"
     }

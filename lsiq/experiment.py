@@ -12,13 +12,14 @@ import pandas
 import torch
 from torch import Tensor
 
-from lsiq.calib.corpora import read_corpus
-from lsiq.calib.tokens import draw_windows, random_windows, token_hash
+from lsiq.calib.kept import TokenRequest, kept_tokens, token_cache
+from lsiq.calib.tokens import random_windows, token_hash
 from lsiq.calib.written import write_sequences
 from lsiq.config import RunConfig
 from lsiq.cost import float_cost, model_cost
 from lsiq.errors import ConfigError
-from lsiq.evals.evaluation import evaluate, evaluation_windows
+from lsiq.evals.cache import EvaluationCache, source_hash
+from lsiq.evals.evaluation import evaluate, evaluation_windows, open_cache
 from lsiq.evals.tasks import load_tasks
 from lsiq.export.source import Source
 from lsiq.export.stage import export
@@ -75,12 +76,18 @@ def measure(
     record.machine = describe(model.device)
     check_formats(model, config.quant)
     check_lengths(model, config)
-    windows = timed(record, "tokens", lambda: evaluation_windows(config, model))
+    tokens = token_cache(config.paths.cache, record)
+    references = open_cache(config, model, record)
+    windows = timed(record, "tokens", lambda: evaluation_windows(config, model, tokens))
     tasks = timed(record, "tasks", lambda: load_tasks(config.eval))
     if record.quantised and not store.complete(model.depth):
         warn(f"{store.folder} lacks blocks or holds damaged ones; the model is quantised again")
         record.quantised = False
-    calibration = None if record.quantised else timed(record, "tokens", lambda: calibration_tokens(config, model))
+    calibration = (
+        None
+        if record.quantised
+        else timed(record, "tokens", lambda: calibration_tokens(config, model, tokens, references))
+    )
     if calibration is not None:
         samples, seqlen = calibration.shape
         record.calibration = {"samples": samples, "seqlen": seqlen, "tokens": token_hash(calibration)}
@@ -199,29 +206,39 @@ def block_row(report: BlockReport, before: Sequence[Mapping[str, Any]]) -> dict[
     }
 
 
-def calibration_tokens(config: RunConfig, model: Model) -> Tensor | None:
+def calibration_tokens(
+    config: RunConfig, model: Model, tokens: EvaluationCache, references: EvaluationCache
+) -> Tensor | None:
     """Draw the calibration windows `(samples + written, seqlen)`, those that the model writes last; None for no data.
+
+    What was drawn or written before is taken from the caches, of tokens and of what this model did.
 
     A method that needs no data gets few: they only measure the error of each block.
     """
     parts = []
     if config.calib.corpus is not None:
-        parts.append(drawn_tokens(config, model, limit=None if config.method.needs else SAMPLES_TO_MEASURE))
+        parts.append(drawn_tokens(config, model, tokens, limit=None if config.method.needs else SAMPLES_TO_MEASURE))
     if config.calib.written and (config.method.needs or not parts):
         count = config.calib.written if config.method.needs else min(config.calib.written, SAMPLES_TO_MEASURE)
-        parts.append(write_sequences(model, count, config.calib.seqlen, config.seed))
+        wanted = {"count": count, "seqlen": config.calib.seqlen, "seed": config.seed}
+        key = references.key(kind="written", **wanted, source=source_hash(("calib/written.py",)))
+        written = references.once(
+            key, "sequences that the model writes", lambda: {"tokens": write_sequences(model, **wanted)}
+        )
+        parts.append(written["tokens"])
     return torch.cat(parts) if parts else None
 
 
-def drawn_tokens(config: RunConfig, model: Model, limit: int | None) -> Tensor:
+def drawn_tokens(config: RunConfig, model: Model, cache: EvaluationCache, limit: int | None) -> Tensor:
     """Draw `(samples, seqlen)` token ids from the calibration corpus, at most `limit` sequences."""
     calib = config.calib
     samples = calib.samples if limit is None else min(calib.samples, limit)
     if calib.corpus == "random":
         return random_windows(model.config.vocab_size, samples, calib.seqlen, config.seed)
     assert calib.corpus is not None
-    text = read_corpus(calib.corpus, "calibration", calib.path, calib.fields)
-    return draw_windows(text, model.tokenizer, samples, calib.seqlen, config.seed, calib.path or calib.corpus)
+    fields = tuple(calib.fields)
+    request = TokenRequest(calib.corpus, "calibration", calib.path, fields, calib.seqlen, samples, config.seed)
+    return kept_tokens(request, model.tokenizer, cache)
 
 
 def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:

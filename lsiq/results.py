@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,12 @@ def source_state() -> tuple[str | None, bool | None]:
     return commit.stdout.strip(), not status.stdout.strip()
 
 
-def command_line() -> str:
-    """The command as it was typed, without the folder that the program lies in."""
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+def command_line(overrides: Sequence[str] = ()) -> str:
+    """The command as it was typed, without the folder that the program lies in.
+
+    Args:
+        overrides: what hydra says of one job. It stands in place of the command where there is any: a sweep's command
+            names many jobs, and what a launcher starts elsewhere is not what anybody typed.
+    """
+    typed = ["run.py", *overrides] if overrides else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return " ".join(["python", *typed])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from lsiq.config import RunConfig, parse, plain_config, run_id
 from lsiq.errors import InputError, LsiqError
 from lsiq.export.finished import export_finished, exports_left
+from lsiq.lock import run_lock
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
@@ -35,26 +36,60 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
         record = export_finished(cfg, overrides)
         show_record(record)
         return record
-    config, plain = parse(cfg), plain_config(cfg)
-    config = find_parent(config)
+    request = prepare(cfg)
+    found = None if request.config.force else request.finished()
+    if found is None:
+        with run_lock(request.config.paths, request.folder.name) as waited:
+            # Who had to wait takes what the other process made, with force=true as well.
+            found = request.finished() if waited or not request.config.force else None
+            if found is None:
+                return work(request, overrides)
+    say(f"found {request.folder / 'record.json'} (force=true runs it again)")
+    show_record(found)
+    return found
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run that is wanted: its checked settings, the same as plain data, what it reads, and the folder it fills."""
+
+    config: RunConfig
+    plain: dict[str, Any]
+    checkpoint: Path | None
+    inputs: dict[str, str]
+    folder: Path
+
+    def finished(self) -> Record | None:
+        """Return the run's record if nothing of what is wanted is left to do."""
+        found = read_record(self.folder)
+        done = found is not None and found.status == "finished" and not exports_left(self.config, found)
+        return found if done else None
+
+
+def prepare(cfg: DictConfig) -> Request:
+    """Check a composed configuration and name the run it describes; needs no torch.
+
+    Raises:
+        LsiqError: a setting or an input cannot be used.
+    """
+    config, plain = find_parent(parse(cfg)), plain_config(cfg)
     checkpoint = find_folder(config.model)
     inputs = identify_inputs(config, checkpoint)
-    identity = run_id(config, plain, inputs)
-    folder = Path(config.paths.runs) / identity
-    found = None if config.force else read_record(folder)
-    if found is not None and found.status == "finished" and not exports_left(config, found):
-        say(f"found {folder / 'record.json'} (force=true runs it again)")
-        show_record(found)
-        return found
+    return Request(config, plain, checkpoint, inputs, Path(config.paths.runs) / run_id(config, plain, inputs))
 
-    record = found if found is not None and found.quantised else new_record(config, plain, inputs, identity)
+
+def work(request: Request, overrides: Sequence[str]) -> Record:
+    """Do what is left of a run, and return its record, which is on disk then, whatever came of it."""
+    folder = request.folder
+    found = None if request.config.force else read_record(folder)
+    record = found if found is not None and found.quantised else new_record(request, overrides)
     if record.status != "finished":
         record.status, record.error = "running", None
         write_record(record, folder)
     try:
         from lsiq.experiment import carry_out  # torch and transformers: only now that there is work for them
 
-        carry_out(config, plain, checkpoint, folder, record)
+        carry_out(request.config, request.plain, request.checkpoint, folder, record)
     except BaseException as error:
         if record.status != "finished":  # then an export failed, and has noted it; the run stays what it was
             failed = "evaluation failed" if record.quantised else "failed"
@@ -68,18 +103,18 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
     return record
 
 
-def new_record(config: RunConfig, plain: dict[str, Any], inputs: dict[str, str], identity: str) -> Record:
+def new_record(request: Request, overrides: Sequence[str]) -> Record:
     """Return the record of a run that begins."""
     commit, clean = source_state()
     return Record(
-        run_id=identity,
+        run_id=request.folder.name,
         status="running",
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        config=plain,
-        seed=config.seed,
-        inputs=inputs,
+        config=request.plain,
+        seed=request.config.seed,
+        inputs=request.inputs,
         versions=versions(),
-        command=command_line(),
+        command=command_line(overrides),
         commit=commit,
         clean=clean,
     )
@@ -116,11 +151,12 @@ def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str
         inputs["method.run"] = Path(config.method.run).name  # a run's id already stands for all that made it
     for key, path in paths.items():
         if path is not None:
-            inputs[key] = _hash_file(key, Path(path).expanduser())
+            inputs[key] = hash_file(key, Path(path).expanduser())
     return inputs
 
 
-def _hash_file(key: str, path: Path) -> str:
+def hash_file(key: str, path: Path) -> str:
+    """Return a hash of the content of `path`; InputError, which names `key`, where it cannot be read."""
     if not path.is_file():
         raise InputError(f"{key}={path}: no such file; give the path of a file, relative to where you run")
     try:

@@ -7,6 +7,7 @@ from conftest import CONF, compose_run
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
 
 from lsiq.config import parse
 
@@ -14,14 +15,26 @@ SWEEPS = sorted(file.stem for file in (CONF.parent / "sweeps").glob("*.yaml"))
 
 
 def jobs(sweep: str) -> list[list[str]]:
-    """The overrides of each job, as hydra's sweeper deals them out."""
+    """The overrides of each job of a grid, and of a search those with the least and the largest values."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         hydra = compose("config", overrides=[f"sweep={sweep}"], return_hydra_config=True).hydra
     assert hydra.mode.name == "MULTIRUN"
     overrides = OverridesParser.create().parse_overrides(
         [f"{key}={value}" for key, value in hydra.sweeper.params.items()]
     )
+    if hydra.sweeper._target_.endswith(".Search"):
+        return [[at_end(override, end) for override in overrides] for end in (0, -1)]
     return [list(job) for job in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]]
+
+
+def at_end(override: Override, end: int) -> str:
+    """The override with the first or last of the values it may take."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        chosen = (value.start, value.end)[end]
+    else:
+        chosen = list(override.sweep_string_iterator())[end] if override.is_sweep_override() else value
+    return f"{override.get_key_element()}={chosen}"
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lsiq.assets import bundled_model
 from lsiq.config import parse
+from lsiq.evals.cache import EvaluationCache
 from lsiq.experiment import calibration_tokens
 from lsiq.models.loading import load
 
@@ -21,6 +22,8 @@ with initialize_config_dir(str(conf), version_base="1.3"):
     config = parse(compose("config", overrides=[f"model={name}", "method=gptq"]))
 AutoModelForCausalLM.from_pretrained(bundled_model(name), dtype=torch.float32).save_pretrained(folder)
 AutoTokenizer.from_pretrained(bundled_model(name)).save_pretrained(folder)
-tokens = calibration_tokens(config, load(config.model, bundled_model(name), torch.device("cpu"), config.seed))
+model = load(config.model, bundled_model(name), torch.device("cpu"), config.seed)
+nothing_kept = EvaluationCache(None, {}, {})
+tokens = calibration_tokens(config, model, nothing_kept, nothing_kept)
 torch.save(tokens, folder / "tokens.pt")
 print(f"{folder}: {name} in float32 and {tuple(tokens.shape)} tokens")

@@ -125,6 +125,21 @@ def read_corpus(name: str, split: Split, path: str | None = None, fields: Sequen
     return text
 
 
+def corpus_files(name: str, split: Split, path: str | None = None) -> list[Path]:
+    """Return the files that `read_corpus` reads, fetched from the hub if need be.
+
+    Raises:
+        InputError: there is no such file, or the hub cannot be reached.
+    """
+    if name == "bundled" or name in KINDS:
+        return list(bundled_text(split, None if name == "bundled" else name))
+    if path is not None:
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such file; give the path of a text")
+        return [Path(path)]
+    return [_hub_file(name, HUB[name], split)]
+
+
 def _local_rows(corpus: Corpus, path: str) -> Iterator[str]:
     file = Path(path)
     if not file.is_file():
@@ -145,11 +160,15 @@ def _raw_rows(file: Path) -> Iterator[str]:
 
 
 def _hub_rows(name: str, corpus: Corpus, split: Split) -> Iterator[str]:
+    file = _hub_file(name, corpus, split)
+    return _column(_load(Path(corpus.files[split]).name.partition(".")[2], str(file)), corpus.column, str(file))
+
+
+def _hub_file(name: str, corpus: Corpus, split: Split) -> Path:
     from lsiq.models.hub import fetch_file  # hub access in one place, with its short patience
 
     way_out = f"give a local copy with calib.path=FILE or eval.local.{name}=FILE, or choose calib=bundled eval=bundled"
-    file = fetch_file(corpus.repository, corpus.files[split], corpus.revision, kind="dataset", way_out=way_out)
-    return _column(_load(Path(corpus.files[split]).name.partition(".")[2], str(file)), corpus.column, str(file))
+    return fetch_file(corpus.repository, corpus.files[split], corpus.revision, kind="dataset", way_out=way_out)
 
 
 def _load(ending: str, file: str) -> Any:

@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lsiq.errors import OutputError
+from lsiq.lock import exclusive
 from lsiq.track.console import warn
 
 _PACKAGE = Path(__file__).parent.parent
@@ -36,22 +38,60 @@ class EvaluationCache:
     and equal keys mean equal content. It may be deleted at any time.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any], origin: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        identity: Mapping[str, Any],
+        origin: Mapping[str, str],
+        sources: Sequence[str] = _SOURCES,
+    ) -> None:
         """Open the cache.
 
         Args:
             folder: where entries lie; None keeps and finds nothing.
             identity: what decides every measurement of this run: model, precision, machine, versions.
             origin: what is written beside new entries.
+            sources: patterns of the files in the package whose code decides what is measured.
         """
         self._folder = folder
-        self._identity = {**identity, "sources": source_hash()}
+        self._identity = {**identity, "sources": source_hash(sources)}
         self._origin = dict(origin)
 
     def key(self, **what: Any) -> str:
         """Name a measurement by what is particular to it."""
         text = json.dumps({**self._identity, **what}, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def has(self, key: str) -> bool:
+        """Whether there is an entry, damaged or not."""
+        return self._folder is not None and self._file(key).is_file()
+
+    @contextlib.contextmanager
+    def alone(self, key: str, what: str) -> Iterator[None]:
+        """Keep other processes from measuring the same while the `with` lasts; wait for one that is at it.
+
+        Where files cannot be locked nothing keeps them, and an entry is measured twice and written twice, whole. Of
+        processes that carry out one run together the first holds the lock for all.
+        """
+        if self._folder is None or os.environ.get("RANK", "0") != "0":
+            yield
+            return
+        file = self._folder / "locks" / f"{key}.lock"
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OutputError):
+                held.enter_context(exclusive(file, what, ""))
+            yield
+
+    def once(self, key: str, what: str, measure: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Return the tensors of an entry, measured by one process if by any."""
+        if (entry := self.read(key)) is not None:
+            return entry.tensors
+        with self.alone(key, what):
+            if (entry := self.read(key)) is not None:
+                return entry.tensors
+            tensors = measure()
+            self.write(key, tensors)
+            return tensors
 
     def read(self, key: str) -> Entry | None:
         """Return an entry, or None; one that is damaged is named and counts as missing."""
@@ -89,9 +129,9 @@ class EvaluationCache:
         return self._folder / f"{key}.safetensors"
 
 
-def source_hash() -> str:
+def source_hash(patterns: Sequence[str] = _SOURCES) -> str:
     """A hash of the code that measures."""
     digest = hashlib.blake2b(digest_size=10)
-    for file in sorted(file for pattern in _SOURCES for file in _PACKAGE.glob(pattern)):
+    for file in sorted(file for pattern in patterns for file in _PACKAGE.glob(pattern)):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

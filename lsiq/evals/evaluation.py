@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lsiq.calib.corpora import read_corpus
-from lsiq.calib.tokens import cut_windows, random_windows, token_hash
+from lsiq.calib.kept import TokenRequest, kept_tokens
+from lsiq.calib.tokens import random_windows, token_hash
 from lsiq.config import RunConfig
 from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.harness import measure_tasks
@@ -21,6 +21,7 @@ from lsiq.evals.windows import (
     by_model,
     divergence_metrics,
     measure_windows,
+    references_once,
     write_windows,
 )
 from lsiq.methods.rtn import round_to_nearest
@@ -48,7 +49,8 @@ def evaluate(
     cache = open_cache(config, model, record)
     folder = store.folder.parent
     if windows:
-        with stage("evaluate", model.depth * len(by_model(model, variants))) as progress:
+        once = references_once(windows, variants, config.eval.divergence, cache)
+        with once, stage("evaluate", model.depth * len(by_model(model, variants))) as progress:
             measured = measure_windows(
                 model, windows, variants, config.eval.batch, config.eval.divergence, cache, progress.advance
             )
@@ -119,14 +121,14 @@ def _report(key: str, tokens: Tensor, found: Mapping[str, Measured], model: Mode
     }
 
 
-def evaluation_windows(config: RunConfig, model: Model) -> dict[str, Tensor]:
-    """Cut the evaluation windows `(N, seqlen)` of every corpus."""
+def evaluation_windows(config: RunConfig, model: Model, cache: EvaluationCache) -> dict[str, Tensor]:
+    """Cut the evaluation windows `(N, seqlen)` of every corpus, or take them from the cache of tokens."""
     cut: dict[str, Tensor] = {}
     for corpus in config.eval.corpora:
         if corpus == "random":
             cut[corpus] = random_windows(model.config.vocab_size, config.eval.windows or 16, config.eval.seqlen, 1)
             continue
         path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
-        text = read_corpus(corpus, "evaluation", path, config.eval.fields)
-        cut[corpus] = cut_windows(text, model.tokenizer, config.eval.seqlen, path or corpus)[: config.eval.windows]
+        request = TokenRequest(corpus, "evaluation", path, tuple(config.eval.fields), config.eval.seqlen)
+        cut[corpus] = kept_tokens(request, model.tokenizer, cache)[: config.eval.windows]
     return cut

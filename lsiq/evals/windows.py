@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +132,28 @@ def _run(
     return by_corpus
 
 
+@contextlib.contextmanager
+def references_once(
+    windows: Mapping[str, Tensor], variants: Mapping[str, Variant], divergence: bool, cache: EvaluationCache
+) -> Iterator[None]:
+    """Keep other processes from measuring the same references, if the cache lacks them, while the `with` lasts.
+
+    References are waited for in the order of `variants`, which is the same in every process.
+    """
+    shelf = _Shelf(cache, windows, divergence)
+    with contextlib.ExitStack() as held:
+        for variant in variants.values():
+            if variant.reference is None or shelf.holds(variant.reference):
+                continue
+            lock = contextlib.ExitStack()
+            lock.enter_context(shelf.alone(variant.reference))
+            if shelf.holds(variant.reference):  # another process has measured it meanwhile
+                lock.close()
+            else:
+                held.push(lock)
+        yield
+
+
 class _Shelf:
     """What the cache holds of the float model and other references on these windows."""
 
@@ -151,6 +174,15 @@ class _Shelf:
             if entry is not None:
                 found[prefix] = Measured(TokenScores(**entry.tensors), entry.origin)
         return found
+
+    def holds(self, reference: str) -> bool:
+        """Whether the scores of a reference are there for all corpora."""
+        return all(self._cache.has(self._key(corpus, reference)) for corpus in self._tokens)
+
+    def alone(self, reference: str) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes from measuring `reference` on these corpora."""
+        key = self._cache.key(corpora=[self._key(corpus, reference) for corpus in self._tokens], kind="lock")
+        return self._cache.alone(key, f"perplexity of {reference}")
 
     def put(self, corpus: str, variant: Variant, scores: TokenScores) -> None:
         if variant.reference is not None:

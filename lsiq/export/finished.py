@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lsiq.config import RunConfig, parse, plain_config
 from lsiq.errors import ConfigError, InputError
+from lsiq.lock import run_lock
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.results import Record, read_record
 
@@ -49,7 +50,9 @@ def export_finished(cfg: DictConfig, overrides: Sequence[str]) -> Record:
 
     from lsiq.export.stage import export_run  # torch and transformers: only now that there is work for them
 
-    export_run(config, checkpoint, folder, record)
+    with run_lock(config.paths, record.run_id):
+        record, folder = _find_run(named, given["paths"]["runs"])  # as another process may have left it meanwhile
+        export_run(config, checkpoint, folder, record)
     return record
 
 

@@ -1,0 +1,143 @@
+"""What conf/hydra names: hydra takes sweepers and launchers from the package `hydra_plugins` only.
+
+Imported whenever hydra starts, so what they do is elsewhere.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+    from lsiq.sweeps.jobs import Outcome
+
+
+class Grid(BasicSweeper):
+    """Deals out every combination of the lists; what is finished already comes back from its record."""
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        super().__init__(max_batch_size=None, params=params)
+        self._launched = 0
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Make the launcher; ConfigError where its package is not installed."""
+        from lsiq.errors import ConfigError
+
+        choice = config.hydra.runtime.choices["hydra/launcher"]
+        if choice == "slurm" and shutil.which("srun") is None:
+            raise ConfigError(
+                "hydra/launcher=slurm: there is no srun here; start the sweep on a machine of the cluster, "
+                "or use hydra/launcher=slurm-local"
+            )
+        try:
+            super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        except RuntimeError as error:
+            if not str(error).startswith("Unknown plugin class"):
+                raise
+            extra = choice.partition("-")[0]
+            raise ConfigError(
+                f"hydra/launcher={choice}: what it needs is not installed; pip install 'lsiq[{extra}]'"
+            ) from error
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Carry out all jobs; raises where some failed, after all have ended."""
+        from lsiq.sweeps.jobs import raise_failures
+
+        (jobs,) = self.split_arguments(self.swept(arguments), max_batch_size=None)
+        outcomes = self.carry_out(jobs)
+        raise_failures(outcomes)
+        return outcomes
+
+    def swept(self, arguments: list[str]) -> list[Override]:
+        """The study's lists and the command line, parsed; a later one of the same key wins."""
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        return parser.parse_overrides([*self._parse_config(), *arguments])
+
+    def carry_out(self, jobs: Sequence[Sequence[str]]) -> list[Outcome]:
+        """Return what comes of `jobs`; finished ones are taken from their records, the launcher gets the others."""
+        from lsiq.sweeps.jobs import carry_out
+        from lsiq.sweeps.ledger import Ledger
+
+        assert self.config is not None
+        ledger = Ledger(self.config.hydra, self.config.paths.cache)
+        return carry_out(jobs, lambda job: ledger.recognise(job, self._compose), self._launch)
+
+    def _compose(self, job: Sequence[str]) -> DictConfig:
+        assert self.config is not None
+        assert self.hydra_context is not None
+        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
+        return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])  # what a job gets
+
+    def _launch(self, jobs: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+        assert self.config is not None
+        assert self.launcher is not None
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        first, self._launched = self._launched, self._launched + len(jobs)
+        return self.launcher.launch(jobs, initial_job_idx=first)
+
+
+class Search(Grid):
+    """Lets Optuna propose the values; see `lsiq.sweeps.search`."""
+
+    def __init__(self, params: dict[str, str] | None = None, **values: Any) -> None:
+        super().__init__(params)
+        self._values = values
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Try values, going on with what an earlier call tried; raises where some failed."""
+        from lsiq.config import NOT_IDENTITY
+        from lsiq.settings import fill
+        from lsiq.sweeps.jobs import raise_failures
+        from lsiq.sweeps.search import SearchSettings, search
+
+        assert self.config is not None
+        settings = fill(
+            SearchSettings, {"folder": f"{self.config.paths.runs}/searches", **self._values}, "hydra.sweeper"
+        )
+        identity = {
+            str(key): OmegaConf.to_container(OmegaConf.create({"": value}), resolve=False)
+            for key, value in self.config.items()
+            if key not in ("hydra", *NOT_IDENTITY)
+        }
+        # A key that is given twice counts as it was given last.
+        swept = {override.get_key_element(): override for override in self.swept(arguments)}
+        name = self.config.hydra.runtime.choices.get("sweep") or "search"
+        outcomes = search(settings, list(swept.values()), identity, name, self.carry_out)
+        raise_failures(outcomes)
+        return outcomes
+
+
+class RayLauncher(Launcher):
+    """Runs jobs as tasks of Ray; see `lsiq.sweeps.on_ray`."""
+
+    def __init__(self, **values: Any) -> None:
+        self._values = values
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from lsiq.settings import fill
+        from lsiq.sweeps.on_ray import RaySettings
+
+        plain = OmegaConf.to_container(OmegaConf.create(self._values), resolve=True)
+        assert isinstance(plain, dict)
+        self._settings = fill(RaySettings, {str(key): value for key, value in plain.items()}, "hydra.launcher")
+        self._context, self._function, self._config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Return what came of the jobs, in their order, when all of them have ended."""
+        from lsiq.sweeps.on_ray import launch
+
+        return launch(self._settings, job_overrides, initial_job_idx, self._context, self._config, self._function)

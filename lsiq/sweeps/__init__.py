@@ -1,0 +1,1 @@
+"""Many runs by one command: what is finished already, grids and searches."""
