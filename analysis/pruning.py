@@ -1,6 +1,6 @@
 """Whether block losses tell early which trials of a search are hopeless: `python analysis/pruning.py`.
 
-For each model, format and method of analysis/records/learned-rates.jsonl: Spearman's rank correlation of the error of
+For each model, format and method of analysis/searches/learned-rates.jsonl: Spearman's rank correlation of the error of
 the first, the middle and the last block with the excess on each text, the share of trials that a pruner would stop
 which lets only the better half by the last block's error go on, and whether it would stop the best one.
 """
