@@ -17,7 +17,7 @@ FEWEST = 5
 
 def main() -> None:
     studies = collections.defaultdict(dict)
-    for line in (Path(__file__).parent / "records" / "learned-rates.jsonl").read_text().splitlines():
+    for line in (Path(__file__).parent / "searches" / "learned-rates.jsonl").read_text().splitlines():
         run = json.loads(line)
         chosen = dict(override.split("=", 1) for override in run["overrides"])
         # A setting that was run twice with the same result counts once.
