@@ -7,13 +7,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from lsiq.distributed import together
 from lsiq.errors import one_line, reporting
 from lsiq.run import run
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
-    with one_line(multirun=HydraConfig.get().mode == RunMode.MULTIRUN):
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    with one_line(multirun), together(cfg.device, multirun):
         return run(cfg, HydraConfig.get().overrides.task).objective
 
 

@@ -45,6 +45,10 @@ class OutputError(LsiqError):
     """A result cannot be written where the configuration says."""
 
 
+class EchoError(LsiqError):
+    """Another process of the same run failed and says why; this one ends without a word."""
+
+
 def explain_hydra(error: Exception, known: dict[str, list[str]]) -> str:
     """One line for an error that hydra or omegaconf raised while composing.
 
@@ -82,6 +86,8 @@ def one_line(multirun: bool) -> Iterator[None]:
     try:
         yield
     except LsiqError as error:
+        if isinstance(error, EchoError):
+            sys.exit(1)
         if _wants_trace():
             raise
         if not multirun:

@@ -12,6 +12,7 @@ import pandas
 import torch
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.calib.corpora import read_corpus
 from lsiq.calib.tokens import draw_windows, random_windows, token_hash
 from lsiq.calib.written import write_sequences
@@ -57,7 +58,7 @@ def carry_out(
         measure(config, plain, model, store, record, folder, start)
         record.status = "finished"
         write_record(record, folder)
-    if exporter is not None and source is not None:
+    if exporter is not None and source is not None and distributed.first():
         timed(record, "export", lambda: export(exporter, source, config, record, folder))
 
 
@@ -158,8 +159,9 @@ def quantize_model(
     if config.quant.name == "fp16":
         record.cost = model_cost(model, [float_cost(model)] * model.depth)
         return  # the float model under the same protocol
-    store.clear()
-    store.write_model(model)
+    if distributed.first():
+        store.clear()
+        store.write_model(model)
     reports: list[BlockReport] = []
     before, record.blocks = record.blocks, []
     with stage("quantize", model.depth) as progress:
@@ -173,7 +175,8 @@ def quantize_model(
             progress.advance("" if report.error is None else f"error {report.error:.3g}")
     if rows := [row for report in reports for row in report.trace]:
         trajectory = pandas.DataFrame(rows)
-        trajectory.to_parquet(store.folder.parent / "trajectory.parquet", index=False)
+        if distributed.first():
+            trajectory.to_parquet(store.folder.parent / "trajectory.parquet", index=False)
         tracker.table("trajectory", trajectory)
     record.cost = model_cost(model, (report.cost for report in reports))
     record.average_bits = record.cost["average_bits"]
@@ -234,7 +237,9 @@ def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:
 def find_device(name: str) -> torch.device:
     """Return the device that `name` stands for; ConfigError where this machine has none such."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda") if distributed.size() == 1 else torch.device("cuda", distributed.local_rank())
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs; use device=cpu or auto")
@@ -243,7 +248,12 @@ def find_device(name: str) -> torch.device:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """What the numbers were computed on."""
-    described: dict[str, Any] = {"device": device.type, "threads": torch.get_num_threads(), "system": platform.system()}
+    described: dict[str, Any] = {
+        "device": device.type,
+        "processes": distributed.size(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
     return described

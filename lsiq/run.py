@@ -11,8 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from lsiq import distributed
 from lsiq.config import RunConfig, parse, plain_config, run_id
-from lsiq.errors import InputError, LsiqError
+from lsiq.errors import ConfigError, InputError, LsiqError
 from lsiq.export.finished import export_finished, exports_left
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder, fingerprint
@@ -32,6 +33,8 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
         LsiqError: one line that says what to change; a record keeps it, and what was done, if work had begun.
     """
     if cfg.get("from") is not None:
+        if distributed.size() > 1:
+            raise ConfigError(f"from={cfg['from']}: an export is the work of one process; run it without torchrun")
         record = export_finished(cfg, overrides)
         show_record(record)
         return record
@@ -41,8 +44,11 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
     inputs = identify_inputs(config, checkpoint)
     identity = run_id(config, plain, inputs)
     folder = Path(config.paths.runs) / identity
+    if not distributed.first():
+        return follow(config, plain, checkpoint, folder)
     found = None if config.force else read_record(folder)
     if found is not None and found.status == "finished" and not exports_left(config, found):
+        distributed.from_first((found, False))
         say(f"found {folder / 'record.json'} (force=true runs it again)")
         show_record(found)
         return found
@@ -54,8 +60,10 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
     try:
         from lsiq.experiment import carry_out  # torch and transformers: only now that there is work for them
 
+        distributed.from_first((record, True))
         carry_out(config, plain, checkpoint, folder, record)
-    except BaseException as error:
+    except BaseException as raised:
+        error = distributed.cause(raised)
         if record.status != "finished":  # then an export failed, and has noted it; the run stays what it was
             failed = "evaluation failed" if record.quantised else "failed"
             record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else failed
@@ -65,6 +73,16 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
         path = write_record(record, folder)
     show_record(record)
     say(f"record: {path}")
+    return record
+
+
+def follow(config: RunConfig, plain: dict[str, Any], checkpoint: Path | None, folder: Path) -> Record:
+    """Do this process's share of what the first one finds to do."""
+    record, work = distributed.from_first((Record("", "", "", {}, 0, {}), False))
+    if work:
+        from lsiq.experiment import carry_out
+
+        carry_out(config, plain, checkpoint, folder, record)
     return record
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lsiq import distributed
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -57,7 +59,7 @@ class NoTracker:
 
 def make_tracker(config: RunConfig, plain: Mapping[str, Any], run_id: str, folder: Path) -> Tracker:
     """Return the tracker that the settings ask for."""
-    if config.tracker.kind == "none" or config.tracker.mode == "disabled":
+    if not distributed.first() or config.tracker.kind == "none" or config.tracker.mode == "disabled":
         return NoTracker()
     from lsiq.track.wandb import WandbTracker
 

@@ -22,6 +22,11 @@ OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 STORY = Console(stderr=True, highlight=False)
 
 
+def hush() -> None:
+    """Say nothing from here on: of several processes that carry out one run, one speaks."""
+    OUT.quiet = STORY.quiet = True
+
+
 def warn(message: str) -> None:
     STORY.print(f"[yellow]warning:[/] {message}", soft_wrap=True)
 
