@@ -102,6 +102,8 @@ def _join(device: str, multirun: bool) -> None:
         raise ConfigError(f"device={device}: {here} processes and {found} GPUs; use --nproc-per-node={found}")
     if cuda:
         torch.cuda.set_device(local)
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # what torchrun sets where nobody said how many
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=dist.PrefixStore("group", _group.store),

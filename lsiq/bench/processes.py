@@ -12,13 +12,23 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
+from torch import Tensor
 
 from lsiq import distributed
+from lsiq.calib.tokens import random_windows
 from lsiq.config import RunConfig, parse
+from lsiq.experiment import find_device
+from lsiq.memory import peak_bytes, reset_peak
+from lsiq.models.checkpoint import Checkpoint
+from lsiq.models.loading import Model, load
+from lsiq.quantize import quantize
+from lsiq.store import BlockStore
 
 _CONF = Path(__file__).parent.parent.parent / "conf"
 # What the recipes of learned methods take; measured are fewer.
@@ -53,18 +63,30 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Held:
+    """A checkpoint that is read once: making random weights takes longer than reading real ones."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._tensors: dict[str, Tensor] = {}
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        if name not in self._tensors:
+            self._tensors[name] = self._checkpoint.read(name, shape)
+        return self._tensors[name]
+
+
 def carry_out(options: argparse.Namespace) -> None:
     """Quantise the block by each job and print what came of it; before that a few sequences, so that all is set up."""
-    from lsiq.experiment import find_device
-    from lsiq.models.loading import load
-
     device = find_device(options.device)
     model = None
     for job in options.jobs:
         config = settings(options, job)
-        model = model or load(config.model, None, device, config.seed)
-        few = 2 * max(config.calib.batch, getattr(getattr(config.method, "training", None), "batch", 1))
-        quantize_block(config, model, few)
+        if model is None:
+            model = load(config.model, None, device, config.seed)
+            model = replace(model, checkpoint=Held(model.checkpoint))
+            few = 2 * max(config.calib.batch, getattr(getattr(config.method, "training", None), "batch", 1))
+            quantize_block(config, model, few)
         row = quantize_block(config, model, options.samples)
         if distributed.first():
             print(json.dumps({"job": job, **row}), flush=True)
@@ -85,13 +107,8 @@ def settings(options: argparse.Namespace, job: str) -> RunConfig:
         return parse(compose("config", overrides=[*fixed, *job.split()]))
 
 
-def quantize_block(config: RunConfig, model: Any, samples: int) -> dict[str, Any]:
+def quantize_block(config: RunConfig, model: Model, samples: int) -> dict[str, Any]:
     """Return the seconds of the block, streams and storing included, and of an epoch where there are some."""
-    from lsiq.calib.tokens import random_windows
-    from lsiq.memory import peak_bytes, reset_peak
-    from lsiq.quantize import quantize
-    from lsiq.store import BlockStore
-
     reset_peak()
     tokens = random_windows(model.config.vocab_size, samples, config.calib.seqlen, config.seed)
     with tempfile.TemporaryDirectory() as folder:
