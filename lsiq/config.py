@@ -175,6 +175,9 @@ class TrackerSettings:
 @settings
 class PathSettings:
     runs: str = Field("runs", min_length=1, description="the folder that holds one folder per run")
+    streams: Literal["memory", "disk"] = Field(
+        "memory", description="memory, or disk: in files of the run's folder while it lasts, for large models"
+    )
     cache: str | None = Field("runs/cache", description="the folder of what reference models scored; null keeps none")
 
 

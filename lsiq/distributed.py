@@ -74,7 +74,7 @@ def together(device: str, multirun: bool = False) -> Iterator[None]:
     try:
         _join(device, multirun)
         yield
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 (it is raised again)
         raise cause(error) from None
     _leave()
 
@@ -83,6 +83,8 @@ def _join(device: str, multirun: bool) -> None:
     """Meet the other processes."""
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed.rendezvous import rendezvous
 
     from lsiq.track.console import hush
 
@@ -91,8 +93,8 @@ def _join(device: str, multirun: bool) -> None:
     if not first():
         hush()
     cuda = device != "cpu" and torch.cuda.is_available()
-    store, _, _ = next(dist.rendezvous("env://"))
-    _group.store = dist.PrefixStore("lsiq", store)
+    store, _, _ = next(rendezvous("env://"))
+    _group.store = PrefixStore("lsiq", store)
     if multirun:
         raise ConfigError("-m: torchrun carries out one run with several processes; give sweeps a launcher instead")
     if cuda and device != "auto":
@@ -106,7 +108,7 @@ def _join(device: str, multirun: bool) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.PrefixStore("group", _group.store),
+        store=PrefixStore("group", _group.store),
         rank=_group.rank,
         world_size=world,
         timeout=_PATIENCE,
@@ -166,7 +168,7 @@ def wait() -> None:
 
 
 def share(count: int, process: int | None = None) -> slice:
-    """Return which of `count` things in a row belong to a process, this one by default; shares differ by one at most."""
+    """Return which of `count` things in a row belong to a process, this one by default; they differ by one at most."""
     process = _group.rank if process is None else process
     least, more = divmod(count, _group.size)
     start = process * least + min(process, more)

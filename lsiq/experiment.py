@@ -30,6 +30,7 @@ from lsiq.models.loading import Model, load
 from lsiq.quantize import BlockReport, check_formats, quantize
 from lsiq.results import Record, write_record
 from lsiq.store import BlockStore
+from lsiq.streams import kept_in
 from lsiq.track.base import Tracker, make_tracker
 from lsiq.track.console import say, stage, warn
 
@@ -86,7 +87,8 @@ def measure(
         samples, seqlen = calibration.shape
         record.calibration = {"samples": samples, "seqlen": seqlen, "tokens": token_hash(calibration)}
 
-    with make_tracker(config, plain, record.run_id, folder) as tracker:
+    kept = folder if config.paths.streams == "disk" else None
+    with kept_in(kept), make_tracker(config, plain, record.run_id, folder) as tracker:
         try:
             if record.quantised:
                 say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")

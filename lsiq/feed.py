@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lsiq import distributed
+from lsiq import distributed, streams
 
 # The share of a GPU's free memory that the streams may take; the rest is for the block and its training state.
 RESIDENT_SHARE = 0.25
@@ -42,7 +42,8 @@ class Feed:
         self.total, self.batch = total, min(batch, total)
         # Where indices are wanted; those that say who sends what to whom are read by the host.
         self.place = device if self.resident and distributed.size() == 1 else torch.device("cpu")
-        self.inputs = inputs.to(device, dtype) if self.resident else inputs
+        moved = self.resident and device.type == "cuda"
+        self.inputs = inputs.to(device, dtype) if moved else inputs
         self.streams = [self.inputs, *(target.to(device) if self.resident else target for target in targets)]
         dtypes = [dtype, *(target.dtype for target in targets)]
 
@@ -79,7 +80,11 @@ class Feed:
         if self.resident:
             samples = samples.to(self.x.device)
             for stream, buffer in zip(self.streams, buffers, strict=True):
-                torch.index_select(stream, 0, samples, out=buffer[: len(samples)])
+                if stream.dtype == buffer.dtype:
+                    torch.index_select(stream, 0, samples, out=buffer[: len(samples)])
+                else:
+                    buffer[: len(samples)] = stream[samples]
+            streams.release(*self.streams)
             return
         self._slots[self._turn].load(self.streams, samples, buffers)
         self._turn = 1 - self._turn
@@ -88,15 +93,16 @@ class Feed:
 class _Pinned:
     """One batch in pinned host memory, and the event after which it may be overwritten."""
 
-    def __init__(self, streams: Sequence[Tensor], batch: int) -> None:
-        self.places = [torch.empty((batch, *s.shape[1:]), dtype=s.dtype, pin_memory=True) for s in streams]
+    def __init__(self, sources: Sequence[Tensor], batch: int) -> None:
+        self.places = [torch.empty((batch, *s.shape[1:]), dtype=s.dtype, pin_memory=True) for s in sources]
         self.free = torch.cuda.Event()
 
-    def load(self, streams: Sequence[Tensor], samples: Tensor, buffers: Sequence[Tensor]) -> None:
+    def load(self, sources: Sequence[Tensor], samples: Tensor, buffers: Sequence[Tensor]) -> None:
         n = len(samples)
         self.free.synchronize()
-        for stream, place in zip(streams, self.places, strict=True):
+        for stream, place in zip(sources, self.places, strict=True):
             torch.index_select(stream, 0, samples, out=place[:n])
+        streams.release(*sources)
         for place, buffer in zip(self.places, buffers, strict=True):
             buffer[:n].copy_(place[:n], non_blocking=True)
         self.free.record()

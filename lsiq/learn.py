@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lsiq import distributed
+from lsiq import distributed, streams
 from lsiq.errors import NumericalError
 from lsiq.feed import Feed
 from lsiq.methods.base import Context
@@ -99,7 +99,10 @@ def _power(context: Context) -> Tensor:
     """The mean square of the float block's outputs."""
     assert context.targets is not None
     # Sequence by sequence: a stream may be as large as the host's memory.
-    own = sum((target.float().square().mean() for target in context.targets), torch.zeros((), dtype=torch.float64))
+    own = torch.zeros((), dtype=torch.float64)
+    for target in context.targets:
+        own += target.float().square().mean()
+        streams.release(context.targets)
     return distributed.add(own).float() / context.samples
 
 
@@ -187,8 +190,8 @@ class _Attempt:
         function = self.trained.function()
         total = torch.zeros((), device=self.device)
         assert self.context.inputs is not None
-        streams = [self.context.inputs, *self.window.targets]
-        for x, *targets in zip(*(stream.split(self.context.batch) for stream in streams), strict=True):
+        held = [self.context.inputs, *self.window.targets]
+        for x, *targets in zip(*(stream.split(self.context.batch) for stream in held), strict=True):
             out = function(x.to(self.device, self.trained.block.dtype))
             total += self.window.loss(out, [target.to(self.device) for target in targets], self.power) * len(x)
         return (distributed.add(total) / self.context.samples).item()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lsiq import distributed
+from lsiq import distributed, streams
 from lsiq.cost import BlockCost, block_cost
 from lsiq.errors import NumericalError
 from lsiq.methods.base import Ahead, BlockResult, Context, Method, WholeMethod
@@ -140,6 +140,7 @@ def _relative_error(quantised: Tensor, targets: Tensor, index: int) -> float:
         t = t.float()
         difference += (q.float() - t).square().mean().item()
         power += t.square().mean().item()
+        streams.release(quantised, targets)
     error = distributed.add_number(difference) / max(distributed.add_number(power), 1e-30)
     if not error < float("inf"):  # NaN included
         raise NumericalError(

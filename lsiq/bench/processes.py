@@ -133,7 +133,7 @@ def report(found: dict[tuple[int, str], dict[str, Any]], options: argparse.Names
             if "epoch_seconds" in row:
                 whole, before = (r["seconds"] + (EPOCHS - r["epochs"]) * r["epoch_seconds"] for r in (row, alone))
                 line += f", epoch {row['epoch_seconds']:.3f} s ({alone['epoch_seconds'] / row['epoch_seconds']:.2f} x)"
-                line += f", block of {EPOCHS} epochs {whole:.1f} s ({before / whole:.2f} x), loss {row['loss_last']:.4g}"
+                line += f", {EPOCHS} epochs {whole:.1f} s ({before / whole:.2f} x), loss {row['loss_last']:.4g}"
             peaks = ", ".join(f"{name} {row[name] / 2**30:.2f} GiB" for name in ("host", "device") if name in row)
             print(f"{line}, error {row['error']:.4g}, peak {peaks}")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lsiq import distributed
+from lsiq import distributed, streams
 from lsiq.formats import ActivationFormat
 from lsiq.models.block import Block
 
@@ -67,6 +67,7 @@ def visit_inputs(
             with contextlib.suppress(_AllShown):
                 function(part.to(device))
             shown.clear()
+            streams.release(inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -103,17 +103,11 @@ def measure_windows(
 def _joined(parts: Sequence[Mapping[str, TokenScores]]) -> dict[str, TokenScores]:
     """Put together, by model, what several processes found of their windows."""
     held = [part for part in parts if part]
-    if len(held) == 1:
-        return dict(held[0])
-    return {
-        prefix: TokenScores(
-            *(
-                None if columns[0] is None else torch.cat(columns)
-                for columns in zip(*(vars(part[prefix]).values() for part in held), strict=True)
-            )
-        )
-        for prefix in held[0]
-    }
+    joined = {}
+    for prefix, first in held[0].items():
+        names = [name for name, tensor in vars(first).items() if tensor is not None]
+        joined[prefix] = TokenScores(**{name: torch.cat([vars(part[prefix])[name] for part in held]) for name in names})
+    return joined
 
 
 def _to_run(variants: Mapping[str, Variant], found: Mapping[str, Measured], wants_float: bool) -> list[str]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.errors import ConfigError
 from lsiq.distributed import divided
+from lsiq.errors import ConfigError
 from lsiq.parts.base import Draft, PartState
 from lsiq.settings import settings
 
