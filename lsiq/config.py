@@ -202,6 +202,7 @@ class RunConfig:
     device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda or cuda:N")
     force: bool = Field(False, description="true or false")
     trace: bool = Field(False, description="true or false")
+    dry_run: bool = Field(False, description="true estimates memory and time, and stops there")
     export: Exporter | None = Field(None, description="a format of conf/export/, or null")
 
     def __post_init__(self) -> None:
@@ -292,7 +293,7 @@ def _recipe(method: Any, quant: Any) -> Any:
 
 
 # How and where a run is carried out, against what it is.
-_NOT_IDENTITY = ("tracker", "paths", "force", "trace", "export")
+_NOT_IDENTITY = ("tracker", "paths", "force", "trace", "dry_run", "export")
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

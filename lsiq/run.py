@@ -39,6 +39,8 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
         show_record(record)
         return record
     config, plain = parse(cfg), plain_config(cfg)
+    if config.dry_run:
+        return estimate(config, plain)
     config = find_parent(config)
     checkpoint = find_folder(config.model)
     inputs = identify_inputs(config, checkpoint)
@@ -73,6 +75,18 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
         path = write_record(record, folder)
     show_record(record)
     say(f"record: {path}")
+    return record
+
+
+def estimate(config: RunConfig, plain: dict[str, Any]) -> Record:
+    """Return a record of what the run would take, which is shown and not written."""
+    if distributed.size() > 1:
+        raise ConfigError("dry_run=true: one process estimates what one process takes; give it without torchrun")
+    from lsiq.dryrun import dry_run
+
+    record = new_record(config, plain, {}, "")
+    record.status = "dry run"
+    dry_run(config, record)
     return record
 
 

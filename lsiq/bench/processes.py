@@ -16,17 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose, initialize_config_dir
-from torch import Tensor
 
 from lsiq import distributed
 from lsiq.calib.tokens import random_windows
 from lsiq.config import RunConfig, parse
 from lsiq.experiment import find_device
 from lsiq.memory import peak_bytes, reset_peak
-from lsiq.models.checkpoint import Checkpoint
 from lsiq.models.loading import Model, load
+from lsiq.probe import HeldCheckpoint
 from lsiq.quantize import quantize
 from lsiq.store import BlockStore
 
@@ -63,19 +61,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Held:
-    """A checkpoint that is read once: making random weights takes longer than reading real ones."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._tensors: dict[str, Tensor] = {}
-
-    def read(self, name: str, shape: torch.Size) -> Tensor:
-        if name not in self._tensors:
-            self._tensors[name] = self._checkpoint.read(name, shape)
-        return self._tensors[name]
-
-
 def carry_out(options: argparse.Namespace) -> None:
     """Quantise the block by each job and print what came of it; before that a few sequences, so that all is set up."""
     device = find_device(options.device)
@@ -84,7 +69,7 @@ def carry_out(options: argparse.Namespace) -> None:
         config = settings(options, job)
         if model is None:
             model = load(config.model, None, device, config.seed)
-            model = replace(model, checkpoint=Held(model.checkpoint))
+            model = replace(model, checkpoint=HeldCheckpoint(model.checkpoint))
             few = 2 * max(config.calib.batch, getattr(getattr(config.method, "training", None), "batch", 1))
             quantize_block(config, model, few)
         row = quantize_block(config, model, options.samples)

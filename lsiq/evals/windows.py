@@ -21,7 +21,7 @@ from lsiq.models.loading import Model
 FLOAT = "float/"
 # What the float model leaves its last block with is kept for later comparisons up to this size; a larger model runs
 # along again where divergences are wanted.
-_STATES_BYTES = 2**30
+STATES_BYTES = 2**30
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
@@ -178,7 +178,7 @@ class _Shelf:
         return None if entry is None else entry.tensors["states"]
 
     def keep_states(self, corpus: str, left: Sequence[Tensor]) -> None:
-        if self._divergence and distributed.add_number(sum(part.nbytes for part in left)) <= _STATES_BYTES:
+        if self._divergence and distributed.add_number(sum(part.nbytes for part in left)) <= STATES_BYTES:
             states = torch.cat([part.cpu() for some in distributed.gather(list(left)) for part in some])
             self._cache.write(self._cache.key(**self._tokens[corpus], kind="states"), {"states": states})
 
