@@ -18,7 +18,6 @@ from lsiq.errors import ConfigError, InputError
 from lsiq.evals.windows import STATES_BYTES
 from lsiq.experiment import SAMPLES_TO_MEASURE, check_lengths, find_device, prepare_model
 from lsiq.methods.base import WholeMethod, chain
-from lsiq.models.folder import weight_files
 from lsiq.models.loading import Model
 from lsiq.probe import BlockCost, EvaluationCost, architecture, probe_block, probe_evaluation, probe_model, shortened
 from lsiq.quantize import check_formats
@@ -131,10 +130,12 @@ class _Estimate:
         self.per_byte = 1 / READING
         self.notes.append(f"weights are read at {READING / 1e9:.0f} GB/s")
         self.mapped = self.outside + self.depth * self.block_bytes
-        if self.folder is not None:
-            files = weight_files(self.folder, self.config.model.allow_pickle)
+        files = [] if self.folder is None else [*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")]
+        if files:
             scale = sum(file.stat().st_size for file in files) / self.mapped
             self.mapped, self.block_bytes = int(self.mapped * scale), int(self.block_bytes * scale)
+        else:
+            self.notes.append("the checkpoint holds two bytes per weight")
 
     def _quantize(self, model: Model, method: Any, store: BlockStore) -> Stage:
         calib = self.config.calib
