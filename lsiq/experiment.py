@@ -85,6 +85,7 @@ def measure(
     calibration = None if record.quantised else timed(record, "tokens", lambda: calibration_tokens(config, model))
     if calibration is not None:
         samples, seqlen = calibration.shape
+        check_processes(config, samples)
         record.calibration = {"samples": samples, "seqlen": seqlen, "tokens": token_hash(calibration)}
 
     kept = folder if config.paths.streams == "disk" else None
@@ -234,6 +235,23 @@ def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:
         if limit is not None and prefix + seqlen > limit:
             after = f" and the prefix takes {prefix}" if prefix else ""
             raise ConfigError(f"{key}={seqlen}: the model has {limit} positions{after}; use at most {limit - prefix}")
+
+
+def check_processes(config: RunConfig, samples: int) -> None:
+    """Raise ConfigError where a process would have no sequence; say where one would have none of a step's."""
+    size = distributed.size()
+    if samples < size:
+        raise ConfigError(
+            f"calib.samples={config.calib.samples}: {samples} sequences cannot be shared by {size} processes; "
+            "give more or start fewer"
+        )
+    for link in chain(config.method):
+        training = getattr(link, "training", None)
+        if training is not None and training.batch < size:
+            warn(
+                f"method.training.batch={training.batch} is smaller than the {size} processes: each step is taken by "
+                f"{training.batch} of them; a batch of {size} or more keeps all busy"
+            )
 
 
 def find_device(name: str) -> torch.device:

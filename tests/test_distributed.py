@@ -6,17 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import compose_run
+from omegaconf import DictConfig
 
 from lsiq import distributed
+from lsiq.config import parse
+from lsiq.errors import ConfigError
+from lsiq.experiment import check_processes
 from lsiq.results import Record, read_record
 from lsiq.run import run
 from lsiq.store import BlockStore
 
+SmallRun = Callable[..., DictConfig]
 FLOAT32 = "method.training.precision=float32"
 METHODS = {
     "rtn": [],
@@ -120,6 +126,11 @@ def test_a_process_that_fails_ends_the_run_with_its_message(
     record = read_record(file.parent)
     assert record is not None
     assert (record.status, record.error) == ("failed", "the second process cannot go on")
+
+
+def test_fewer_sequences_than_processes_are_refused(small_run: SmallRun, three: None, checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"calib\.samples=2: 2 sequences cannot be shared by 3 processes"):
+        check_processes(parse(small_run(checkpoint, "calib.samples=2")), 2)
 
 
 @pytest.fixture

@@ -34,19 +34,19 @@ def alone(*overrides: str) -> tuple[str, dict[str, int], dict[str, float]]:
 
 
 def test_the_estimated_peak_is_within_a_fifth_of_the_measured_one(tmp_path: Path) -> None:
-    shape = {**SHAPES["llama"], "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 3}
+    shape = {**SHAPES["llama"], "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     written = "{" + ",".join(f"{key}:{value}" for key, value in shape.items()) + "}"
     job = [
         *("model=llama-2-7b", "model.weights=random", f"model.architecture={written}", "model.seqlen=128"),
-        *("quant=w4a16", "method=smoothquant", "calib=random", "calib.samples=128", "calib.batch=4", "eval=random"),
+        *("quant=w4a16", "method=smoothquant", "calib=random", "calib.samples=48", "calib.batch=4", "eval=random"),
         *("eval.windows=8", "eval.batch=4", "tracker=none", f"paths.runs={tmp_path}"),
     ]
     status, estimated, stages = alone(*job, "dry_run=true")
     assert status == "dry run"
     assert list(tmp_path.iterdir()) == []
     _, measured, seconds = alone(*job)
-    assert abs(estimated["host"] / measured["host"] - 1) < 0.2  # measured: 0.05
+    assert abs(estimated["host"] / measured["host"] - 1) < 0.2  # measured: 0.06
     assert set(stages) == {"load", "quantize", "evaluate", "total"} <= set(seconds)
 
 

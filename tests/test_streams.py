@@ -28,7 +28,7 @@ def test_a_stream_on_disk_takes_no_memory_once_released_and_keeps_its_values(tmp
     for index in range(64):
         stream[index] = index
         streams.release(stream[index])
-    assert resident() - before < 8 * 2**20  # measured: 0.1 MiB; 64 without releasing
+    assert resident() - before < 8 * 2**20  # measured: 1.4 MiB; 64 without releasing
     assert stream[17].unique().tolist() == [17]
     assert list(tmp_path.iterdir()) == []  # the file has no name: killed or not, nothing stays
 
