@@ -123,7 +123,9 @@ def reporting(conf: Path) -> Iterator[None]:
         if _wants_trace():
             raise
         message = str(error) if isinstance(error, LsiqError) else explain_hydra(error, _choices(conf))
-        sys.exit(f"error: {message}")
+        # Of several processes that torchrun started all come here alike; the first one says it.
+        echo = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+        sys.exit(1 if echo else f"error: {message}")
     except ValueError as error:
         if "Config group override" not in str(error) or _wants_trace():
             raise

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lsiq import distributed, streams
+from lsiq.exchange import exchange, part_of
 
 # The share of a GPU's free memory that the streams may take; the rest is for the block and its training state.
 RESIDENT_SHARE = 0.25
@@ -70,10 +71,10 @@ class Feed:
         if distributed.size() == 1:
             self._fill(samples, buffers)
             return len(samples), 1.0
-        part = distributed.part_of(samples, self.total)
+        part = part_of(samples, self.total)
         self._fill(part.rows, self._sent)
         for sent, buffer in zip(self._sent, buffers, strict=True):
-            distributed.exchange(part, sent[: len(part.rows)], buffer[: part.count])
+            exchange(part, sent[: len(part.rows)], buffer[: part.count])
         return part.count, part.weight
 
     def _fill(self, samples: Tensor, buffers: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lsiq import distributed
 from lsiq.errors import InputError, NumericalError
+from lsiq.exchange import fetch
 from lsiq.methods.base import BlockResult, Context, Method, Need
 from lsiq.models.block import Block, BlockFunction, run_stream
 from lsiq.store import BlockStore
@@ -147,18 +148,18 @@ class _Tuner:
         assert self.context.tokens is not None
         assert self.context.ahead is not None
         logits_of = self.context.ahead.logits
-        hidden, weight = distributed.fetch(self.hidden, chosen, self.context.samples)
+        hidden, weight = fetch(self.hidden, chosen, self.context.samples)
         hidden = hidden.to(self.device, self.dtype)
         for function in chain:
             hidden = function(hidden)
         hidden = hidden.to(self.hidden.dtype)
         if self.reference is None:
-            tokens = distributed.fetch(self.context.tokens[self.own], chosen, self.context.samples)[0]
+            tokens = fetch(self.context.tokens[self.own], chosen, self.context.samples)[0]
             targets = tokens[:, 1:].to(self.device)
             loss = torch.nn.functional.cross_entropy(logits_of(hidden[:, :-1]).flatten(0, 1), targets.flatten())
             return loss * weight
         with torch.no_grad():
-            reference = distributed.fetch(self.reference, chosen, self.context.samples)[0].to(self.device)
+            reference = fetch(self.reference, chosen, self.context.samples)[0].to(self.device)
             expected = logits_of(reference).flatten(0, 1).log_softmax(-1)
         found = logits_of(hidden).flatten(0, 1).log_softmax(-1)
         return torch.nn.functional.kl_div(found, expected, reduction="batchmean", log_target=True) * weight

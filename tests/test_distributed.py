@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from lsiq import distributed
 from lsiq.config import parse
 from lsiq.errors import ConfigError
+from lsiq.exchange import part_of
 from lsiq.experiment import check_processes
 from lsiq.results import Record, read_record
 from lsiq.run import run
@@ -151,7 +152,7 @@ def test_parts_of_a_batch_name_each_sequence_once(three: None, monkeypatch: pyte
     parts = []
     for rank in range(3):
         monkeypatch.setattr(distributed._group, "rank", rank)
-        parts.append(distributed.part_of(samples, total=8))
+        parts.append(part_of(samples, total=8))
     assert sum(part.weight for part in parts) == pytest.approx(1)
     for sender in range(3):
         assert parts[sender].sent == [part.received[sender] for part in parts]
