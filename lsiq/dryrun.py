@@ -139,8 +139,11 @@ class _Estimate:
 
     def _quantize(self, model: Model, method: Any, store: BlockStore) -> Stage:
         calib = self.config.calib
-        samples = calib.samples if self.config.method.needs else min(calib.samples, SAMPLES_TO_MEASURE)
-        samples = samples if calib.corpus is not None else 0
+        samples = (calib.samples if calib.corpus is not None else 0) + calib.written
+        if not self.config.method.needs:
+            samples = min(samples, SAMPLES_TO_MEASURE)
+        if calib.written:
+            self.notes.append("the calibration text that the model writes is there; writing it is not estimated")
         batch = max(calib.batch, *(getattr(t, "batch", 1) for t in _trainings(self.config.method)), 1)
         few, more = min(3 * batch, samples), min(6 * batch, samples)
         probe_block(self.config, model, method, min(batch, samples) or None, store)  # libraries load, kernels compile

@@ -83,6 +83,7 @@ def measure(
         warn(f"{store.folder} lacks blocks or holds damaged ones; the model is quantised again")
         record.quantised = False
     calibration = None if record.quantised else timed(record, "tokens", lambda: calibration_tokens(config, model))
+    calibration = distributed.from_first(calibration)  # what the model writes may differ from one GPU to another
     if calibration is not None:
         samples, seqlen = calibration.shape
         check_processes(config, samples)
