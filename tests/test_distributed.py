@@ -34,7 +34,10 @@ METHODS = {
     "l2qer": ["method.rank=8"],
     "omniquant": ["method.training.epochs=1", "method.training.ahead.blocks=1", "method.training.keep=best", FLOAT32],
     "lsi": ["method.training.epochs=2", "method.training.batch=3", FLOAT32],
-    "best": [*(f"method.{at}training.epochs=1" for at in ("start.", "")), f"method.start.{FLOAT32[7:]}", FLOAT32],
+    "best": [
+        *(f"method.weight_only.{at}training.epochs=1" for at in ("start.", "")),
+        *(f"method.weight_only.{at}training.precision=float32" for at in ("start.", "")),
+    ],
 }
 # Measured: 0 for what gathers statistics; 2.5e-8 for omniquant, 8e-8 for best. In lsi a weight half way between two
 # codes takes the other one, and what is learned after that differs: 1.1e-2 of the weights, 1.8e-3 of the perplexity.
