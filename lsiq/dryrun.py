@@ -17,7 +17,7 @@ from lsiq.calib.tokens import cut_windows, random_windows
 from lsiq.errors import ConfigError, InputError
 from lsiq.evals.windows import STATES_BYTES
 from lsiq.experiment import SAMPLES_TO_MEASURE, check_lengths, find_device, prepare_model
-from lsiq.methods.base import WholeMethod, chain
+from lsiq.methods.base import Method, chain
 from lsiq.models.loading import Model
 from lsiq.probe import BlockCost, EvaluationCost, architecture, probe_block, probe_evaluation, probe_model, shortened
 from lsiq.quantize import check_formats
@@ -55,13 +55,8 @@ def dry_run(config: RunConfig, record: Record) -> None:
     sequences, twice; what grows with sequences, windows, epochs and blocks is scaled up. No weights are read.
 
     Raises:
-        ConfigError: the method trains the whole model at once, or one block does not fit the device.
+        ConfigError: one block does not fit the device.
     """
-    if isinstance(config.method, WholeMethod):
-        raise ConfigError(
-            f"dry_run=true: {config.method.name} trains whole models, of which one block says nothing; "
-            "estimate the method it starts from"
-        )
     device = find_device(config.device)
     try:
         stages, notes = _Estimate(config, device, record).stages()
@@ -106,6 +101,7 @@ class _Estimate:
         with tempfile.TemporaryDirectory() as folder, kept_in(self._stream_folder()):
             store = BlockStore(Path(folder) / "blocks")
             store.clear()
+            assert isinstance(config.method, Method)  # the settings see to it
             method = shortened(config.method)
             tokens = random_windows(self.model.config.vocab_size, config.calib.batch, config.calib.seqlen, config.seed)
             prepared = prepare_model(config, method, self.model, tokens, self.record)
