@@ -188,6 +188,9 @@ class TrackerSettings:
 @settings
 class PathSettings:
     runs: str = Field("runs", min_length=1, description="the folder that holds one folder per run")
+    streams: Literal["memory", "disk"] = Field(
+        "memory", description="memory, or disk: in files of the run's folder while it lasts, for large models"
+    )
     cache: str | None = Field("runs/cache", description="the folder of what runs share; null keeps nothing")
     locks: str | None = Field(
         "runs/locks", description="the folder of the locks that keep two processes from one run; null for none"
@@ -215,9 +218,15 @@ class RunConfig:
     device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda or cuda:N")
     force: bool = Field(False, description="true or false")
     trace: bool = Field(False, description="true or false")
+    dry_run: bool = Field(False, description="true estimates memory and time, and stops there")
     export: Exporter | None = Field(None, description="a format of conf/export/, or null")
 
     def __post_init__(self) -> None:
+        if self.dry_run and isinstance(self.method, WholeMethod):
+            raise ValueError(
+                f"dry_run=true: {self.method.name} trains whole models, of which one block says nothing; estimate "
+                "the method it starts from"
+            )
         if self.export is not None:
             self.export.check(self.quant)
             if self.model.weights == "random":
@@ -305,7 +314,7 @@ def recipe_for(method: Any, quant: Any) -> Any:
 
 
 # How and where a run is carried out, against what it is.
-NOT_IDENTITY = ("tracker", "paths", "force", "trace", "export")
+NOT_IDENTITY = ("tracker", "paths", "force", "trace", "dry_run", "export")
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,6 +95,12 @@ class Descent:
         """Let the next step run at the parts' rates times `factor`."""
         for group, rate in self.rates:
             group["lr"].fill_(rate * factor)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """All that is moved."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                yield from group["params"]
 
     def forget_gradients(self) -> None:
         for optimizer in self.optimizers:

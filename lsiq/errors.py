@@ -45,6 +45,10 @@ class OutputError(LsiqError):
     """A result cannot be written where the configuration says."""
 
 
+class EchoError(LsiqError):
+    """Another process of the same run failed and says why; this one ends without a word."""
+
+
 def explain_hydra(error: Exception, known: dict[str, list[str]]) -> str:
     """One line for an error that hydra or omegaconf raised while composing.
 
@@ -82,6 +86,8 @@ def one_line(multirun: bool) -> Iterator[None]:
     try:
         yield
     except LsiqError as error:
+        if isinstance(error, EchoError):
+            sys.exit(1)
         if _wants_trace():
             raise
         if not multirun:
@@ -117,7 +123,9 @@ def reporting(conf: Path) -> Iterator[None]:
         if _wants_trace():
             raise
         message = str(error) if isinstance(error, LsiqError) else explain_hydra(error, _choices(conf))
-        sys.exit(f"error: {message}")
+        # Of several processes that torchrun started all come here alike; the first one says it.
+        echo = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+        sys.exit(1 if echo else f"error: {message}")
     except ValueError as error:
         if "Config group override" not in str(error) or _wants_trace():
             raise

@@ -12,6 +12,7 @@ import pandas
 import torch
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.calib.kept import TokenRequest, kept_tokens, token_cache
 from lsiq.calib.tokens import random_windows, token_hash
 from lsiq.calib.written import write_sequences
@@ -30,6 +31,7 @@ from lsiq.models.loading import Model, load
 from lsiq.quantize import BlockReport, check_formats, quantize
 from lsiq.results import Record, write_record
 from lsiq.store import BlockStore
+from lsiq.streams import kept_in
 from lsiq.track.base import Tracker, make_tracker
 from lsiq.track.console import say, warn
 from lsiq.track.live import block_table
@@ -58,7 +60,7 @@ def carry_out(
         exporter.check_model(source)
     if record.status != "finished":
         measure(config, plain, model, store, record, folder, start)
-    if exporter is not None and source is not None:
+    if exporter is not None and source is not None and distributed.first():
         timed(record, "export", lambda: export(exporter, source, config, record, folder))
 
 
@@ -88,11 +90,14 @@ def measure(
         if record.quantised
         else timed(record, "tokens", lambda: calibration_tokens(config, model, tokens, references))
     )
+    calibration = distributed.from_first(calibration)  # what the model writes may differ from one GPU to another
     if calibration is not None:
         samples, seqlen = calibration.shape
+        check_processes(config, samples)
         record.calibration = {"samples": samples, "seqlen": seqlen, "tokens": token_hash(calibration)}
 
-    with make_tracker(config, plain, record, folder) as tracker:
+    kept = folder if config.paths.streams == "disk" else None
+    with kept_in(kept), make_tracker(config, plain, record, folder) as tracker:
         try:
             if record.quantised:
                 say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")
@@ -167,8 +172,9 @@ def quantize_model(
     if config.quant.name == "fp16":
         record.cost = model_cost(model, [float_cost(model)] * model.depth)
         return  # the float model under the same protocol
-    store.clear()
-    store.write_model(model)
+    if distributed.first():
+        store.clear()
+        store.write_model(model)
     reports: list[BlockReport] = []
     before, record.blocks = record.blocks, []
     with block_table(model.depth) as table:
@@ -185,7 +191,8 @@ def quantize_model(
             tracker.log({**told, **{f"block/peak_{place}_gib": size / 2**30 for place, size in peak_bytes().items()}})
             table.done(row)
     if rows := [row for report in reports for row in report.trace]:
-        pandas.DataFrame(rows).to_parquet(store.folder.parent / "trajectory.parquet", index=False)
+        if distributed.first():
+            pandas.DataFrame(rows).to_parquet(store.folder.parent / "trajectory.parquet", index=False)
         tracker.show(trajectory_panels(rows, config.tracker.panels))
     record.cost = model_cost(model, (report.cost for report in reports))
     record.average_bits = record.cost["average_bits"]
@@ -253,10 +260,29 @@ def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:
             raise ConfigError(f"{key}={seqlen}: the model has {limit} positions{after}; use at most {limit - prefix}")
 
 
+def check_processes(config: RunConfig, samples: int) -> None:
+    """Raise ConfigError where a process would have no sequence; say where one would have none of a step's."""
+    size = distributed.size()
+    if samples < size:
+        raise ConfigError(
+            f"calib.samples={config.calib.samples}: {samples} sequences cannot be shared by {size} processes; "
+            "give more or start fewer"
+        )
+    for link in chain(config.method):
+        training = getattr(link, "training", None)
+        if training is not None and training.batch < size:
+            warn(
+                f"method.training.batch={training.batch} is smaller than the {size} processes: each step is taken by "
+                f"{training.batch} of them; a batch of {size} or more keeps all busy"
+            )
+
+
 def find_device(name: str) -> torch.device:
     """Return the device that `name` stands for; ConfigError where this machine has none such."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda") if distributed.size() == 1 else torch.device("cuda", distributed.local_rank())
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs; use device=cpu or auto")
@@ -265,7 +291,12 @@ def find_device(name: str) -> torch.device:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """What the numbers were computed on."""
-    described: dict[str, Any] = {"device": device.type, "threads": torch.get_num_threads(), "system": platform.system()}
+    described: dict[str, Any] = {
+        "device": device.type,
+        "processes": distributed.size(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
     return described

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.errors import InputError, NumericalError
+from lsiq.exchange import fetch
 from lsiq.methods.base import BlockResult, Context, Method, Need
 from lsiq.models.block import Block, BlockFunction, run_stream
 from lsiq.store import BlockStore
@@ -84,6 +86,7 @@ class _Tuner:
         self.settings, self.quant, self.context = settings, quant, context
         self.results = list(results)
         self.hidden, self.reached = context.inputs, 0  # what the quantised model feeds the block `reached`
+        self.own = distributed.share(context.samples)
         block = self._block(0)
         self.device = next(iter(block.weights.values())).device
         self.dtype = settings.training.in_precision(block).dtype
@@ -115,7 +118,7 @@ class _Tuner:
 
     def _epochs(self, first: int, chain: Sequence[BlockFunction], optimizer: torch.optim.Optimizer) -> list[float]:
         """Train through `chain`, the blocks from `first` on; return the epochs' mean losses."""
-        training, samples = self.settings.training, len(self.hidden)
+        training, samples = self.settings.training, self.context.samples
         generator = torch.Generator().manual_seed(self.context.generator.initial_seed() + first)
         rates = [group["lr"] for group in optimizer.param_groups]
         steps, total = 0, training.steps(samples)
@@ -127,11 +130,12 @@ class _Tuner:
                     group["lr"] = rate * training.rate_factor(steps / total)
                 loss = self._loss(chain, chosen)
                 loss.backward()
+                distributed.add_gradients(p for group in optimizer.param_groups for p in group["params"])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 sums.append(loss.detach())
                 steps += 1
-            losses.append(torch.stack(sums).mean().item())
+            losses.append(distributed.add(torch.stack(sums).mean()).item())
             if not math.isfinite(losses[-1]):
                 raise NumericalError(
                     f"block {first}: the loss is not finite in epoch {epoch}; lower the learning rates of method"
@@ -140,20 +144,25 @@ class _Tuner:
         return losses
 
     def _loss(self, chain: Sequence[BlockFunction], chosen: Tensor) -> Tensor:
+        """The loss of a batch; of several processes each returns its part of it."""
         assert self.context.tokens is not None
         assert self.context.ahead is not None
         logits_of = self.context.ahead.logits
-        hidden = self.hidden[chosen].to(self.device, self.dtype)
+        hidden, weight = fetch(self.hidden, chosen, self.context.samples)
+        hidden = hidden.to(self.device, self.dtype)
         for function in chain:
             hidden = function(hidden)
         hidden = hidden.to(self.hidden.dtype)
         if self.reference is None:
-            targets = self.context.tokens[chosen][:, 1:].to(self.device)
-            return torch.nn.functional.cross_entropy(logits_of(hidden[:, :-1]).flatten(0, 1), targets.flatten())
+            tokens = fetch(self.context.tokens[self.own], chosen, self.context.samples)[0]
+            targets = tokens[:, 1:].to(self.device)
+            loss = torch.nn.functional.cross_entropy(logits_of(hidden[:, :-1]).flatten(0, 1), targets.flatten())
+            return loss * weight
         with torch.no_grad():
-            expected = logits_of(self.reference[chosen].to(self.device)).flatten(0, 1).log_softmax(-1)
+            reference = fetch(self.reference, chosen, self.context.samples)[0].to(self.device)
+            expected = logits_of(reference).flatten(0, 1).log_softmax(-1)
         found = logits_of(hidden).flatten(0, 1).log_softmax(-1)
-        return torch.nn.functional.kl_div(found, expected, reduction="batchmean", log_target=True)
+        return torch.nn.functional.kl_div(found, expected, reduction="batchmean", log_target=True) * weight
 
     def _block(self, index: int) -> Block:
         assert self.context.ahead is not None

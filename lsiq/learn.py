@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lsiq import distributed, streams
 from lsiq.errors import NumericalError
 from lsiq.feed import Feed
 from lsiq.methods.base import Context
@@ -94,6 +95,17 @@ def learn(parts: Sequence[Part], training: Training, block: Block, quant: QuantS
     )
 
 
+def _power(context: Context) -> Tensor:
+    """The mean square of the float block's outputs."""
+    assert context.targets is not None
+    # Sequence by sequence: a stream may be as large as the host's memory.
+    own = torch.zeros((), dtype=torch.float64)
+    for target in context.targets:
+        own += target.float().square().mean()
+        streams.release(context.targets)
+    return distributed.add(own).float() / context.samples
+
+
 class _NotFiniteError(Exception):
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -110,10 +122,12 @@ class _Attempt:
         self.good, self.good_epochs, self.first_epoch = self.trained.snapshot(), 0, 0
         self.first_loss = math.inf
         self.device = next(iter(trained.block.weights.values())).device
-        self.power = context.targets.float().square().mean().clamp(min=1e-12).to(self.device)
+        self.power = _power(context).clamp(min=1e-12).to(self.device)
         self.stepper = None
         if any(state.parameters for state in trained.states):
-            feed = Feed(context.inputs, window.targets, training.batch, trained.block.dtype, self.device)
+            feed = Feed(
+                context.inputs, window.targets, training.batch, trained.block.dtype, self.device, context.samples
+            )
             self.stepper = Stepper(self.trained, training, feed, window, self.power, slow)
         self.steps = 0
 
@@ -124,7 +138,7 @@ class _Attempt:
         start = time.perf_counter() - spent
         self.good_epochs = self.first_epoch = len(epochs)
         best, best_epoch = (self._loss_of_stream(), self.trained.snapshot()), -1
-        total = self.training.steps(len(self.context.targets))  # type: ignore[arg-type]
+        total = self.training.steps(self.context.samples)
         self.steps = total // max(self.training.epochs, 1) * len(epochs)
         for index in range(len(epochs), self.training.epochs if self.stepper is not None else 0):
             assert self.stepper is not None
@@ -141,7 +155,7 @@ class _Attempt:
             self.context.log({"learn/epoch": index, "learn/loss": loss, "learn/block": self.trained.block.index})
             if self._keeps_best and (found := self._loss_of_stream()) < best[0]:
                 best, best_epoch = (found, self.trained.snapshot()), index
-            if self.training.seconds is not None and elapsed > self.training.seconds:
+            if self.training.seconds is not None and distributed.from_first(elapsed) > self.training.seconds:
                 break
         final = best[1] if self._keeps_best else self.trained.snapshot()
         seconds = time.perf_counter() - start
@@ -160,8 +174,8 @@ class _Attempt:
 
     def _epoch(self, stepper: Stepper, total: int) -> tuple[Tensor, dict[str, float]]:
         """Take one pass over the stream; return the steps' losses and the parameters' mean gradient norms."""
-        order = torch.randperm(len(self.context.targets), generator=self.context.generator)  # type: ignore[arg-type]
-        batches = order.to(self.device if stepper.feed.resident else "cpu").split(self.training.batch)
+        order = torch.randperm(self.context.samples, generator=self.context.generator)
+        batches = order.to(stepper.feed.place).split(self.training.batch)
         for samples in batches:
             stepper.step(samples, self.steps / total)
             self.steps += 1
@@ -176,11 +190,11 @@ class _Attempt:
         function = self.trained.function()
         total = torch.zeros((), device=self.device)
         assert self.context.inputs is not None
-        streams = [self.context.inputs, *self.window.targets]
-        for x, *targets in zip(*(stream.split(self.context.batch) for stream in streams), strict=True):
+        held = [self.context.inputs, *self.window.targets]
+        for x, *targets in zip(*(stream.split(self.context.batch) for stream in held), strict=True):
             out = function(x.to(self.device, self.trained.block.dtype))
             total += self.window.loss(out, [target.to(self.device) for target in targets], self.power) * len(x)
-        return (total / len(streams[0])).item()
+        return (distributed.add(total) / self.context.samples).item()
 
     def _choose_trained(self, epoch: int) -> None:
         """In a staged schedule the parts named late stand still for the first epochs."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.calib.gram import check_finite, input_grams
 from lsiq.calib.statistics import visit_inputs
 from lsiq.clock import stage
@@ -84,7 +85,7 @@ def _diagonals(
     heads: list[str],
 ) -> dict[str, Tensor]:
     assert context.inputs is not None
-    tokens = context.inputs.shape[1]
+    samples, tokens = context.samples, context.inputs.shape[1]
     found: dict[str, Tensor] = {}
 
     def update(name: str, x: Tensor) -> None:
@@ -93,12 +94,13 @@ def _diagonals(
             largest = x.abs().view(-1, tokens, x.shape[1]).mean(1, dtype=torch.float64).amax(0).square()
             found[name] = largest.maximum(found[name]) if name in found else largest
         else:
-            squares = x.square().sum(0, dtype=torch.float64) / (tokens * len(context.inputs))  # type: ignore[arg-type]
+            squares = x.square().sum(0, dtype=torch.float64) / (tokens * samples)
             found[name] = squares + found[name] if name in found else squares
 
     visit_inputs(block, weights, context.inputs, context.batch, heads, update, quant.activation)
+    reduce = distributed.largest if settings.scale == "magnitude" else distributed.add
     for name, statistic in found.items():
-        check_finite(statistic, block, name)
+        check_finite(reduce(statistic), block, name)
     return found
 
 

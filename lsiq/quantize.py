@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lsiq import distributed, streams
 from lsiq.cost import BlockCost, block_cost
 from lsiq.errors import NumericalError
 from lsiq.layers import TOKENS, layer_rows
@@ -65,13 +66,14 @@ def quantize(
     """Quantise the model block by block into `store`, yielding a report after each.
 
     Two streams run along: the float stream is what the float model feeds each block, the quantised stream what the
-    already quantised blocks feed it.
+    already quantised blocks feed it. Of several processes each runs its share of the sequences.
 
     Args:
         tokens: `(N, T)` calibration tokens, or None for a method that needs none.
         batch: sequences that pass through a block at once.
     """
-    hidden, kwargs = model.embed(torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens, batch)
+    own = torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens[distributed.share(len(tokens))]
+    hidden, kwargs = model.embed(own, batch)
     floats = hidden if tokens is not None else None
     quantised = floats
     ahead = Ahead(model.depth, lambda later: model.block(later, kwargs), model.logits)
@@ -95,7 +97,7 @@ def quantize(
         context = context_of(index, targets)
         result = by_block.quantize_block(block, quant, context)
         _check(result, block)
-        store.write(index, result)
+        result = _store(store, index, result)
         error, fed = None, None if quantised is None else quantised[: max(1, TOKENS // quantised.shape[1])].clone()
         if quantised is not None and targets is not None:
             quantised = run_stream(block.with_result(result, quant.activation), quantised, batch, model.device)
@@ -125,6 +127,14 @@ def _check(result: BlockResult, block: Block) -> None:
             raise AssertionError(f"block {block.index}: the side branch of {name} is {branch.shape}")
 
 
+def _store(store: BlockStore, index: int, result: BlockResult) -> BlockResult:
+    """Write a block; the other processes go on with what the first wrote, so that all have the same."""
+    if distributed.first():
+        store.write(index, result)
+    distributed.wait()
+    return result if distributed.first() else replace(store.read(index), trace=result.trace)
+
+
 def _relative_error(quantised: Tensor, targets: Tensor, index: int) -> float:
     # Sequence by sequence: streams of large models are tens of gigabytes.
     difference = power = 0.0
@@ -132,7 +142,8 @@ def _relative_error(quantised: Tensor, targets: Tensor, index: int) -> float:
         t = t.float()
         difference += (q.float() - t).square().mean().item()
         power += t.square().mean().item()
-    error = difference / max(power, 1e-30)
+        streams.release(quantised, targets)
+    error = distributed.add_number(difference) / max(distributed.add_number(power), 1e-30)
     if not error < float("inf"):  # NaN included
         raise NumericalError(
             f"block {index}: its outputs are not finite; try model.dtype=float32 or model.dtype=bfloat16"

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lsiq import __version__
+from lsiq import __version__, distributed
 from lsiq.errors import OutputError
 
 SCHEMA = 1
@@ -105,12 +105,14 @@ class Record:
 
 
 def write_record(record: Record, folder: Path) -> Path:
-    """Write `folder/record.json`; the file appears whole or not at all.
+    """Write `folder/record.json`; the file appears whole or not at all. Of several processes the first writes it.
 
     Raises:
         OutputError: the folder cannot be written.
     """
     path = folder / "record.json"
+    if not distributed.first():
+        return path
     partial = folder / f".record.{os.getpid()}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from lsiq import distributed
 from lsiq.config import RunConfig, parse, plain_config, run_id
-from lsiq.errors import InputError, LsiqError
+from lsiq.errors import ConfigError, InputError, LsiqError
 from lsiq.export.finished import export_finished, exports_left
 from lsiq.lock import run_lock
 from lsiq.methods.finetune import FineTune
@@ -33,10 +34,16 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
         LsiqError: one line that says what to change; a record keeps it, and what was done, if work had begun.
     """
     if cfg.get("from") is not None:
+        if distributed.size() > 1:
+            raise ConfigError(f"from={cfg['from']}: an export is the work of one process; run it without torchrun")
         record = export_finished(cfg, overrides)
         show_record(record)
         return record
+    if cfg.get("dry_run"):
+        return estimate(parse(cfg), plain_config(cfg))
     request = prepare(cfg)
+    if not distributed.first():
+        return follow(request)
     found = None if request.config.force else request.finished()
     if found is None:
         with run_lock(request.config.paths, request.folder.name) as waited:
@@ -44,6 +51,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
             found = request.finished() if waited or not request.config.force else None
             if found is None:
                 return work(request, overrides)
+    distributed.from_first((found, False))
     say(f"found {request.folder / 'record.json'} (force=true runs it again)")
     show_record(found)
     return found
@@ -89,8 +97,10 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
     try:
         from lsiq.experiment import carry_out  # torch and transformers: only now that there is work for them
 
+        distributed.from_first((record, True))
         carry_out(request.config, request.plain, request.checkpoint, folder, record)
-    except BaseException as error:
+    except BaseException as raised:
+        error = distributed.cause(raised)
         if record.status != "finished":  # then an export failed, and has noted it; the run stays what it was
             failed = "evaluation failed" if record.quantised else "failed"
             record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else failed
@@ -100,6 +110,28 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
         path = write_record(record, folder)
     show_record(record)
     say(f"record: {path}")
+    return record
+
+
+def estimate(config: RunConfig, plain: dict[str, Any]) -> Record:
+    """Return a record of what the run would take, which is shown and not written."""
+    if distributed.size() > 1:
+        raise ConfigError("dry_run=true: one process estimates what one process takes; give it without torchrun")
+    from lsiq.dryrun import dry_run
+
+    record = new_record(Request(config, plain, None, {}, Path()), ())
+    record.status = "dry run"
+    dry_run(config, record)
+    return record
+
+
+def follow(request: Request) -> Record:
+    """Do this process's share of what the first one finds to do."""
+    record, wanted = distributed.from_first((Record("", "", "", {}, 0, {}), False))
+    if wanted:
+        from lsiq.experiment import carry_out
+
+        carry_out(request.config, request.plain, request.checkpoint, request.folder, record)
     return record
 
 

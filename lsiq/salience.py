@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.calib.gram import check_finite, output_error
 from lsiq.calib.statistics import visit_inputs
 from lsiq.fold import gather, spread
@@ -36,7 +37,7 @@ class InputStatistics:
 def observe_inputs(block: Block, inputs: Tensor, batch: int) -> dict[str, InputStatistics]:
     """Return the statistics of every linear's inputs by dotted name, from one pass of the stream `(N, T, d)`.
 
-    Sums over batches are float64. Linears of a stage share theirs.
+    Sums over batches and processes are float64. Linears of a stage share theirs.
 
     Raises:
         NumericalError: an input is not finite.
@@ -50,10 +51,10 @@ def observe_inputs(block: Block, inputs: Tensor, batch: int) -> dict[str, InputS
         totals[name] = (magnitude, gram)
 
     visit_inputs(block, {}, inputs, batch, [stage[0] for stage in block.spec.stages], update)
-    tokens = inputs.shape[0] * inputs.shape[1]
+    tokens = int(distributed.add_number(inputs.shape[0] * inputs.shape[1]))
     found = {}
     for stage in block.spec.stages:
-        magnitude, gram = totals[stage[0]]
+        magnitude, gram = (distributed.add(total) for total in totals[stage[0]])
         check_finite(gram, block, stage[0])
         statistics = InputStatistics((magnitude / tokens).float(), (gram / tokens).float())
         found |= dict.fromkeys(stage, statistics)
@@ -89,7 +90,8 @@ class BlockError:
 
     def __call__(self, weights: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> float:
         del weights  # the block's own, which made the targets
-        return (self._run(rounded) - self.targets).square().sum(dtype=torch.float64).item()
+        own = (self._run(rounded) - self.targets).square().sum(dtype=torch.float64).item()
+        return distributed.add_number(own)
 
     def _run(self, weights: Mapping[str, Tensor]) -> Tensor:
         device = next(iter(self.block.weights.values())).device

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.clock import Stopwatch
 from lsiq.descent import Descent
 from lsiq.feed import Feed
@@ -40,6 +41,7 @@ def start_parts(parts: Sequence[Part], block: Block, quant: QuantSettings, conte
         state = part.start(replace(block, weights=draft.weights), quant, context)
         draft = part.apply(draft, state, block)
         states.append(state)
+    distributed.take_from_first(p for state in states for p in state.parameters.values())
     return states
 
 
@@ -113,7 +115,7 @@ class Stepper:
             trained.parts,
             list(zip(*states, strict=True)),
             training,
-            training.steps(len(feed.inputs)),
+            training.steps(feed.total),
             slow,
             self.device,
         )
@@ -122,9 +124,9 @@ class Stepper:
         self.float_function = trained.block.with_weights({}) if training.aug_loss else None
         self.weight_path = Stopwatch(self.device)
         self.record_steps = cuda and training.graphs
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: list[torch.cuda.CUDAGraph] = []
         self.warm = self.replays = 0
-        self.losses = torch.zeros(len(feed.inputs), device=self.device)
+        self.losses = torch.zeros(feed.total, device=self.device)
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         self.norms = {name: torch.zeros((), device=self.device) for name, _ in trained.named()}
 
@@ -133,36 +135,54 @@ class Stepper:
         self.descent.set_rates(self.training.rate_factor(done))
         for trained in (self.trained, *self.window.companions):
             trained.tell(done)
-        self.feed.load(samples)
-        full = len(samples) == len(self.feed.x)
+        count, weight = self.feed.load(samples)
+        full = len(samples) == self.feed.batch
         if not (self.record_steps and full and self.warm >= WARM_STEPS):
-            self._take(len(samples))
+            self._pass(count, weight)
+            distributed.add_gradients(self.descent.parameters())
+            self._move()
             self.warm += full
             return
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._take(len(samples))
-        self.graph.replay()
+        if not self.graphs:
+            self._record(count, weight)
+        for position, graph in enumerate(self.graphs):
+            if position:
+                distributed.add_gradients(self.descent.parameters())
+            graph.replay()
         self.replays += 1
+
+    def _record(self, count: int, weight: float) -> None:
+        """Record a step: in one piece, or with a gap in which several processes add up their gradients."""
+        # Another thread waits for what the processes send each other, which must not spoil the recording.
+        mode = "global" if distributed.size() == 1 else "thread_local"
+        first = torch.cuda.CUDAGraph()
+        self.graphs = [first]
+        with torch.cuda.graph(first, capture_error_mode=mode):
+            self._pass(count, weight)
+            if distributed.size() == 1:
+                self._move()
+        if distributed.size() > 1:
+            self.graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(self.graphs[1], pool=first.pool(), capture_error_mode=mode):
+                self._move()
 
     def forget_recorded(self) -> None:
         """Record anew before the next replay: what is trained has changed."""
-        self.graph, self.warm = None, 0
+        self.graphs, self.warm = [], 0
         self.weight_path.forget_recorded()
 
     def read(self, steps: int) -> tuple[Tensor, dict[str, float]]:
         """Return the losses and the mean gradient norms of the last `steps` steps, and begin to gather anew."""
         self.weight_path.replayed(self.replays)
-        losses = self.losses[:steps].cpu()
+        losses = distributed.add(self.losses[:steps].clone()).cpu()
         totals = torch.stack(list(self.norms.values())).tolist()
         for tensor in (self.position, *self.norms.values()):
             tensor.zero_()
         self.replays = 0
         return losses, {name: total / steps for name, total in zip(self.norms, totals, strict=True)}
 
-    def _take(self, count: int) -> None:
-        """Launch one step on the first `count` sequences of the feed's buffers."""
+    def _pass(self, count: int, weight: float) -> None:
+        """Launch the way to the gradients on the first `count` sequences of the feed's buffers, `weight` of a batch."""
         self.descent.forget_gradients()
         x, targets = self.feed.x[:count], [target[:count] for target in self.feed.targets]
         block, quant = self.trained.block, self.trained.quant
@@ -176,12 +196,17 @@ class Stepper:
             with torch.no_grad():
                 same_input = self.float_function(x).float()
             loss = loss + (out.float() - same_input).square().mean() / self.power
+        loss = loss * weight
         self.scaler.scale(loss).backward()
         with self.weight_path.running():
             used = [name for name, leaf in leaves.items() if leaf.grad is not None]
             torch.autograd.backward([made[name] for name in used], [leaves[name].grad for name in used])
+        self.loss = loss.detach()
+
+    def _move(self) -> None:
+        """Launch the rest of the step: the gradients of the whole batch are there."""
         self.descent.unscale(self.scaler)
-        self._gather(loss.detach())
+        self._gather(self.loss)
         self.descent.step(self.scaler)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lsiq.bench import block
+from lsiq.bench import block, processes
 
 
 @pytest.mark.parametrize("method", ["gptq", "qera-exact"])
@@ -18,3 +18,13 @@ def test_a_small_block_is_timed_by_stage_beside_its_floor(
     block.main()
     told = capsys.readouterr().out
     assert all(word in told for word in (f"{method}: ", "statistics", "peak of the host", "TFLOP/s"))
+
+
+def test_one_block_is_timed_under_several_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = ["--hidden", "128", "--intermediate", "256", "--heads", "2", "--samples", "4", "--seqlen", "16"]
+    monkeypatch.setattr(sys, "argv", ["processes", *shape, "--batch", "2", "--device", "cpu", "method=gptq"])
+    processes.main()
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("method=gptq", "1 processes: block", "2 processes: block", "peak host"))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.calib.statistics import visit_inputs
 from lsiq.errors import NumericalError
 from lsiq.formats import ActivationFormat
@@ -28,7 +29,7 @@ def input_grams(
         weights: replace the block's own while the stream `inputs (N, T, d)` runs through it.
         linears: dotted names without `.weight`, one for each input that is wanted.
         activation: where it is in force, `X` is what the linears get after their inputs were rounded to it.
-        product: the precision of the products of one batch; sums over batches are float64.
+        product: the precision of the products of one batch; sums over batches and processes are float64.
 
     Raises:
         NumericalError: an input is not finite.
@@ -41,9 +42,9 @@ def input_grams(
         found[name] = gram if name not in found else found[name].add_(gram)
 
     visit_inputs(block, weights, inputs, batch, linears, update, activation)
-    tokens = inputs.shape[0] * inputs.shape[1]
+    tokens = int(distributed.add_number(inputs.shape[0] * inputs.shape[1]))
     for name, gram in found.items():
-        check_finite(gram, block, name)
+        check_finite(distributed.add(gram), block, name)
         gram /= tokens
     return found
 

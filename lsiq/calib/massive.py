@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.calib.statistics import visit_inputs
 from lsiq.models.block import run_stream
 from lsiq.models.loading import Model
@@ -22,14 +23,14 @@ def outlier_tokens(model: Model, tokens: Tensor, batch: int, threshold: float) -
     Args:
         tokens: `(N, T)` token ids.
     """
-    hidden, kwargs = model.embed(tokens, batch)
+    hidden, kwargs = model.embed(tokens[distributed.share(len(tokens))], batch)
     giant = torch.zeros(tokens.shape, dtype=torch.bool)
     for index in range(model.depth):
         block = model.block(index, kwargs)
         sizes: list[Tensor] = []
         _, last = block.spec.writers
         visit_inputs(block, {}, hidden, batch, [last], lambda _, x, sizes=sizes: sizes.append(x.abs().amax(1).cpu()))
-        size = torch.cat(sizes).view(tokens.shape)
+        size = torch.cat(distributed.gather(torch.cat(sizes))).view(tokens.shape)
         giant |= size > threshold * size.median()
         hidden = run_stream(block.with_weights({}), hidden, batch, model.device)
     giant[:, 0] = False

@@ -1,7 +1,7 @@
 """What a method may ask of the inputs of each linear: gathered in one pass over the stream, batch by batch.
 
 All of it is a sum or a maximum over tokens, so it does not depend on how the stream is cut into batches beyond the
-order of summation.
+order of summation. Several processes reduce what each gathered of its sequences.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lsiq import distributed, streams
 from lsiq.formats import ActivationFormat
 from lsiq.models.block import Block
 
@@ -66,6 +67,7 @@ def visit_inputs(
             with contextlib.suppress(_AllShown):
                 function(part.to(device))
             shown.clear()
+            streams.release(inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -85,6 +87,9 @@ def extremes(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:
         found[name] = torch.stack([lo, hi])
 
     visit_inputs(block, {}, inputs, batch, [stage[0] for stage in block.spec.stages], update)
+    for ranges in found.values():
+        distributed.least(ranges[0])
+        distributed.largest(ranges[1])
     return {name: found[stage[0]] for stage in block.spec.stages for name in stage}
 
 
@@ -102,4 +107,12 @@ def peak_inputs(block: Block, inputs: Tensor, batch: int, linears: Sequence[str]
         found[name] = (size, rows)
 
     visit_inputs(block, {}, inputs, batch, linears, update)
-    return {name: rows for name, (_, rows) in found.items()}
+    return {name: _of_largest(size, rows) for name, (size, rows) in found.items()}
+
+
+def _of_largest(size: Tensor, rows: Tensor) -> Tensor:
+    """Return of each row `(in,)` that of the process whose `size` is largest, the first of equals."""
+    own = distributed.rank()
+    holds = size == distributed.largest(size.clone())
+    winner = distributed.least(torch.where(holds, own, distributed.size()))
+    return distributed.add(torch.where((winner == own)[:, None], rows, 0))

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.errors import OutputError
 from lsiq.lock import exclusive
 from lsiq.track.console import warn
@@ -94,7 +95,14 @@ class EvaluationCache:
             return tensors
 
     def read(self, key: str) -> Entry | None:
-        """Return an entry, or None; one that is damaged is named and counts as missing."""
+        """Return an entry, or None; one that is damaged is named and counts as missing.
+
+        Of several processes all find it or none.
+        """
+        found = self._read(key)
+        return found if all(distributed.gather(found is not None)) else None
+
+    def _read(self, key: str) -> Entry | None:
         if self._folder is None or not self._file(key).is_file():
             return None
         from safetensors import safe_open
@@ -109,7 +117,7 @@ class EvaluationCache:
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a measurement. A folder that cannot be written costs a warning, never the run."""
-        if self._folder is None:
+        if self._folder is None or not distributed.first():
             return
         from safetensors.torch import save_file
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.calib.kept import TokenRequest, kept_tokens
 from lsiq.calib.tokens import random_windows, token_hash
 from lsiq.config import RunConfig
@@ -56,7 +57,8 @@ def evaluate(
             )
         for corpus, found in measured.items():
             _report(f"{corpus}@{config.eval.seqlen}", windows[corpus], found, model, record)
-        write_windows(folder, measured, config.eval.seqlen)
+        if distributed.first():
+            write_windows(folder, measured, config.eval.seqlen)
     if tasks:
         measure_tasks(tasks, config.eval, model, variants, cache, folder, record)
 

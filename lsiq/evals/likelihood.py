@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.errors import InputError
 from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.stream import run_blocks
@@ -99,12 +100,16 @@ def _measure(
         for prefix in variants
     }
     functions = {prefix: variant.function_of for prefix, variant in variants.items()}
-    for batches in passes:
+    for everyone in passes:
+        batches = everyone[distributed.share(len(everyone))]
         ids = [_padded(batch) for batch in batches]
         left = run_blocks(model, dict.fromkeys(variants, ids), functions, advance)
         for prefix, stream in left.items():
             for batch, hidden in zip(batches, stream, strict=True):
                 _read_off(model, batch, hidden, out[prefix])
+    for found in out.values():
+        distributed.add(found.log_likelihood)
+        found.greedy.copy_(distributed.least(found.greedy.byte()))
     return out
 
 

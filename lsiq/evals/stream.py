@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lsiq import streams as disk
 from lsiq.models.block import Block, BlockFunction
 from lsiq.models.loading import Model
 
@@ -68,6 +69,8 @@ def _embed(
 
 def _keeper(model: Model, streams: Mapping[str, Sequence[Tensor]]) -> Callable[[Tensor], Tensor]:
     """Return what puts a block's output where it waits for the next block: on the device while there is room."""
+    if disk.on_disk():
+        return _written
     if model.device.type != "cuda":
         return lambda hidden: hidden
     needed = sum(hidden.nbytes for stream in streams.values() for hidden in stream)
@@ -77,6 +80,12 @@ def _keeper(model: Model, streams: Mapping[str, Sequence[Tensor]]) -> Callable[[
     return lambda hidden: torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True).copy_(
         hidden, non_blocking=True
     )
+
+
+def _written(hidden: Tensor) -> Tensor:
+    kept = disk.empty(hidden.shape, hidden.dtype).copy_(hidden)
+    disk.release(kept)
+    return kept
 
 
 def prefetched(prepare: Callable[[int], T], count: int, device: torch.device) -> Iterator[T]:

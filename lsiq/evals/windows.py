@@ -12,6 +12,7 @@ import pandas
 import torch
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.calib.tokens import token_hash
 from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.perplexity import TokenScores, score_tokens
@@ -21,7 +22,7 @@ from lsiq.models.loading import Model
 FLOAT = "float/"
 # What the float model leaves its last block with is kept for later comparisons up to this size; a larger model runs
 # along again where divergences are wanted.
-_STATES_BYTES = 2**30
+STATES_BYTES = 2**30
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
@@ -73,13 +74,16 @@ def measure_windows(
 ) -> dict[str, dict[str, Measured]]:
     """Return, by corpus and model, what each model says of the corpus' windows `(N, T)`.
 
+    Of several processes each runs its share of every corpus' batches, and all get what all found.
+
     Args:
         variants: by the prefix of their metrics; `float/` is among them.
         batch: windows that pass through a block at once.
         divergence: whether the others are compared with the float model token by token.
         advance: called after each block of each pass; there is none where everything was measured before.
     """
-    batches = {corpus: ids.split(batch) for corpus, ids in windows.items()}
+    own = {corpus: distributed.share(-(-len(ids) // batch)) for corpus, ids in windows.items()}
+    batches = {corpus: ids.split(batch)[own[corpus]] for corpus, ids in windows.items()}
     shelf = _Shelf(cache, windows, divergence)
     found = {corpus: shelf.take(corpus, variants) for corpus in windows}
     states = {corpus: shelf.states(corpus) if divergence else None for corpus in windows}
@@ -88,12 +92,23 @@ def measure_windows(
         if FLOAT in left:
             shelf.keep_states(corpus, left[FLOAT])
         elif (kept := states[corpus]) is not None:
-            left[FLOAT] = list(kept.split(batch))
-        scored = score_tokens(model, batches[corpus], left, FLOAT if divergence else None)
+            left[FLOAT] = list(kept.split(batch)[own[corpus]])
+        scored = score_tokens(model, batches[corpus], left, FLOAT if divergence else None) if batches[corpus] else {}
+        scored = _joined(distributed.gather(scored))
         for prefix in to_run[corpus]:
             found[corpus][prefix] = Measured(scored[prefix])
             shelf.put(corpus, variants[prefix], scored[prefix])
     return {corpus: {prefix: found[corpus][prefix] for prefix in variants} for corpus in windows}
+
+
+def _joined(parts: Sequence[Mapping[str, TokenScores]]) -> dict[str, TokenScores]:
+    """Put together, by model, what several processes found of their windows."""
+    held = [part for part in parts if part]
+    joined = {}
+    for prefix, first in held[0].items():
+        names = [name for name, tensor in vars(first).items() if tensor is not None]
+        joined[prefix] = TokenScores(**{name: torch.cat([vars(part[prefix])[name] for part in held]) for name in names})
+    return joined
 
 
 def _to_run(variants: Mapping[str, Variant], found: Mapping[str, Measured], wants_float: bool) -> list[str]:
@@ -195,8 +210,8 @@ class _Shelf:
         return None if entry is None else entry.tensors["states"]
 
     def keep_states(self, corpus: str, left: Sequence[Tensor]) -> None:
-        if self._divergence and sum(part.nbytes for part in left) <= _STATES_BYTES:
-            states = torch.cat([part.cpu() for part in left])
+        if self._divergence and distributed.add_number(sum(part.nbytes for part in left)) <= STATES_BYTES:
+            states = torch.cat([part.cpu() for some in distributed.gather(list(left)) for part in some])
             self._cache.write(self._cache.key(**self._tokens[corpus], kind="states"), {"states": states})
 
     def _key(self, corpus: str, reference: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from lsiq.distributed import share
 from lsiq.errors import InputError
 from lsiq.methods.base import BlockResult, Context, Method, Need, chain, quantize_prepared
 from lsiq.methods.lqer import LQER
@@ -125,8 +126,10 @@ class AWQ:
         from lsiq.salience import BlockError
 
         assert context.inputs is not None
-        step = max(1, len(context.inputs) // self.samples)
-        return BlockError(block, context.inputs[::step][: self.samples], context.batch)
+        chosen = range(0, context.samples, max(1, context.samples // self.samples))[: self.samples]
+        own = share(context.samples)
+        here = [index - own.start for index in chosen if own.start <= index < own.stop]
+        return BlockError(block, context.inputs[here], context.batch)
 
     def _clip(
         self,

@@ -40,12 +40,13 @@ class Context:
     """What a method may look at besides the block and the formats.
 
     Attributes:
-        inputs: `(N, T, d)`, what the quantised model feeds the block; None unless the method needs it.
+        inputs: `(N, T, d)`, what the quantised model feeds the block; None unless the method needs it. Of several
+            processes each holds its share of the sequences.
         targets: `(N, T, d)`, what the float block makes of the float stream; None unless the method needs it.
         generator: seeded for this run and block; the only source of chance.
         batch: sequences that pass through the block at once.
         log: takes named numbers of one step or epoch, for the tracker.
-        tokens: `(N, T)` calibration tokens; None for `calib=none`.
+        tokens: `(N, T)` calibration tokens of all processes; None for `calib=none`.
         ahead: what lies between this block and the model's logits.
     """
 
@@ -56,6 +57,12 @@ class Context:
     log: Callable[[Mapping[str, float]], None]
     tokens: Tensor | None = None
     ahead: Ahead | None = None
+
+    @property
+    def samples(self) -> int:
+        """The number of sequences, those of all processes."""
+        held = self.tokens if self.tokens is not None else self.inputs
+        return 0 if held is None else len(held)
 
 
 @dataclass(frozen=True)

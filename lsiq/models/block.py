@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lsiq import streams
 from lsiq.formats import ActivationFormat
 from lsiq.models.attention import activations
 from lsiq.models.branch import Factors, side_branches
@@ -185,8 +186,9 @@ def result_weights(result: BlockResult, like: Mapping[str, Tensor]) -> dict[str,
 @torch.no_grad()
 def run_stream(block: BlockFunction, stream: Tensor, batch: int, device: torch.device) -> Tensor:
     """Return the block's outputs for a stream `(N, T, d)` kept on the CPU, `batch` sequences at a time."""
-    out = torch.empty_like(stream)
+    out = streams.empty(stream.shape, stream.dtype)
     for start in range(0, len(stream), batch):
         part = slice(start, start + batch)
         out[part] = block(stream[part].to(device, non_blocking=True)).to(stream.device)
+        streams.release(stream, out)
     return out

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lsiq import streams
 from lsiq.assets import bundled_model
 from lsiq.errors import InputError
 from lsiq.models.attention import NAME
@@ -128,9 +129,15 @@ class Model:
         _, kwargs = self._reach_first_block(tokens[:1])
         if before:
             kwargs = after_prefix(kwargs, before)
-        parts = [self._turn(self._reach_first_block(part)[0][:, before:]).cpu() for part in tokens.split(batch)]
-        hidden = torch.cat(parts)
-        return (hidden.pin_memory() if self.device.type == "cuda" else hidden), kwargs
+        hidden: Tensor | None = None
+        for start in range(0, len(tokens), batch):
+            part = self._turn(self._reach_first_block(tokens[start : start + batch])[0][:, before:])
+            if hidden is None:
+                hidden = streams.empty((len(tokens), *part.shape[1:]), part.dtype, self.device.type == "cuda")
+            hidden[start : start + batch] = part
+            streams.release(hidden)
+        assert hidden is not None  # there are tokens
+        return hidden, kwargs
 
     def _reach_first_block(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
         def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from lsiq.distributed import divided
 from lsiq.errors import ConfigError
 from lsiq.parts.base import Draft, PartState
 from lsiq.settings import settings
@@ -60,12 +61,14 @@ class Singular:
         del quant
         parameters: dict[str, Tensor] = {}
         constants: dict[str, Tensor] = {}
-        for name in self._names(block):
-            w = block.weights[name]
-            if self.directions == "singular":
-                u, s, vh = decompose(w)
-            else:
-                u, s, vh = random_directions(w, context.generator)
+        names = self._names(block)
+        found = {}
+        if self.directions == "singular":
+            sizes = {name: block.weights[name].numel() for name in names}
+            device = next(iter(block.weights.values())).device
+            found = divided(sizes, lambda name: decompose(block.weights[name]), device)
+        for name in names:
+            u, s, vh = found.get(name) or random_directions(block.weights[name], context.generator)
             parameters[f"{name}:increment"] = s.new_zeros(min(self.top or len(s), len(s)))
             if self.corner:
                 c = min(self.corner, len(s))

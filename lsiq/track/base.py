@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lsiq import distributed
+
 if TYPE_CHECKING:
     from lsiq.config import RunConfig
     from lsiq.results import Record
@@ -78,7 +80,7 @@ class NoTracker:
 def make_tracker(config: RunConfig, plain: Mapping[str, Any], record: Record, folder: Path) -> Tracker:
     """Return the tracker that the settings ask for, telling of the run whose `folder` this is."""
     settings = config.tracker
-    if settings.kind == "none" or settings.mode == "disabled":
+    if not distributed.first() or settings.kind == "none" or settings.mode == "disabled":
         return NoTracker()
     from lsiq.track.mirror import Mirror
 

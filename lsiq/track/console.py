@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
@@ -23,11 +23,17 @@ from rich.table import Table
 from lsiq.memory import peak_bytes
 
 if TYPE_CHECKING:
+    from lsiq.dryrun import Stage as PlannedStage
     from lsiq.results import Record
 
 # Results go to stdout, the story to stderr, so that a table can be piped.
 OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 STORY = Console(stderr=True, highlight=False)
+
+
+def hush() -> None:
+    """Say nothing from here on: of several processes that carry out one run, one speaks."""
+    OUT.quiet = STORY.quiet = True
 
 
 def warn(message: str) -> None:
@@ -110,6 +116,19 @@ def show_record(record: Record) -> None:
     for key, value in record.config["model"]["published"].items():
         if key in keys:
             OUT.print(f"published float perplexity of {model}, {key}: {value}")
+
+
+def show_plan(title: str, stages: Sequence[PlannedStage], record: Record, notes: Sequence[str]) -> None:
+    """Print what a run would take by stage, and what that rests on."""
+    places = list(record.peak_bytes)
+    table = new_table(f"{title}  (estimated)", "stage", "seconds", *(f"{place} peak" for place in places))
+    for stage in stages:
+        peaks = (gib(stage.peaks[place]) if place in stage.peaks else "—" for place in places)
+        table.add_row(stage.name, f"{stage.seconds:.1f}", *peaks)
+    table.add_row("all", f"{record.seconds['total']:.1f}", *(gib(peak) for peak in record.peak_bytes.values()))
+    OUT.print(table)
+    for note in notes:
+        OUT.print(f"assumed: {note}", soft_wrap=True)
 
 
 def _show_tasks(record: Record, prefixes: dict[str, str]) -> None:

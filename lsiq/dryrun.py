@@ -1,0 +1,235 @@
+"""`dry_run=true`: what a run would take of memory and time, from its model's shape and a probe of one block."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lsiq.assets import bundled_model
+from lsiq.calib.corpora import KINDS, read_corpus
+from lsiq.calib.tokens import cut_windows, random_windows
+from lsiq.errors import ConfigError, InputError
+from lsiq.evals.windows import STATES_BYTES
+from lsiq.experiment import SAMPLES_TO_MEASURE, check_lengths, find_device, prepare_model
+from lsiq.methods.base import Method, chain
+from lsiq.models.loading import Model
+from lsiq.probe import BlockCost, EvaluationCost, architecture, probe_block, probe_evaluation, probe_model, shortened
+from lsiq.quantize import check_formats
+from lsiq.results import Record
+from lsiq.store import BlockStore
+from lsiq.streams import kept_in
+from lsiq.track.console import show_plan
+
+if TYPE_CHECKING:
+    from lsiq.config import RunConfig
+
+# Bytes of a checkpoint that are read and checked in a second.
+READING = 2e9
+# Tokens of the evaluation splits that lie on the hub, as LLaMA's tokenizer cuts them.
+HUB_TOKENS = {"wikitext2": 341_469, "c4": 570_000, "ptb": 106_000, "pile": 2_000_000}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of the run takes.
+
+    Attributes:
+        peaks: bytes, by place: host, device.
+    """
+
+    name: str
+    seconds: float
+    peaks: Mapping[str, int]
+
+
+def dry_run(config: RunConfig, record: Record) -> None:
+    """Print what the run would take, stage by stage, and write it into `record` as if it had been measured.
+
+    One block of the model's true shape with random weights is quantised and evaluated on this machine, with few
+    sequences, twice; what grows with sequences, windows, epochs and blocks is scaled up. No weights are read.
+
+    Raises:
+        ConfigError: one block does not fit the device.
+    """
+    device = find_device(config.device)
+    try:
+        stages, notes = _Estimate(config, device, record).stages()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"dry_run=true: one block does not fit the memory of {device}; lower calib.batch, "
+            "method.training.batch or calib.seqlen"
+        ) from error
+    record.seconds = {stage.name: stage.seconds for stage in stages}
+    record.seconds["total"] = sum(record.seconds.values())
+    places = sorted({place for stage in stages for place in stage.peaks}, reverse=True)
+    record.peak_bytes = {place: max(stage.peaks.get(place, 0) for stage in stages) for place in places}
+    show_plan(f"{config.model.name}  {config.quant.name}  {config.method.name}", stages, record, notes)
+
+
+class _Estimate:
+    def __init__(self, config: RunConfig, device: torch.device, record: Record) -> None:
+        self.config, self.device, self.record = config, device, record
+        path = config.model.path
+        bundled = None if config.model.bundled is None else bundled_model(config.model.bundled)
+        self.folder = Path(path).expanduser() if path is not None else bundled
+        if self.folder is None and config.model.architecture is None:
+            raise InputError(
+                f"dry_run=true: the shape of {config.model.name} is not known here; give model.path=DIR with its "
+                "config.json, or model.architecture={…}"
+            )
+        self.depth = int(architecture(config, self.folder)["num_hidden_layers"])
+        self.notes: list[str] = []
+
+    def stages(self) -> tuple[list[Stage], list[str]]:
+        """Return the stages of the run, and what was assumed."""
+        config = self.config
+        blocks = min(self.depth, max(2, 1 + _ahead(config.method)))
+        start = time.perf_counter()
+        self.model, self.held = probe_model(config, self.folder, blocks, self.device)
+        check_formats(self.model, config.quant)
+        check_lengths(self.model, config)
+        self._size()
+        outside = self.outside * self.per_byte
+        loading = time.perf_counter() - start - self.held.seconds + outside
+        stages = [Stage("load", loading, {})]
+        with tempfile.TemporaryDirectory() as folder, kept_in(self._stream_folder()):
+            store = BlockStore(Path(folder) / "blocks")
+            store.clear()
+            assert isinstance(config.method, Method)  # the settings see to it
+            method = shortened(config.method)
+            tokens = random_windows(self.model.config.vocab_size, config.calib.batch, config.calib.seqlen, config.seed)
+            prepared = prepare_model(config, method, self.model, tokens, self.record)
+            if config.quant.name != "fp16":
+                stages.append(self._quantize(prepared, method, store))
+            if config.eval.corpora:
+                stages.append(self._evaluate(prepared, store))
+        if config.eval.tasks:
+            self.notes.append("tasks are not estimated: their items are not read")
+        return stages, self.notes
+
+    def _size(self) -> None:
+        """Find out how many bytes the checkpoint has, and how long one takes to be read."""
+        block = self.model.block(0, {})
+        elements = sum(weight.numel() for weight in block.weights.values())
+        blocks = self.model.spec.blocks
+        self.outside = 2 * sum(p.numel() for n, p in self.model.skeleton.named_parameters() if not n.startswith(blocks))
+        self.block_bytes, self.mapped = 2 * elements, 0
+        if self.config.model.weights == "random":
+            self.per_byte = self.held.seconds / self.held.bytes
+            return
+        self.per_byte = 1 / READING
+        self.notes.append(f"weights are read at {READING / 1e9:.0f} GB/s")
+        self.mapped = self.outside + self.depth * self.block_bytes
+        files = [] if self.folder is None else [*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")]
+        if files:
+            scale = sum(file.stat().st_size for file in files) / self.mapped
+            self.mapped, self.block_bytes = int(self.mapped * scale), int(self.block_bytes * scale)
+        else:
+            self.notes.append("the checkpoint holds two bytes per weight")
+
+    def _quantize(self, model: Model, method: Any, store: BlockStore) -> Stage:
+        calib = self.config.calib
+        samples = (calib.samples if calib.corpus is not None else 0) + calib.written
+        if not self.config.method.needs:
+            samples = min(samples, SAMPLES_TO_MEASURE)
+        if calib.written:
+            self.notes.append("the calibration text that the model writes is there; writing it is not estimated")
+        batch = max(calib.batch, *(getattr(t, "batch", 1) for t in _trainings(self.config.method)), 1)
+        few, more = min(3 * batch, samples), min(6 * batch, samples)
+        probe_block(self.config, model, method, min(batch, samples) or None, store)  # libraries load, kernels compile
+        costs = [probe_block(self.config, model, method, count or None, store) for count in (few, more)]
+        epochs = max((training.epochs for training in _trainings(self.config.method)), default=0)
+        rest = _line(*((c.samples, c.seconds - c.epochs * c.epoch_seconds) for c in costs))(samples)
+        trained = epochs * _line(*((c.samples, c.epoch_seconds) for c in costs))(samples)
+        if limits := [t.seconds for t in _trainings(self.config.method) if getattr(t, "seconds", None) is not None]:
+            trained = min(trained, max(limits))
+        seconds = self.depth * (rest + trained + self.block_bytes * self.per_byte)
+        return Stage("quantize", seconds, self._quantize_peaks(model, costs[1], samples))
+
+    def _quantize_peaks(self, model: Model, cost: BlockCost, samples: int) -> dict[str, int]:
+        one = self._stream_bytes(model, self.config.calib.seqlen)
+        host = one if self.config.paths.streams == "memory" else 0
+        ahead = _ahead(self.config.method)
+        later = self.depth > 1  # of the first block both streams are the same one
+        # While a method works: both streams, targets and those of later blocks; afterwards one that is being written.
+        learning = cost.learning["host"] + host * ((2 + ahead + later) * samples - (2 + ahead) * cost.samples)
+        running = cost.running["host"] + host * ((3 + later) * samples - 3 * cost.samples)
+        peaks = {"host": max(learning, running) + self.mapped - self.held.bytes}
+        if self.config.paths.streams == "disk":
+            self.notes.append(f"streams take {4 * one * samples / 2**30:.2f} GiB of the disk")
+        if "device" in cost.learning:
+            grown = one * (2 + ahead) * (samples - cost.samples) if _trainings(self.config.method) else 0
+            room = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+            resident = grown if one * (2 + ahead) * samples <= 0.25 * room else 0
+            peaks["device"] = max(cost.learning["device"] + resident, cost.running["device"])
+        return peaks
+
+    def _evaluate(self, model: Model, store: BlockStore) -> Stage:
+        batch = self.config.eval.batch
+        windows = self._windows()
+        few, more = min(batch, windows), min(3 * batch, windows)
+        probe_evaluation(self.config, self.model, model, few, store)
+        costs = [probe_evaluation(self.config, self.model, model, count, store) for count in (few, more)]
+        per_block = _line(*((c.windows, c.block_seconds / model.depth) for c in costs))(windows)
+        scoring = _line(*((c.windows, c.score_seconds) for c in costs))(windows)
+        reading = self.block_bytes * self.per_byte  # beside the work on a GPU, before it on a CPU
+        per_block = max(per_block, reading) if self.device.type == "cuda" else per_block + reading
+        return Stage("evaluate", self.depth * per_block + scoring, self._evaluate_peaks(model, costs[1], windows))
+
+    def _evaluate_peaks(self, model: Model, cost: EvaluationCost, windows: int) -> dict[str, int]:
+        one = self._stream_bytes(model, self.config.eval.seqlen)
+        grown = cost.models * one * (windows - cost.windows)
+        peaks = dict(cost.peaks)
+        peaks["host"] += self.mapped - self.held.bytes
+        states = one * windows
+        if self.config.eval.divergence and states <= STATES_BYTES:
+            peaks["host"] += states - one * cost.windows
+        if self.device.type == "cuda" and cost.models * one * windows <= 0.25 * torch.cuda.mem_get_info(self.device)[0]:
+            peaks["device"] += grown
+        elif self.config.paths.streams == "memory":
+            peaks["host"] += grown
+        return peaks
+
+    def _windows(self) -> int:
+        """How many windows all corpora have."""
+        config, count = self.config.eval, 0
+        for corpus in config.corpora:
+            path = config.path if corpus == "file" else config.local.get(corpus)
+            if corpus == "random":
+                found = config.windows or 16
+            elif corpus in ("bundled", "file", *KINDS) or path is not None:
+                text = read_corpus(corpus, "evaluation", path, config.fields)
+                found = len(cut_windows(text, self.model.tokenizer, config.seqlen, path or corpus))
+            else:
+                found = HUB_TOKENS[corpus] // config.seqlen
+                self.notes.append(f"{corpus} has {HUB_TOKENS[corpus]} tokens")
+            count += min(found, config.windows or found)
+        return count
+
+    def _stream_bytes(self, model: Model, seqlen: int) -> int:
+        """Of one sequence."""
+        return seqlen * model.config.hidden_size * model.dtype.itemsize
+
+    def _stream_folder(self) -> Path | None:
+        return Path(self.config.paths.runs) if self.config.paths.streams == "disk" else None
+
+
+def _line(first: tuple[float, float], second: tuple[float, float]) -> Callable[[float], float]:
+    """Return the line through two points, level where they are one or it would fall."""
+    (x, y), (far, value) = first, second
+    slope = max(0.0, (value - y) / (far - x)) if far > x else 0.0
+    return lambda at: max(value + slope * (at - far), 0.0)
+
+
+def _trainings(method: Any) -> list[Any]:
+    return [link.training for link in chain(method) if hasattr(link, "training")]  # type: ignore[attr-defined]
+
+
+def _ahead(method: Any) -> int:
+    return max((training.ahead.blocks for training in _trainings(method) if hasattr(training, "ahead")), default=0)

@@ -1,0 +1,180 @@
+"""What one block costs: a method and the evaluation carried out on random weights of a model's true shape."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lsiq import streams
+from lsiq.calib.tokens import random_windows
+from lsiq.evals.cache import EvaluationCache
+from lsiq.evals.evaluation import variants_to_measure
+from lsiq.evals.windows import measure_windows
+from lsiq.memory import peak_bytes, reset_peak
+from lsiq.methods.base import Ahead, Context, Method
+from lsiq.models.block import run_stream
+from lsiq.models.checkpoint import Checkpoint
+from lsiq.models.loading import Model, load
+from lsiq.store import BlockStore
+
+if TYPE_CHECKING:
+    from lsiq.config import RunConfig
+
+# Epochs that a probe trains; the median of three is none that sets up or is disturbed.
+EPOCHS = 3
+
+
+class HeldCheckpoint:
+    """A checkpoint that is read once: making random weights takes longer than reading real ones.
+
+    Attributes:
+        seconds: what reading has taken so far.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._tensors: dict[str, Tensor] = {}
+        self.seconds = 0.0
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        if name not in self._tensors:
+            start = time.perf_counter()
+            self._tensors[name] = self._checkpoint.read(name, shape)
+            self.seconds += time.perf_counter() - start
+        return self._tensors[name]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """What a method did to the first block with some sequences.
+
+    Attributes:
+        seconds: in all, streams and storing included.
+        epochs, epoch_seconds: how many epochs were trained, and what one took; 0 for methods that train nothing.
+        learning, running: peak bytes while the method worked, and while the stream ran through what it made.
+    """
+
+    samples: int
+    seconds: float
+    epochs: int
+    epoch_seconds: float
+    learning: Mapping[str, int]
+    running: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class EvaluationCost:
+    """What measuring some windows of a model of few blocks cost: the blocks, the scores, peak bytes."""
+
+    windows: int
+    models: int
+    block_seconds: float
+    score_seconds: float
+    peaks: Mapping[str, int]
+
+
+def architecture(config: RunConfig, folder: Path | None, depth: int | None = None) -> dict[str, Any]:
+    """Return the transformers configuration of the model, cut to `depth` blocks; None leaves all."""
+    if folder is None:
+        shape = dict(config.model.architecture or {})
+    else:
+        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if depth is not None:
+        shape["num_hidden_layers"] = depth
+        if shape.get("layer_types"):
+            shape["layer_types"] = shape["layer_types"][:depth]
+    return shape
+
+
+def probe_model(
+    config: RunConfig, folder: Path | None, depth: int, device: torch.device
+) -> tuple[Model, HeldCheckpoint]:
+    """Return the model with few blocks and random weights, and what holds these."""
+    shape = architecture(config, folder, depth)
+    settings = replace(config.model, weights="random", architecture=shape, path=None, bundled=None)
+    model = load(settings, None, device, config.seed)
+    held = HeldCheckpoint(model.checkpoint)
+    return replace(model, checkpoint=held), held
+
+
+def shortened(method: Any) -> Any:
+    """Return the method with few epochs, and so what it hands on to."""
+    changes = {}
+    if (training := getattr(method, "training", None)) is not None:
+        epochs = min(training.epochs, EPOCHS)
+        late = {"wait": min(training.wait, EPOCHS - 1)} if hasattr(training, "wait") else {}
+        changes["training"] = replace(training, epochs=epochs, **late)
+    if isinstance(then := getattr(method, "then", None), Method):
+        changes["then"] = shortened(then)
+    return replace(method, **changes) if changes else method
+
+
+def probe_block(config: RunConfig, model: Model, method: Method, samples: int | None, store: BlockStore) -> BlockCost:
+    """Let the method quantise the first block, with random tokens; None for no tokens at all.
+
+    The others are stored as copies of it, so that there is a model to evaluate.
+    """
+    batch, device = config.calib.batch, model.device
+    drawn = random_windows(model.config.vocab_size, samples or 1, config.calib.seqlen if samples else 1, config.seed)
+    hidden, kwargs = model.embed(drawn, batch)
+    reset_peak()
+    start = time.perf_counter()
+    block = model.block(0, kwargs)
+    targets = run_stream(block.with_weights({}), hidden, batch, device) if samples else None
+    context = Context(
+        inputs=hidden if samples else None,
+        targets=targets if "targets" in method.needs else None,
+        generator=torch.Generator().manual_seed(config.seed),
+        batch=batch,
+        log=lambda values: None,
+        tokens=drawn if samples else None,
+        ahead=Ahead(model.depth, lambda later: model.block(later, kwargs), model.logits),
+    )
+    result = method.quantize_block(block, config.quant, context)
+    learning = peak_bytes()
+    reset_peak()
+    store.write(0, result)
+    if targets is not None:
+        quantised = run_stream(block.with_result(result, config.quant.activation), hidden, batch, device)
+        for one, other in zip(quantised, targets, strict=True):
+            ((one.float() - other.float()).square().mean() / other.float().square().mean()).item()
+        streams.release(quantised, targets)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    for index in range(1, model.depth):
+        store.write(index, result)
+    epoch = float(result.metrics.get("epoch_seconds", 0.0))
+    return BlockCost(samples or 0, seconds, EPOCHS if epoch else 0, epoch, learning, peak_bytes())
+
+
+def probe_evaluation(
+    config: RunConfig, model: Model, prepared: Model, windows: int, store: BlockStore
+) -> EvaluationCost:
+    """Measure random windows on the float model, on round-to-nearest and on the stored blocks, as the run would."""
+    tokens = random_windows(model.config.vocab_size, windows, config.eval.seqlen, config.seed)
+    variants = variants_to_measure(config, prepared, store)
+    done: list[float] = []
+    reset_peak()
+    start = time.perf_counter()
+    measure_windows(
+        model,
+        {"random": tokens},
+        variants,
+        config.eval.batch,
+        config.eval.divergence,
+        EvaluationCache(None, {}, {}),
+        lambda: done.append(time.perf_counter()),
+    )
+    return EvaluationCost(windows, len(variants), done[-1] - start, time.perf_counter() - done[-1], peak_bytes())
