@@ -11,11 +11,16 @@ from torch import Tensor
 RESIDENT_SHARE = 0.25
 
 
+def fits(size: int, device: torch.device) -> bool:
+    """Whether `size` bytes of streams may stay on the device; a CPU has no other place for them."""
+    return device.type != "cuda" or size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
 class Feed:
     """The inputs and targets of one batch after another, in buffers that stay in place.
 
-    Streams that fit into a quarter of the GPU's free memory are moved there whole; others stay on the host and are
-    staged through two pinned buffers, so that the host can gather a batch while the GPU still works on the last.
+    Streams that fit into a quarter of the GPU's free memory are there whole; others stay on the host and are staged
+    through two pinned buffers, so that the host can gather a batch while the GPU still works on the last.
 
     Args:
         inputs: `(N, T, d)`, what enters the block; handed out in `dtype`.
@@ -26,8 +31,8 @@ class Feed:
     def __init__(
         self, inputs: Tensor, targets: Sequence[Tensor], batch: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        size = inputs.numel() * dtype.itemsize + sum(target.numel() * target.element_size() for target in targets)
-        self.resident = device.type != "cuda" or size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+        size = inputs.numel() * dtype.itemsize + sum(target.nbytes for target in targets)
+        self.resident = inputs.device.type != "cpu" or fits(size, device)
         batch = min(batch, len(inputs))
         self.inputs = inputs.to(device, dtype) if self.resident else inputs
         self.streams = [self.inputs, *(target.to(device) if self.resident else target for target in targets)]

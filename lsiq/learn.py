@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lsiq.errors import NumericalError
 from lsiq.feed import Feed
+from lsiq.kernels.choice import choose, compiles
 from lsiq.methods.base import Context
 from lsiq.models.block import Block
 from lsiq.parts.base import Part, PartState
@@ -56,6 +57,7 @@ class Learned:
     weight_seconds: float
     retries: int
     best_epoch: int
+    kernels: str = "plain"
 
 
 def learn(parts: Sequence[Part], training: Training, block: Block, quant: QuantSettings, context: Context) -> Learned:
@@ -70,12 +72,13 @@ def learn(parts: Sequence[Part], training: Training, block: Block, quant: QuantS
     """
     with torch.no_grad():
         start = start_parts(parts, block, quant, context)
-        window = look_ahead(parts, training, block, quant, context)
+    path = choose(training, parts, start, block, quant)
+    running = replace(training.in_precision(block), compiled=compiles(path, block))
+    with torch.no_grad():
+        window = look_ahead(parts, training, block, quant, context, path)
     states, epochs = start, list[Epoch]()
     for retry in range(training.retries + 1):
-        attempt = _Attempt(
-            Trained(parts, states, training.in_precision(block), quant), training, window, context, 0.5**retry
-        )
+        attempt = _Attempt(Trained(parts, states, running, quant, path), training, window, context, 0.5**retry)
         try:
             return attempt.run(epochs, retry)
         except _NotFiniteError as error:
@@ -110,7 +113,9 @@ class _Attempt:
         self.good, self.good_epochs, self.first_epoch = self.trained.snapshot(), 0, 0
         self.first_loss = math.inf
         self.device = next(iter(trained.block.weights.values())).device
-        self.power = context.targets.float().square().mean().clamp(min=1e-12).to(self.device)
+        # Sequence by sequence: streams of large models are gigabytes.
+        powers = [target.float().square().mean() for target in context.targets]
+        self.power = torch.stack(powers).mean().clamp(min=1e-12).to(self.device)
         self.stepper = None
         if any(state.parameters for state in trained.states):
             feed = Feed(context.inputs, window.targets, training.batch, trained.block.dtype, self.device)
@@ -146,7 +151,7 @@ class _Attempt:
         final = best[1] if self._keeps_best else self.trained.snapshot()
         seconds = time.perf_counter() - start
         weight_seconds = epochs[-1].weight_seconds if epochs else 0.0
-        return Learned(final, epochs, self.steps, seconds, weight_seconds, retry, best_epoch)
+        return Learned(final, epochs, self.steps, seconds, weight_seconds, retry, best_epoch, self.trained.path)
 
     @property
     def _keeps_best(self) -> bool:

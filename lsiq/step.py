@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from lsiq.parts.base import Draft, Part, PartState, rounded
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
+    from lsiq.kernels.choice import WeightPath
+    from lsiq.kernels.weights import FusedWeights
     from lsiq.methods.learned import Training
     from lsiq.window import Window
 
@@ -31,6 +33,32 @@ def apply_parts(parts: Sequence[Part], states: Sequence[PartState], block: Block
     for part, state in zip(parts, states, strict=True):
         draft = part.apply(draft, state, block)
     return draft
+
+
+def plain_weights(
+    parts: Sequence[Part], states: Sequence[PartState], block: Block, quant: QuantSettings
+) -> dict[str, Tensor]:
+    """Return every tensor of the block with its parts in these states, its linears on their grids."""
+    return rounded(apply_parts(parts, states, block), block.linears, quant)
+
+
+def compiled_weights(
+    parts: Sequence[Part], states: Sequence[PartState], block: Block, quant: QuantSettings
+) -> dict[str, Tensor]:
+    """`plain_weights`, compiled when it is first called for blocks of a shape."""
+    from lsiq.kernels.compiled import compiled
+
+    bare = replace(block, weights={})  # what is compiled outlives the block
+
+    def make(
+        parameters: list[dict[str, Tensor]], constants: list[dict[str, Tensor]], weights: dict[str, Tensor]
+    ) -> Any:
+        held = [PartState(p, c) for p, c in zip(parameters, constants, strict=True)]
+        return plain_weights(parts, held, replace(bare, weights=weights), quant)
+
+    # Which weight is a group's largest must come out the same on the way back.
+    run = compiled(make, (tuple(map(repr, parts)), repr(quant), block.identity, block.dtype), keep_all=True)
+    return run([s.parameters for s in states], [s.constants for s in states], dict(block.weights))
 
 
 def start_parts(parts: Sequence[Part], block: Block, quant: QuantSettings, context: Context) -> list[PartState]:
@@ -51,10 +79,15 @@ class Trained:
     states: Sequence[PartState]
     block: Block
     quant: QuantSettings
+    path: WeightPath = "plain"
+    fused: FusedWeights | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """Return every tensor of the block at the present parameters, its linears on their grids."""
-        return rounded(apply_parts(self.parts, self.states, self.block), self.block.linears, self.quant)
+        if self.fused is not None:
+            return self.fused.weights()
+        make = compiled_weights if self.path == "compile" else plain_weights
+        return make(self.parts, self.states, self.block, self.quant)
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters, as `part:name`."""
@@ -85,7 +118,12 @@ class Trained:
         for state in states:
             for parameter in state.parameters.values():
                 parameter.requires_grad_()
-        return replace(self, states=states)
+        fused = None
+        if self.path == "triton":
+            from lsiq.kernels.weights import FusedWeights
+
+            fused = FusedWeights(self.parts, states, self.block, self.quant)
+        return replace(self, states=states, fused=fused)
 
 
 class Stepper:
@@ -136,13 +174,13 @@ class Stepper:
         self.feed.load(samples)
         full = len(samples) == len(self.feed.x)
         if not (self.record_steps and full and self.warm >= WARM_STEPS):
-            self._take(len(samples))
+            self.take(len(samples))
             self.warm += full
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self._take(len(samples))
+                self.take(len(samples))
         self.graph.replay()
         self.replays += 1
 
@@ -161,25 +199,47 @@ class Stepper:
         self.replays = 0
         return losses, {name: total / steps for name, total in zip(self.norms, totals, strict=True)}
 
-    def _take(self, count: int) -> None:
+    def take(self, count: int) -> None:
         """Launch one step on the first `count` sequences of the feed's buffers."""
         self.descent.forget_gradients()
-        x, targets = self.feed.x[:count], [target[:count] for target in self.feed.targets]
-        block, quant = self.trained.block, self.trained.quant
+        made, leaves = self.make_weights()
+        loss = self.loss(count, made, leaves)
+        self.backward_tokens(loss)
+        self.backward_weights(made, leaves)
+        self.move(loss)
+
+    def make_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the rounded weights, and those that have gradients as leaves.
+
+        The tokens see the leaves, so that the two paths' backward passes stand apart and can be timed.
+        """
         with self.weight_path.running():
             made = self.trained.weights()
-        # The tokens see the weights as leaves, so that the two paths' backward passes stand apart and can be timed.
-        leaves = {name: w.detach().requires_grad_() for name, w in made.items() if w.requires_grad}
-        out = block.with_weights({**made, **leaves}, quant.activation)(x)
+        return made, {name: w.detach().requires_grad_() for name, w in made.items() if w.requires_grad}
+
+    def loss(self, count: int, made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of the first `count` sequences of the feed's buffers."""
+        x, targets = self.feed.x[:count], [target[:count] for target in self.feed.targets]
+        out = self.trained.block.with_weights({**made, **leaves}, self.trained.quant.activation)(x)
         loss = self.window.loss(out, targets, self.power)
         if self.float_function is not None:
             with torch.no_grad():
                 same_input = self.float_function(x).float()
             loss = loss + (out.float() - same_input).square().mean() / self.power
+        return loss
+
+    def backward_tokens(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to the leaves, at the scale of half precision."""
         self.scaler.scale(loss).backward()
+
+    def backward_weights(self, made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+        """Add the leaves' gradients, taken back through the weight path, to the parameters."""
         with self.weight_path.running():
             used = [name for name, leaf in leaves.items() if leaf.grad is not None]
             torch.autograd.backward([made[name] for name in used], [leaves[name].grad for name in used])
+
+    def move(self, loss: Tensor) -> None:
+        """Let the optimizers move the parameters by their gradients, and note loss and gradient norms."""
         self.descent.unscale(self.scaler)
         self._gather(loss.detach())
         self.descent.step(self.scaler)
