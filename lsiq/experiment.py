@@ -178,9 +178,7 @@ def quantize_model(
             tracker.log(values)
             table.log(values)
 
-        for report in quantize(
-            model, method, config.quant, tokens, config.calib.batch, config.seed, store, log, cache
-        ):
+        for report in quantize(model, method, config.quant, tokens, config.calib.batch, config.seed, store, log, cache):
             reports.append(report)
             row = block_row(report, before)
             record.blocks.append(row)
