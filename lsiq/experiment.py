@@ -177,13 +177,14 @@ def quantize_model(
         store.write_model(model)
     reports: list[BlockReport] = []
     before, record.blocks = record.blocks, []
+    cache = None if config.paths.cache is None else Path(config.paths.cache).expanduser()
     with block_table(model.depth) as table:
 
         def log(values: Mapping[str, float]) -> None:
             tracker.log(values)
             table.log(values)
 
-        for report in quantize(model, method, config.quant, tokens, config.calib.batch, config.seed, store, log):
+        for report in quantize(model, method, config.quant, tokens, config.calib.batch, config.seed, store, log, cache):
             reports.append(report)
             row = block_row(report, before)
             record.blocks.append(row)
@@ -210,6 +211,7 @@ def block_row(report: BlockReport, before: Sequence[Mapping[str, Any]]) -> dict[
         "error": report.error,
         "average_bits": report.cost.stored_bits / report.cost.weights,
         "metrics": {**report.metrics, **started},
+        **({"kernels": report.kernels} if report.kernels else {}),
     }
 
 

@@ -14,13 +14,18 @@ from lsiq.exchange import exchange, part_of
 RESIDENT_SHARE = 0.25
 
 
+def fits(size: int, device: torch.device) -> bool:
+    """Whether `size` bytes of streams may stay on the device; a CPU has no other place for them."""
+    return device.type != "cuda" or size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
 class Feed:
     """The inputs and targets of one batch after another, in buffers that stay in place.
 
     Of several processes each holds a share of the streams and gets a share of every batch.
 
-    Streams that fit into a quarter of the GPU's free memory are moved there whole; others stay on the host and are
-    staged through two pinned buffers, so that the host can gather a batch while the GPU still works on the last.
+    Streams that fit into a quarter of the GPU's free memory are there whole; others stay on the host and are staged
+    through two pinned buffers, so that the host can gather a batch while the GPU still works on the last.
 
     Args:
         inputs: `(N, T, d)`, what enters the block; handed out in `dtype`.
@@ -38,8 +43,8 @@ class Feed:
         device: torch.device,
         total: int,
     ) -> None:
-        size = inputs.numel() * dtype.itemsize + sum(target.numel() * target.element_size() for target in targets)
-        self.resident = device.type != "cuda" or size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+        size = inputs.numel() * dtype.itemsize + sum(target.nbytes for target in targets)
+        self.resident = inputs.device.type != "cpu" or fits(size, device)
         self.total, self.batch = total, min(batch, total)
         # Where indices are wanted; those that say who sends what to whom are read by the host.
         self.place = device if self.resident and distributed.size() == 1 else torch.device("cpu")

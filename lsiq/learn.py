@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from lsiq import distributed, streams
 from lsiq.errors import NumericalError
 from lsiq.feed import Feed
+from lsiq.kernels.choice import choose, compiles
 from lsiq.methods.base import Context
 from lsiq.models.block import Block
 from lsiq.parts.base import Part, PartState
@@ -57,6 +58,7 @@ class Learned:
     weight_seconds: float
     retries: int
     best_epoch: int
+    kernels: str = "plain"
 
 
 def learn(parts: Sequence[Part], training: Training, block: Block, quant: QuantSettings, context: Context) -> Learned:
@@ -71,12 +73,13 @@ def learn(parts: Sequence[Part], training: Training, block: Block, quant: QuantS
     """
     with torch.no_grad():
         start = start_parts(parts, block, quant, context)
-        window = look_ahead(parts, training, block, quant, context)
+    path = choose(training, parts, start, block, quant)
+    running = replace(training.in_precision(block), compiled=compiles(path, block))
+    with torch.no_grad():
+        window = look_ahead(parts, training, block, quant, context, path)
     states, epochs = start, list[Epoch]()
     for retry in range(training.retries + 1):
-        attempt = _Attempt(
-            Trained(parts, states, training.in_precision(block), quant), training, window, context, 0.5**retry
-        )
+        attempt = _Attempt(Trained(parts, states, running, quant, path), training, window, context, 0.5**retry)
         try:
             return attempt.run(epochs, retry)
         except _NotFiniteError as error:
@@ -160,7 +163,7 @@ class _Attempt:
         final = best[1] if self._keeps_best else self.trained.snapshot()
         seconds = time.perf_counter() - start
         weight_seconds = epochs[-1].weight_seconds if epochs else 0.0
-        return Learned(final, epochs, self.steps, seconds, weight_seconds, retry, best_epoch)
+        return Learned(final, epochs, self.steps, seconds, weight_seconds, retry, best_epoch, self.trained.path)
 
     @property
     def _keeps_best(self) -> bool:

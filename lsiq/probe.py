@@ -19,7 +19,7 @@ from lsiq.evals.evaluation import variants_to_measure
 from lsiq.evals.windows import measure_windows
 from lsiq.memory import peak_bytes, reset_peak
 from lsiq.methods.base import Ahead, Context, Method
-from lsiq.models.block import run_stream
+from lsiq.models.block import FloatStream, run_stream
 from lsiq.models.checkpoint import Checkpoint
 from lsiq.models.loading import Model, load
 from lsiq.store import BlockStore
@@ -131,7 +131,8 @@ def probe_block(config: RunConfig, model: Model, method: Method, samples: int | 
     reset_peak()
     start = time.perf_counter()
     block = model.block(0, kwargs)
-    targets = run_stream(block.with_weights({}), hidden, batch, device) if samples else None
+    floats = FloatStream(lambda later: model.block(later, kwargs), hidden, batch)
+    targets = floats.after(0) if samples else None
     context = Context(
         inputs=hidden if samples else None,
         targets=targets if "targets" in method.needs else None,
@@ -139,7 +140,7 @@ def probe_block(config: RunConfig, model: Model, method: Method, samples: int | 
         batch=batch,
         log=lambda values: None,
         tokens=drawn if samples else None,
-        ahead=Ahead(model.depth, lambda later: model.block(later, kwargs), model.logits),
+        ahead=Ahead(model.depth, lambda later: model.block(later, kwargs), model.logits, floats.after),
     )
     result = method.quantize_block(block, config.quant, context)
     learning = peak_bytes()

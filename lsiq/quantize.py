@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,15 +14,19 @@ from torch import Tensor
 from lsiq import distributed, streams
 from lsiq.cost import BlockCost, block_cost
 from lsiq.errors import NumericalError
+from lsiq.feed import fits
 from lsiq.layers import TOKENS, layer_rows
 from lsiq.methods.base import Ahead, BlockResult, Context, Method, WholeMethod
-from lsiq.models.block import Block, run_stream
+from lsiq.models.block import Block, FloatStream, run_stream
 from lsiq.models.loading import Model
 from lsiq.rotation import online_multiplications
 from lsiq.store import BlockStore
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
+
+# What is kept at once of the calibration tokens: what enters and leaves a block in either model.
+STREAMS = 4
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class BlockReport:
         cost: bits and multiply-accumulates of its linears and what runs beside them.
         metrics: what the method reported.
         trace: the rows of its trajectory: how each linear was learned, and what became of it.
+        kernels: how its weights were made while it was learned; empty where nothing was.
     """
 
     index: int
@@ -44,6 +50,7 @@ class BlockReport:
     cost: BlockCost
     metrics: Mapping[str, float]
     trace: Sequence[Mapping[str, Any]]
+    kernels: str = ""
 
 
 def check_formats(model: Model, quant: QuantSettings) -> None:
@@ -62,6 +69,7 @@ def quantize(
     seed: int,
     store: BlockStore,
     log: Callable[[Mapping[str, float]], None],
+    cache: Path | None = None,
 ) -> Iterator[BlockReport]:
     """Quantise the model block by block into `store`, yielding a report after each.
 
@@ -71,12 +79,20 @@ def quantize(
     Args:
         tokens: `(N, T)` calibration tokens, or None for a method that needs none.
         batch: sequences that pass through a block at once.
+        cache: the folder of what methods may keep from run to run.
     """
     own = torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens[distributed.share(len(tokens))]
     hidden, kwargs = model.embed(own, batch)
-    floats = hidden if tokens is not None else None
-    quantised = floats
-    ahead = Ahead(model.depth, lambda later: model.block(later, kwargs), model.logits)
+    if fits(STREAMS * hidden.nbytes, model.device):
+        hidden = hidden.to(model.device)
+    quantised = hidden if tokens is not None else None
+    block: Block | None = None
+
+    def read(later: int) -> Block:
+        return block if block is not None and block.index == later else model.block(later, kwargs)
+
+    floats = FloatStream(read, hidden, batch)
+    ahead = Ahead(model.depth, read, model.logits, floats.after)
 
     def context_of(index: int, targets: Tensor | None) -> Context:
         return Context(
@@ -87,13 +103,14 @@ def quantize(
             log=log,
             tokens=tokens,
             ahead=ahead,
+            cache=cache,
         )
 
     start = time.perf_counter()
     by_block = method.begin(quant, context_of(0, None)) if isinstance(method, WholeMethod) else method
     for index in range(model.depth):
         block = model.block(index, kwargs)
-        targets = None if floats is None else run_stream(block.with_weights({}), floats, batch, model.device)
+        targets = None if quantised is None else floats.after(index)
         context = context_of(index, targets)
         result = by_block.quantize_block(block, quant, context)
         _check(result, block)
@@ -102,7 +119,7 @@ def quantize(
         if quantised is not None and targets is not None:
             quantised = run_stream(block.with_result(result, quant.activation), quantised, batch, model.device)
             error = _relative_error(quantised, targets, index)
-            floats = targets
+            floats.forget_before(index)
         seconds = time.perf_counter() - start
         yield BlockReport(
             index,
@@ -111,6 +128,7 @@ def quantize(
             block_cost(result, quant, online_multiplications(block, result.rotations)),
             dict(result.metrics),
             [*result.trace, *layer_rows(block, result, quant, fed)],
+            result.kernels,
         )
         start = time.perf_counter()
 

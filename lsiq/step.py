@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from lsiq.parts.base import Draft, Part, PartState, rounded
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
+    from lsiq.kernels.choice import WeightPath
+    from lsiq.kernels.weights import FusedWeights
     from lsiq.methods.learned import Training
     from lsiq.window import Window
 
@@ -32,6 +34,32 @@ def apply_parts(parts: Sequence[Part], states: Sequence[PartState], block: Block
     for part, state in zip(parts, states, strict=True):
         draft = part.apply(draft, state, block)
     return draft
+
+
+def plain_weights(
+    parts: Sequence[Part], states: Sequence[PartState], block: Block, quant: QuantSettings
+) -> dict[str, Tensor]:
+    """Return every tensor of the block with its parts in these states, its linears on their grids."""
+    return rounded(apply_parts(parts, states, block), block.linears, quant)
+
+
+def compiled_weights(
+    parts: Sequence[Part], states: Sequence[PartState], block: Block, quant: QuantSettings
+) -> dict[str, Tensor]:
+    """`plain_weights`, compiled when it is first called for blocks of a shape."""
+    from lsiq.kernels.compiled import compiled
+
+    bare = replace(block, weights={})  # what is compiled outlives the block
+
+    def make(
+        parameters: list[dict[str, Tensor]], constants: list[dict[str, Tensor]], weights: dict[str, Tensor]
+    ) -> Any:
+        held = [PartState(p, c) for p, c in zip(parameters, constants, strict=True)]
+        return plain_weights(parts, held, replace(bare, weights=weights), quant)
+
+    # Which weight is a group's largest must come out the same on the way back.
+    run = compiled(make, (tuple(map(repr, parts)), repr(quant), block.identity, block.dtype), keep_all=True)
+    return run([s.parameters for s in states], [s.constants for s in states], dict(block.weights))
 
 
 def start_parts(parts: Sequence[Part], block: Block, quant: QuantSettings, context: Context) -> list[PartState]:
@@ -53,10 +81,15 @@ class Trained:
     states: Sequence[PartState]
     block: Block
     quant: QuantSettings
+    path: WeightPath = "plain"
+    fused: FusedWeights | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """Return every tensor of the block at the present parameters, its linears on their grids."""
-        return rounded(apply_parts(self.parts, self.states, self.block), self.block.linears, self.quant)
+        if self.fused is not None:
+            return self.fused.weights()
+        make = compiled_weights if self.path == "compile" else plain_weights
+        return make(self.parts, self.states, self.block, self.quant)
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters, as `part:name`."""
@@ -87,7 +120,12 @@ class Trained:
         for state in states:
             for parameter in state.parameters.values():
                 parameter.requires_grad_()
-        return replace(self, states=states)
+        fused = None
+        if self.path == "triton":
+            from lsiq.kernels.weights import FusedWeights
+
+            fused = FusedWeights(self.parts, states, self.block, self.quant)
+        return replace(self, states=states, fused=fused)
 
 
 class Stepper:
@@ -128,6 +166,7 @@ class Stepper:
         self.warm = self.replays = 0
         self.losses = torch.zeros(feed.total, device=self.device)
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.last_loss = torch.zeros((), device=self.device)
         self.norms = {name: torch.zeros((), device=self.device) for name, _ in trained.named()}
 
     def step(self, samples: Tensor, done: float) -> None:
@@ -138,9 +177,9 @@ class Stepper:
         count, weight = self.feed.load(samples)
         full = len(samples) == self.feed.batch
         if not (self.record_steps and full and self.warm >= WARM_STEPS):
-            self._pass(count, weight)
+            self.gradients(count, weight)
             distributed.add_gradients(self.descent.parameters())
-            self._move()
+            self.move()
             self.warm += full
             return
         if not self.graphs:
@@ -158,13 +197,13 @@ class Stepper:
         first = torch.cuda.CUDAGraph()
         self.graphs = [first]
         with torch.cuda.graph(first, capture_error_mode=mode):
-            self._pass(count, weight)
+            self.gradients(count, weight)
             if distributed.size() == 1:
-                self._move()
+                self.move()
         if distributed.size() > 1:
             self.graphs.append(torch.cuda.CUDAGraph())
             with torch.cuda.graph(self.graphs[1], pool=first.pool(), capture_error_mode=mode):
-                self._move()
+                self.move()
 
     def forget_recorded(self) -> None:
         """Record anew before the next replay: what is trained has changed."""
@@ -181,32 +220,54 @@ class Stepper:
         self.replays = 0
         return losses, {name: total / steps for name, total in zip(self.norms, totals, strict=True)}
 
-    def _pass(self, count: int, weight: float) -> None:
+    def take(self, count: int) -> None:
+        """Launch one step on the first `count` sequences of the feed's buffers."""
+        self.gradients(count, 1.0)
+        self.move()
+
+    def gradients(self, count: int, weight: float) -> None:
         """Launch the way to the gradients on the first `count` sequences of the feed's buffers, `weight` of a batch."""
         self.descent.forget_gradients()
-        x, targets = self.feed.x[:count], [target[:count] for target in self.feed.targets]
-        block, quant = self.trained.block, self.trained.quant
+        made, leaves = self.make_weights()
+        loss = self.loss(count, made, leaves) * weight
+        self.backward_tokens(loss)
+        self.backward_weights(made, leaves)
+        self.last_loss = loss.detach()
+
+    def make_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the rounded weights, and those that have gradients as leaves.
+
+        The tokens see the leaves, so that the two paths' backward passes stand apart and can be timed.
+        """
         with self.weight_path.running():
             made = self.trained.weights()
-        # The tokens see the weights as leaves, so that the two paths' backward passes stand apart and can be timed.
-        leaves = {name: w.detach().requires_grad_() for name, w in made.items() if w.requires_grad}
-        out = block.with_weights({**made, **leaves}, quant.activation)(x)
+        return made, {name: w.detach().requires_grad_() for name, w in made.items() if w.requires_grad}
+
+    def loss(self, count: int, made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of the first `count` sequences of the feed's buffers."""
+        x, targets = self.feed.x[:count], [target[:count] for target in self.feed.targets]
+        out = self.trained.block.with_weights({**made, **leaves}, self.trained.quant.activation)(x)
         loss = self.window.loss(out, targets, self.power)
         if self.float_function is not None:
             with torch.no_grad():
                 same_input = self.float_function(x).float()
             loss = loss + (out.float() - same_input).square().mean() / self.power
-        loss = loss * weight
+        return loss
+
+    def backward_tokens(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to the leaves, at the scale of half precision."""
         self.scaler.scale(loss).backward()
+
+    def backward_weights(self, made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+        """Add the leaves' gradients, taken back through the weight path, to the parameters."""
         with self.weight_path.running():
             used = [name for name, leaf in leaves.items() if leaf.grad is not None]
             torch.autograd.backward([made[name] for name in used], [leaves[name].grad for name in used])
-        self.loss = loss.detach()
 
-    def _move(self) -> None:
-        """Launch the rest of the step: the gradients of the whole batch are there."""
+    def move(self) -> None:
+        """Let the optimizers move the parameters by the gradients of the whole batch; note loss and gradient norms."""
         self.descent.unscale(self.scaler)
-        self._gather(self.loss)
+        self._gather(self.last_loss)
         self.descent.step(self.scaler)
 
     @torch.no_grad()

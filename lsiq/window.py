@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from lsiq.kernels.choice import WeightPath, compiles
 from lsiq.methods.base import Context
 from lsiq.methods.rtn import round_to_nearest
-from lsiq.models.block import Block, BlockFunction, run_stream
+from lsiq.models.block import Block, BlockFunction
 from lsiq.parts.base import Part
 from lsiq.step import Trained, start_parts
 
@@ -28,29 +30,46 @@ class Window:
         targets: `(N, T, d)` each, what the float blocks make of the float stream; the block's own first.
         later: give the functions of the later blocks at the present parameters.
         companions: the later blocks that are trained along, if any.
+        compiled: whether outputs and targets are compared by a compiled function.
     """
 
     weights: Sequence[float]
     targets: Sequence[Tensor]
     later: Sequence[Callable[[], BlockFunction]] = ()
     companions: Sequence[Trained] = ()
+    compiled: bool = False
 
     def loss(self, out: Tensor, targets: Sequence[Tensor], power: Tensor) -> Tensor:
         """Return `Σ weight · mean‖output - target‖² / power` for the block's outputs `(batch, T, d)`."""
         first, *others = zip(self.weights, targets, strict=True)
-        loss = first[0] * (out.float() - first[1].float()).square().mean() / power
+        loss = first[0] * self._difference(out, first[1]) / power
         for function, (weight, target) in zip(self.later, others, strict=True):
             out = function()(out)
-            loss = loss + weight * (out.float() - target.float()).square().mean() / power
+            loss = loss + weight * self._difference(out, target) / power
         return loss
+
+    def _difference(self, out: Tensor, target: Tensor) -> Tensor:
+        if not (self.compiled and torch.is_grad_enabled()):
+            return mean_square(out, target)
+        from lsiq.kernels.compiled import compiled
+
+        return compiled(mean_square, ("mean_square",))(out, target)
+
+
+def mean_square(out: Tensor, target: Tensor) -> Tensor:
+    """Return `mean‖out - target‖²`, found in float32."""
+    return (out.float() - target.float()).square().mean()
 
 
 def look_ahead(
-    parts: Sequence[Part], training: Training, block: Block, quant: QuantSettings, context: Context
+    parts: Sequence[Part],
+    training: Training,
+    block: Block,
+    quant: QuantSettings,
+    context: Context,
+    path: WeightPath = "plain",
 ) -> Window:
     """Return the window of a block; it is shorter where fewer blocks follow.
-
-    The targets of later blocks are computed here once and kept beside the stream.
 
     Source: CL (arXiv 2407.15508). With `later=learned` the later blocks are trained along, as in the sliding windows
     of CBQ (arXiv 2312.07950); unlike there they start anew when their turn comes.
@@ -64,18 +83,18 @@ def look_ahead(
     for distance in range(1, count + 1):
         assert context.ahead is not None
         following = context.ahead.block(block.index + distance)
-        device = next(iter(following.weights.values())).device
+        running = replace(training.in_precision(following), compiled=compiles(path, block))
         if training.ahead.later == "learned":
             seen = replace(context, inputs=targets[-1])
             states = start_parts(parts, following, quant, seen)
-            companion = Trained(parts, states, training.in_precision(following), quant).own()
+            companion = Trained(parts, states, running, quant, path).own()
             companions.append(companion)
             later.append(companion.function)
         else:
-            function = _fixed(training.in_precision(following), quant, training.ahead.later == "rtn")
+            function = _fixed(running, quant, training.ahead.later == "rtn")
             later.append(lambda function=function: function)
-        targets.append(run_stream(following.with_weights({}), targets[-1], context.batch, device))
-    return Window(weights, targets, later, companions)
+        targets.append(context.ahead.stream(block.index + distance))
+    return Window(weights, targets, later, companions, compiles(path, block))
 
 
 def _fixed(block: Block, quant: QuantSettings, rounded: bool) -> BlockFunction:

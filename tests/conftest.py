@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, for the tests of its kernels
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 

@@ -17,7 +17,7 @@ from lsiq.learn import learn
 from lsiq.methods.base import Ahead, Context
 from lsiq.methods.learned import LookAhead, Training
 from lsiq.methods.rtn import round_to_nearest
-from lsiq.models.block import Block, run_stream
+from lsiq.models.block import Block, FloatStream, run_stream
 from lsiq.parts.clip import Clip
 from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.singular import Singular
@@ -30,7 +30,8 @@ def first_block(checkpoint: Path, depth: int = 2) -> tuple[Block, Block, Context
     tokens = torch.randint(0, 4096, (8, 24), generator=torch.Generator().manual_seed(3))
     hidden, kwargs = model.embed(tokens, batch=4)
     block = model.block(0, kwargs)
-    ahead = Ahead(depth, lambda index: model.block(index, kwargs), model.logits)
+    stream = FloatStream(lambda index: model.block(index, kwargs), hidden, 4)
+    ahead = Ahead(depth, lambda index: model.block(index, kwargs), model.logits, stream.after)
     targets = run_stream(block.with_weights({}), hidden, 4, CPU)
     context = Context(hidden, targets, fresh(), 4, lambda values: None, tokens, ahead)
     return block, model.block(1, kwargs), context

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -28,11 +30,13 @@ class Ahead:
         depth: how many blocks the model has.
         block: gives a later block by its index, float.
         logits: turns what leaves the last block, `(batch, T, d)`, into `(batch, T, vocabulary)`; differentiable.
+        stream: gives what leaves a later block of the float model, `(N, T, d)`, by its index.
     """
 
     depth: int
     block: Callable[[int], Block]
     logits: Callable[[Tensor], Tensor]
+    stream: Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Context:
         log: takes named numbers of one step or epoch, for the tracker.
         tokens: `(N, T)` calibration tokens of all processes; None for `calib=none`.
         ahead: what lies between this block and the model's logits.
+        cache: a folder for what is worth keeping from run to run; None for no such folder.
     """
 
     inputs: Tensor | None
@@ -57,6 +62,7 @@ class Context:
     log: Callable[[Mapping[str, float]], None]
     tokens: Tensor | None = None
     ahead: Ahead | None = None
+    cache: Path | None = None
 
     @property
     def samples(self) -> int:
@@ -80,6 +86,8 @@ class BlockResult:
             the block's own: folded scales belong to it, clipping and learned increments do not. With `floats` it
             makes the same float function as the block. Not stored.
         rotations: what turns the inputs of the linears, or queries and keys, while the block runs; named as in `Block`.
+        kernels: how the weights were made while they were learned: triton, compile or plain; empty where nothing was
+            learned.
     """
 
     weights: Mapping[str, QuantizedTensor]
@@ -90,6 +98,7 @@ class BlockResult:
     branches: Mapping[str, SideBranch] = field(default_factory=dict)
     reference: Mapping[str, Tensor] = field(default_factory=dict)
     rotations: Mapping[str, Rotation] = field(default_factory=dict)
+    kernels: str = ""
 
 
 @runtime_checkable

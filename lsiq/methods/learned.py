@@ -98,6 +98,11 @@ class Training(Course):
         None, gt=0, description="stop a block after the epoch that passes this; null for none"
     )
     graphs: bool = Field(True, description="true records a step on a GPU as a CUDA graph and replays it")
+    kernels: Literal["auto", "triton", "compile", "plain"] = Field(
+        "auto",
+        description="auto (triton for large blocks on a GPU where its kernels cover the method, else plain), triton, "
+        "compile or plain: how the weights are made and the block is run while it is trained",
+    )
 
     def __post_init__(self) -> None:
         if self.schedule == "staged" and not 0 < self.wait < max(self.epochs, 1):
@@ -151,12 +156,13 @@ class Learned:
 
         parts = tuple(self.parts)
         learned = learn(parts, self.training, block, quant, context)
+        running = self.training.in_precision(block)  # which decides the precision of increment products
         with torch.no_grad():
-            result = merge(apply_parts(parts, learned.states, block), block, quant)
-            rows = trace(parts, learned, block)
+            result = merge(apply_parts(parts, learned.states, running), running, quant)
+            rows = trace(parts, learned, running)
             # Of the parts only the equivalent transformation keeps the float function; the codes stand for its weights.
             folds = [(p, s) for p, s in zip(parts, learned.states, strict=True) if isinstance(p, Equivalent)]
-            folded = apply_parts([p for p, _ in folds], [s for _, s in folds], block).weights
+            folded = apply_parts([p for p, _ in folds], [s for _, s in folds], running).weights
         metrics = {
             "steps": float(learned.steps),
             "retries": float(learned.retries),
@@ -177,7 +183,7 @@ class Learned:
             if name not in held.bulky
         }
         reference = {name: folded[name] for name in block.linears}
-        return replace(result, reference=reference, metrics=metrics, state=state, trace=rows)
+        return replace(result, reference=reference, metrics=metrics, state=state, trace=rows, kernels=learned.kernels)
 
 
 def refuse_rounded_ahead(then: Method) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lsiq import streams
-from lsiq.formats import ActivationFormat
+from lsiq.formats import Activation, ActivationFormat
 from lsiq.models.attention import activations
 from lsiq.models.branch import Factors, side_branches
 from lsiq.models.prefix import BlockPrefix, KeysReached, PrefixCache, Recorder
@@ -47,6 +47,7 @@ class Block:
         rotations: by the first linear of a stage, what turns the stage's input while the block runs; `query_key` for
             queries and keys, head by head after the rotary embedding. The weights are those of turned inputs.
         prefix: tokens whose keys and values stand before those of every sequence.
+        compiled: whether the block runs compiled where gradients are wanted; turned inputs and prefixes do not.
     """
 
     module: nn.Module
@@ -58,6 +59,7 @@ class Block:
     unfoldable: str | None = None
     rotations: Mapping[str, Rotation] = field(default_factory=dict)
     prefix: BlockPrefix | None = None
+    compiled: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -81,6 +83,11 @@ class Block:
 
     def _unturned(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         return tuple(group for group in groups if self.rotation_of(group.consumers[0]) is None)
+
+    @property
+    def identity(self) -> str:
+        """What decides the layer's function besides its weights."""
+        return self.module.get_submodule(self.spec.query.rpartition(".")[0]).config.to_json_string()  # type: ignore[union-attr]
 
     def rotation_of(self, linear: str) -> Rotation | None:
         """Return what turns the input of a linear, named without `.weight`."""
@@ -140,12 +147,33 @@ class Block:
             with activations(module, linears, fmt, rotations), side_branches(module, beside, fmt):
                 return functional_call(module, cast, (hidden,), dict(kwargs))
 
+        if self.compiled and not (rotations or beside or self.prefix) and compilable(activation):
+            compiled_call = self._compiled(activation)
+            # Evaluation comes in other shapes, and too few of them.
+            return lambda hidden, kwargs=None, /: (
+                compiled_call(cast, hidden, dict(own if kwargs is None else kwargs))
+                if torch.is_grad_enabled()
+                else call(hidden, own if kwargs is None else kwargs, activation)
+            )
+
         before = {} if self.prefix is None else {"past_key_values": _prefix_cache(self.prefix, self.dtype, call)}
 
         def run(hidden: Tensor, kwargs: Mapping[str, Any] | None = None, /) -> Tensor:
             return call(hidden, {**(own if kwargs is None else kwargs), **before}, activation)
 
         return run
+
+    def _compiled(self, activation: ActivationFormat | None) -> Callable[..., Tensor]:
+        from lsiq.kernels.compiled import compiled
+
+        module, linears = self.module, self.spec.linears
+        fmt = fused_activation(activation)
+
+        def call(weights: Mapping[str, Tensor], hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+            with activations(module, linears, fmt):
+                return functional_call(module, dict(weights), (hidden,), dict(kwargs))
+
+        return compiled(call, (self.identity, activation))
 
     def with_result(self, result: BlockResult, activation: ActivationFormat | None = None) -> BlockFunction:
         """Return, as a function, the block with the weights, rotations and side branches that a result stands for."""
@@ -163,6 +191,24 @@ class Block:
         device = next(iter(self.weights.values())).device
         rotations = {place: rotation.to(device) for place, rotation in result.rotations.items()}
         return replace(self, rotations={**self.rotations, **rotations})
+
+
+def compilable(activation: ActivationFormat | None) -> bool:
+    """Whether a block with activations in this format can run compiled."""
+    return (
+        activation is None
+        or not activation.active
+        or (isinstance(activation, Activation) and activation.per == "token")
+    )
+
+
+def fused_activation(activation: ActivationFormat | None) -> ActivationFormat | None:
+    """Return the format as operations that a compiler leaves whole."""
+    if activation is None or not activation.active:
+        return None
+    from lsiq.kernels.activation import FusedActivation
+
+    return FusedActivation(activation)  # type: ignore[arg-type, return-value]
 
 
 def _prefix_cache(
@@ -183,12 +229,41 @@ def result_weights(result: BlockResult, like: Mapping[str, Tensor]) -> dict[str,
     return decoded | {name: tensor.to(device) for name, tensor in result.floats.items()}
 
 
+class FloatStream:
+    """What the float model's blocks make of the calibration tokens, each computed once.
+
+    Args:
+        block: gives a block by its index.
+        hidden: `(N, T, d)`, what enters the first block.
+        batch: sequences that pass through a block at once.
+    """
+
+    def __init__(self, block: Callable[[int], Block], hidden: Tensor, batch: int) -> None:
+        self._block, self._batch = block, batch
+        self._known = {-1: hidden}
+
+    def after(self, index: int) -> Tensor:
+        """Return what leaves the block `index`, `(N, T, d)`; a look ahead has computed it already."""
+        if index not in self._known:
+            before, block = self.after(index - 1), self._block(index)
+            device = next(iter(block.weights.values())).device
+            self._known[index] = run_stream(block.with_weights({}), before, self._batch, device)
+        return self._known[index]
+
+    def forget_before(self, index: int) -> None:
+        """Let go of what entered the blocks up to `index`."""
+        self._known = {known: stream for known, stream in self._known.items() if known >= index}
+
+
 @torch.no_grad()
 def run_stream(block: BlockFunction, stream: Tensor, batch: int, device: torch.device) -> Tensor:
-    """Return the block's outputs for a stream `(N, T, d)` kept on the CPU, `batch` sequences at a time."""
-    out = streams.empty(stream.shape, stream.dtype)
+    """Return the block's outputs for a stream `(N, T, d)`, `batch` sequences at a time, where the stream lies."""
+    on_host = stream.device.type == "cpu"
+    out = streams.empty(stream.shape, stream.dtype, stream.is_pinned()) if on_host else torch.empty_like(stream)
     for start in range(0, len(stream), batch):
         part = slice(start, start + batch)
-        out[part] = block(stream[part].to(device, non_blocking=True)).to(stream.device)
+        out[part].copy_(block(stream[part].to(device, non_blocking=True)), non_blocking=True)
         streams.release(stream, out)
+    if out.is_pinned():
+        torch.cuda.synchronize(device)  # the copies have arrived
     return out

@@ -13,6 +13,7 @@ from lsiq.parts.singular import HALF_SCALE, Singular
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from lsiq.config import QuantSettings
@@ -67,12 +68,12 @@ class Expansion(Singular):
         """How many diagonals are trained below and above the main one."""
         return (0 if self.sides == "upper" else self.width), (0 if self.sides == "lower" else self.width)
 
-    def _rows(self, state: PartState, name: str) -> Tensor:
+    def _rows(self, state: PartState, name: str, dtype: torch.dtype) -> Tensor:
         """Return `B Vᵀ (trained directions, in)`; row `i` mixes the directions `i - width … i + width`."""
         import torch
 
         if not self.width:
-            return super()._rows(state, name)
+            return super()._rows(state, name, dtype)
         sides = [state.parameters.get(f"{name}:{side}") for side in ("lower", "upper")]
         middle = state.parameters[f"{name}:increment"][:, None]
         band = torch.cat([part for part in (sides[0], middle, sides[1]) if part is not None], 1)
@@ -83,9 +84,8 @@ class Expansion(Singular):
         skewed = torch.nn.functional.pad(band, (0, _TILE, 0, tiles * _TILE - rows)).view(tiles, -1)
         core = skewed[:, : _TILE * reach].unflatten(1, (_TILE, reach))
         windows = padded.unfold(0, reach, _TILE).transpose(1, 2)  # (tiles, reach, in), overlapping views
-        if self.product == "float32":
+        if dtype.itemsize > 2:
             return (core @ windows).flatten(0, 1)[:rows]
-        dtype = getattr(torch, self.product)
         return ((core * HALF_SCALE).to(dtype) @ windows.to(dtype)).flatten(0, 1)[:rows].float() / HALF_SCALE
 
     def core_square(self, parameters: Mapping[str, Tensor], name: str) -> Tensor:

@@ -14,6 +14,7 @@ from lsiq.parts.base import Draft, PartState
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from lsiq.config import QuantSettings
@@ -47,8 +48,10 @@ class Singular:
     directions: Literal["singular", "random"] = Field(
         "singular", description="singular, or random orthonormal directions (the control)"
     )
-    product: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="precision of the increment product: float32, bfloat16 or float16"
+    product: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="precision of the increment product: auto (that of training on a GPU, float32 on a CPU), float32, "
+        "bfloat16 or float16",
     )
 
     @property
@@ -56,7 +59,8 @@ class Singular:
         return "singular" if self.directions == "singular" else "random"
 
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
-        from lsiq.svd import decompose, random_directions
+        from lsiq.factors import factors
+        from lsiq.svd import random_directions
 
         del quant
         parameters: dict[str, Tensor] = {}
@@ -66,7 +70,7 @@ class Singular:
         if self.directions == "singular":
             sizes = {name: block.weights[name].numel() for name in names}
             device = next(iter(block.weights.values())).device
-            found = divided(sizes, lambda name: decompose(block.weights[name]), device)
+            found = divided(sizes, lambda name: factors(block.weights[name], context.cache), device)
         for name in names:
             u, s, vh = found.get(name) or random_directions(block.weights[name], context.generator)
             parameters[f"{name}:increment"] = s.new_zeros(min(self.top or len(s), len(s)))
@@ -79,29 +83,43 @@ class Singular:
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
         weights = dict(draft.weights)
         for name in self._names(block):
-            weights[name] = weights[name] + self._update(state, name)
+            weights[name] = weights[name] + self._update(state, name, self.product_dtype(block))
         return replace(draft, weights=weights)
 
-    def _update(self, state: PartState, name: str) -> Tensor:
+    def product_dtype(self, block: Block) -> torch.dtype:
+        """Return the type in which the increments of a block are multiplied."""
+        import torch
+
+        if self.product != "auto":
+            return getattr(torch, self.product)
+        some = next(iter(block.weights.values()))
+        return block.dtype if some.is_cuda and block.dtype.itemsize == 2 else some.dtype
+
+    def directions_used(self, state: PartState, name: str) -> int:
+        """How many singular directions of a linear are trained, by increments or in the corner."""
+        corner = state.parameters.get(f"{name}:corner")
+        return max(len(state.parameters[f"{name}:increment"]), 0 if corner is None else len(corner))
+
+    def _update(self, state: PartState, name: str, dtype: torch.dtype) -> Tensor:
         """Return `U (core) Vᵀ (out, in)`: one product, over only the directions that are trained."""
         import torch
 
         corner = state.parameters.get(f"{name}:corner")
-        rows = self._rows(state, name)
-        width = max(len(rows), 0 if corner is None else len(corner))
+        rows = self._rows(state, name, dtype)
+        width = self.directions_used(state, name)
         u = state.constants[f"{name}:u"][:, :width]
         if corner is not None:
             c = len(corner)
             if len(rows) < width:
                 rows = torch.nn.functional.pad(rows, (0, 0, 0, width - len(rows)))
             rows = torch.cat([rows[:c] + corner @ state.constants[f"{name}:vh"][:c], rows[c:]])
-        if self.product == "float32":
+        if dtype.itemsize > 2:
             return u @ rows
-        dtype = getattr(torch, self.product)
         return (u.to(dtype) @ (rows * HALF_SCALE).to(dtype)).float() / HALF_SCALE
 
-    def _rows(self, state: PartState, name: str) -> Tensor:
+    def _rows(self, state: PartState, name: str, dtype: torch.dtype) -> Tensor:
         """Return the core without its corner, times `Vᵀ`: `(trained directions, in)`."""
+        del dtype
         increment = state.parameters[f"{name}:increment"]
         return increment[:, None] * state.constants[f"{name}:vh"][: len(increment)]
 

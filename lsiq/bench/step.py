@@ -1,0 +1,311 @@
+"""The learner's step on blocks of true shapes with random weights: time by part, memory, ceilings, a whole model.
+
+python -m lsiq.bench.step                               every case of docs/performance.md that takes a step
+python -m lsiq.bench.step --only lsi-1 lwc-4            some of them
+python -m lsiq.bench.step --whole 2                     a whole LLaMA-2-7B with random weights, 2 epochs really run
+python -m lsiq.bench.step --small                       the same on a block that a CPU can carry
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsiq.bench.block import FlopsByDtype, measured_rate
+from lsiq.config import ModelSettings, QuantSettings
+from lsiq.experiment import find_device
+from lsiq.feed import Feed
+from lsiq.formats import Activation, Integer
+from lsiq.kernels.choice import choose, compiles
+from lsiq.memory import peak_bytes, reset_peak
+from lsiq.methods.base import Ahead, Context
+from lsiq.methods.learned import Learned, LookAhead, Training
+from lsiq.models.block import Block, FloatStream
+from lsiq.models.loading import Model, load
+from lsiq.parts.base import Part, PartState
+from lsiq.parts.clip import Clip
+from lsiq.parts.equivalent import Equivalent
+from lsiq.parts.expansion import Expansion
+from lsiq.parts.singular import Singular
+from lsiq.quantize import quantize
+from lsiq.settings import fill
+from lsiq.step import Stepper, Trained, start_parts
+from lsiq.store import BlockStore
+from lsiq.window import look_ahead
+
+LLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+         "num_attention_heads": 32, "max_position_embeddings": 2048, "tie_word_embeddings": True}  # fmt: skip
+OPT = {"model_type": "opt", "vocab_size": 50272, "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384,
+       "num_attention_heads": 32, "max_position_embeddings": 2048}  # fmt: skip
+SMALL = {"hidden_size": 128, "word_embed_proj_dim": 128, "intermediate_size": 256, "ffn_dim": 256,
+         "num_attention_heads": 2}  # fmt: skip
+SAMPLES, DEPTH = 8, 3
+LSI, LET, CLIP = fill(Singular, {}), fill(Equivalent, {}), fill(Clip, {})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A setting whose step is timed: batch size, parts, formats, and the milliseconds per sample that are the mark."""
+
+    name: str
+    parts: Sequence[Part]
+    batch: int
+    mark: str
+    shape: dict[str, Any]
+    bits: int = 4
+    group: int | None = 128
+    activation: int = 16
+    ahead: int = 0
+
+
+CASES = (
+    Case("lsi-1", (LSI, CLIP), 1, "≤ 10", LLAMA),
+    Case("lsi-4", (LSI, CLIP), 4, "≤ 5.3", LLAMA),
+    Case("lwc-1", (CLIP,), 1, "", LLAMA),
+    Case("lwc-4", (CLIP,), 4, "≤ 4.1", LLAMA),
+    Case("corner-4", (fill(Singular, {"corner": 300}), CLIP), 4, "", LLAMA),
+    Case("sde8-4", (fill(Expansion, {"width": 8}), CLIP), 4, "≤ 1.1 × lsi-4", LLAMA),
+    Case("cl2-4", (LSI, CLIP), 4, "≤ 2.0 × lsi-4", LLAMA, ahead=2),
+    Case("w4a4-let-4", (LSI, LET, CLIP), 4, "≤ 10", LLAMA, group=None, activation=4),
+    Case("opt-let-1", (LSI, LET, CLIP), 1, "", OPT),
+    Case("opt-let-4", (LSI, LET, CLIP), 4, "≤ 6", OPT),
+)
+
+
+def main() -> None:
+    options = parse()
+    device = find_device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    print(f"{_machine(device)}; torch {torch.__version__}; training in {options.precision}, {options.kernels}")
+    rate = report_ceilings(options, device)
+    if options.whole:
+        run_whole(options, device)
+        return
+    print("| case | ms/step | ms/sample | mark | weights fwd | tokens fwd | tokens bwd | weights bwd | optimizer "
+          "| peak GiB | of the matmul ceiling |")  # fmt: skip
+    print("|" + " --- |" * 11)
+    for shape in (LLAMA, OPT):
+        cases = [c for c in CASES if c.shape is shape and (not options.only or c.name in options.only)]
+        if cases:
+            bench = Bench(options, shape, device)
+            for case in cases:
+                print(bench.row(case, rate), flush=True)
+            if shape is LLAMA and options.plain:
+                print(bench.row(replace(cases[0], name=f"{cases[0].name} plain"), rate, "plain"), flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time the learner's step on blocks with random weights.")
+    parser.add_argument(
+        "--only", nargs="*", choices=[case.name for case in CASES], help="cases to time; all if left out"
+    )
+    parser.add_argument("--precision", default="float16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--kernels", default="auto", choices=["auto", "triton", "compile", "plain"])
+    parser.add_argument("--plain", action="store_true", help="time the first case on the plain path as well")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each case")
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--small", action="store_true", help="a block that a CPU can carry")
+    parser.add_argument("--whole", type=int, metavar="EPOCHS", help="quantise a whole model for so many epochs")
+    parser.add_argument("--samples", type=int, default=128, help="calibration sequences of the whole model")
+    parser.add_argument("--layers", type=int, default=32, help="blocks of the whole model")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step of the whole model")
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args()
+
+
+class DeviceCheckpoint:
+    """Random half-precision weights, drawn where they are used."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        device = self._generator.device
+        if len(shape) == 1:
+            return (torch.ones if "norm" in name and name.endswith("weight") else torch.zeros)(shape, device=device)
+        return torch.empty(shape, dtype=torch.float16, device=device).normal_(0.0, 0.02, generator=self._generator)
+
+
+def random_model(options: argparse.Namespace, shape: dict[str, Any], depth: int, device: torch.device) -> Model:
+    """A model of the shape with random weights, in half precision on a GPU."""
+    changes = {key: value for key, value in SMALL.items() if key in shape} if options.small else {}
+    architecture = {**shape, "num_hidden_layers": depth, **changes}
+    settings = {"name": "bench", "weights": "random", "architecture": architecture, "seqlen": options.seqlen}
+    dtype = options.precision if device.type == "cuda" else "float32"
+    model = load(fill(ModelSettings, {**settings, "dtype": dtype}), None, device, seed=0)
+    return replace(model, checkpoint=DeviceCheckpoint(device))
+
+
+def formats(bits: int, group: int | None, activation: int = 16) -> QuantSettings:
+    weight = fill(Integer, {"bits": bits, "group": group})
+    return QuantSettings(weight=weight, activation=fill(Activation, {"bits": activation}))
+
+
+def course(epochs: int, batch: int, precision: str, kernels: str, **settings: Any) -> Training:
+    given = {"epochs": epochs, "batch": batch, "precision": precision, "kernels": kernels, "decay": "cosine"}
+    return fill(Training, {**given, **settings})
+
+
+class Bench:
+    """One block of a shape, its streams, and what is timed on it."""
+
+    def __init__(self, options: argparse.Namespace, shape: dict[str, Any], device: torch.device) -> None:
+        self.options, self.device = options, device
+        model = random_model(options, shape, DEPTH, device)
+        tokens = torch.zeros(SAMPLES, options.seqlen, dtype=torch.long)
+        hidden, kwargs = model.embed(tokens, 4)
+        self.hidden = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(device, hidden.dtype)
+        self.block: Block = model.block(0, kwargs)
+
+        def read(index: int) -> Block:
+            return model.block(index, kwargs) if index else self.block
+
+        stream = FloatStream(read, self.hidden, 4)
+        ahead = Ahead(DEPTH, read, model.logits, stream.after)
+        self.context = Context(
+            self.hidden, stream.after(0), torch.Generator().manual_seed(0), 4, lambda values: None, ahead=ahead
+        )
+
+    def stepper(self, case: Case, kernels: str, states: Sequence[PartState] | None = None) -> Stepper:
+        """Return what takes the steps of a case, as the learner would."""
+        quant = formats(case.bits, 32 if self.options.small and case.group else case.group, case.activation)
+        ahead = fill(LookAhead, {"blocks": case.ahead})
+        training = course(1, case.batch, self.options.precision, kernels, ahead=ahead)
+        with torch.no_grad():
+            states = states or start_parts(case.parts, self.block, quant, self.context)
+            path = choose(training, case.parts, states, self.block, quant)
+            window = look_ahead(case.parts, training, self.block, quant, self.context, path)
+        running = replace(training.in_precision(self.block), compiled=compiles(path, self.block))
+        trained = Trained(case.parts, states, running, quant, path).own()
+        feed = Feed(self.hidden, window.targets, case.batch, running.dtype, self.device, len(self.hidden))
+        assert self.context.targets is not None
+        power = self.context.targets.float().square().mean()
+        stepper = Stepper(trained, training, feed, window, power, 1.0)
+        stepper.losses = stepper.losses.new_zeros(10_000)
+        return stepper
+
+    def row(self, case: Case, rate: float, kernels: str | None = None) -> str:
+        """Return the table's line for a case."""
+        stepper = self.stepper(case, kernels or self.options.kernels)
+        samples = torch.arange(case.batch, device=self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        reset_peak()
+        step = median_ms(lambda: stepper.step(samples, 0.5), self.options.steps, self.device)
+        peak = peak_bytes().get(
+            self.device.type if self.device.type == "cuda" else "host", peak_bytes().get("device", 0)
+        )
+        parts = " | ".join(f"{ms:.2f}" for ms in part_times(stepper, case.batch, self.device))
+        plain = self.stepper(case, "plain", stepper.trained.snapshot())
+        plain.feed.load(samples)
+        with FlopsByDtype() as flops:
+            plain.take(case.batch)
+        share = sum(flops.counts.values()) / rate / (step / 1000)
+        return (
+            f"| {case.name} | {step:.2f} | {step / case.batch:.2f} | {case.mark} | {parts} | {peak / 2**30:.2f} "
+            f"| {share:.0%} |"
+        )
+
+
+def part_times(stepper: Stepper, batch: int, device: torch.device, repeats: int = 5) -> list[float]:
+    """Return the milliseconds of a step's parts, launched one by one: weights, tokens, both backward, optimizer."""
+    rows = []
+    for _ in range(repeats):
+        marks = [Mark(device)]
+        stepper.descent.forget_gradients()
+        marks[0] = Mark(device)
+        made, leaves = stepper.make_weights()
+        marks.append(Mark(device))
+        loss = stepper.loss(batch, made, leaves)
+        marks.append(Mark(device))
+        stepper.backward_tokens(loss)
+        marks.append(Mark(device))
+        stepper.backward_weights(made, leaves)
+        marks.append(Mark(device))
+        stepper.last_loss = loss.detach()
+        stepper.move()
+        marks.append(Mark(device))
+        rows.append([later.since(earlier) for earlier, later in itertools.pairwise(marks)])
+    return [sorted(column)[repeats // 2] for column in zip(*rows, strict=True)]
+
+
+class Mark:
+    """A point in time, on the GPU or the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self.seconds = time.perf_counter()
+        if self.event is not None:
+            self.event.record()
+
+    def since(self, earlier: Mark) -> float:
+        """Milliseconds since an earlier mark; waits for the GPU."""
+        if self.event is None or earlier.event is None:
+            return (self.seconds - earlier.seconds) * 1000
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event)
+
+
+def median_ms(action: Callable[[], object], repeats: int, device: torch.device, warm: int = 5) -> float:
+    """Return the median milliseconds of an action, one after the other without pause, after a warm-up."""
+    for _ in range(warm):
+        action()
+    marks = [Mark(device)]
+    for _ in range(repeats):
+        action()
+        marks.append(Mark(device))
+    times = sorted(later.since(earlier) for earlier, later in itertools.pairwise(marks))
+    return times[len(times) // 2]
+
+
+def report_ceilings(options: argparse.Namespace, device: torch.device) -> float:
+    """Print what the machine can do at most; return its matrix rate in the training's precision."""
+    rate = measured_rate(options.precision, device)
+    size = 2**30 if device.type == "cuda" else 2**26
+    a, b = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    copy = median_ms(lambda: b.copy_(a), 10, device)
+    print(f"matrix products: {rate / 1e12:.4g} TFLOP/s ({options.precision}); copy: {2 * size / copy / 1e9:.3g} TB/s")
+    return rate
+
+
+def run_whole(options: argparse.Namespace, device: torch.device) -> None:
+    """Quantise a model from its first to its last block; print where the time went and what 20 epochs would take."""
+    model = random_model(options, LLAMA, options.layers, device)
+    training = course(options.whole, options.batch, options.precision, options.kernels)
+    method = Learned(label="lsi", parts=[LSI, CLIP], training=training)
+    quant = formats(4, 32 if options.small else 128)
+    tokens = torch.randint(0, 32000, (options.samples, options.seqlen), generator=torch.Generator().manual_seed(0))
+    reset_peak()
+    start, epochs, blocks = time.perf_counter(), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        store = BlockStore(Path(folder))
+        for report in quantize(model, method, quant, tokens, 4, 0, store, lambda values: None):
+            epochs.append(report.metrics["epoch_seconds"])
+            blocks.append(report.seconds)
+            print(
+                f"block {report.index}: {report.seconds:.2f} s, {epochs[-1]:.3f} s an epoch, {report.kernels}",
+                flush=True,
+            )
+    total, middle = time.perf_counter() - start, sorted(epochs)[len(epochs) // 2]
+    print(f"whole model, {options.whole} epochs: {total:.0f} s; first block {blocks[0]:.1f} s")
+    print(f"an epoch of a block {middle:.3f} s = {1000 * middle / options.samples:.2f} ms/sample")
+    projected = total + (20 - options.whole) * middle * options.layers
+    print(f"projected for 20 epochs: {projected / 60:.2f} min; peak {peak_bytes()}")
+
+
+def _machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()

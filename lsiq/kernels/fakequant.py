@@ -1,0 +1,278 @@
+"""Rounding to an integer grid with learned clipping: one kernel forward, one backward.
+
+The plain version is `lsiq.parts.base.rounded` on a draft of `Singular`, `Equivalent` and `Clip`. A kernel works on
+tiles of whole groups: it makes `W' = rows · (W + P) · columns`, finds the extremes of each group, clips, rounds. The
+backward kernel makes all of that again from `W` and `P`, so nothing else is kept in between.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# (the body of a kernel is in Triton's language, which has no types)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lsiq.formats.integer import MAX_SCALE, MIN_SCALE, Integer
+
+TILE = 1024  # elements of a tile, unless one group is wider: eight to a thread, which leaves registers for many tiles
+ROWS_PER_SUM = 64  # rows whose gradients one program adds up for each column factor
+
+
+@triton.jit
+def _divide(x, y):
+    # `/` on float32 is off by up to two units in the last place, and weights on a boundary would fall the other way.
+    if x.dtype == tl.float64:
+        return x / y
+    return tl.div_rn(x, y)
+
+
+@triton.jit
+def _in_steps(w, scale):
+    """Return `w / scale`, exactly rounded, with one division for each group (Markstein)."""
+    if w.dtype == tl.float64:
+        return w / scale[:, None]
+    step = tl.broadcast_to(scale[:, None], w.shape)
+    inverse = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, scale.dtype), scale)[:, None], w.shape)
+    near = w * inverse
+    return tl.fma(tl.fma(-near, step, w), inverse, near)
+
+
+@triton.jit
+def _round(x, MAGIC: tl.constexpr):
+    # Half to even: nothing behind the point survives the addition. What is too large for it is clamped afterwards.
+    return (x + MAGIC) - MAGIC
+
+
+@triton.jit
+def _changed(
+    w_ptr, p_ptr, rows_ptr, columns_ptr, r, c, mask, height, width, unscale,
+    PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORK: tl.constexpr,
+):  # fmt: skip
+    """Return `W + P`, and what its rows and its columns are multiplied with."""
+    at = r.to(tl.int64) * width + c
+    base = tl.load(w_ptr + at, mask=mask, other=0.0).to(WORK)
+    if PRODUCT:
+        base += tl.load(p_ptr + at, mask=mask, other=0.0).to(WORK) * unscale
+    rows, columns = tl.full(r.shape, 1.0, WORK), tl.full(c.shape, 1.0, WORK)
+    if ROWS:
+        rows = tl.load(rows_ptr + r, mask=r < height, other=0.0).to(WORK)
+    if COLUMNS:
+        columns = tl.load(columns_ptr + c, mask=c < width, other=0.0).to(WORK)
+    return base, rows, columns
+
+
+@triton.jit
+def _factors(low_ptr, high_ptr, group, inside, CLIP: tl.constexpr, WORK: tl.constexpr):
+    """Return what clipping multiplies the two ends of each group with."""
+    if CLIP == 0:
+        one = tl.full(group.shape, 1.0, WORK)
+        return one, one
+    low = tl.load(low_ptr + group, mask=inside, other=0.0).to(WORK)
+    high = tl.load(high_ptr + group, mask=inside, other=0.0).to(WORK)
+    if CLIP == 1:
+        low, high = 1.0 / (1.0 + tl.exp(-low)), 1.0 / (1.0 + tl.exp(-high))
+    return low, high
+
+
+@triton.jit
+def _fit(
+    lo, hi, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, HALF: tl.constexpr, MAGIC: tl.constexpr,
+    LEAST: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Return scale, zero point and whether the scale lies within its bounds; as `Integer.fit`."""
+    if SYMMETRIC:
+        raw = _divide(tl.maximum(-lo, hi), tl.full(lo.shape, (LEVELS + 1) // 2 - 1, lo.dtype))
+    else:
+        raw = _divide(hi - lo, tl.full(lo.shape, LEVELS, lo.dtype))
+    if HALF:
+        raw = raw.to(tl.float16).to(lo.dtype)
+    scale = tl.minimum(tl.maximum(raw, LEAST), LARGEST)
+    if SYMMETRIC:
+        zero = tl.full(lo.shape, (LEVELS + 1) // 2, lo.dtype)
+    else:
+        zero = tl.minimum(tl.maximum(_round(_divide(-lo, scale), MAGIC), 0.0), LEVELS)
+    return tl.where(raw != raw, raw, scale), zero, (raw >= LEAST) & (raw <= LARGEST)
+
+
+@triton.jit
+def fake_forward(
+    w_ptr, p_ptr, rows_ptr, columns_ptr, low_ptr, high_ptr, out_ptr, height, width, unscale,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr, STEPS: tl.constexpr,
+    PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLIP: tl.constexpr,
+    LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, HALF: tl.constexpr, WORK: tl.constexpr, MAGIC: tl.constexpr,
+    LEAST: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    groups = width // GROUP
+    j = tl.program_id(0) % groups
+    r = (tl.program_id(0) // groups) * BLOCK_R + tl.arange(0, BLOCK_R)
+    within = tl.arange(0, BLOCK_G)
+    inside = r < height
+    mask = inside[:, None] & (within < GROUP)[None, :]
+    r2, c2 = r[:, None], (j * GROUP + within)[None, :]
+    base, rows, columns = _changed(
+        w_ptr, p_ptr, rows_ptr, columns_ptr, r2, c2, mask, height, width, unscale, PRODUCT, ROWS, COLUMNS, WORK
+    )
+    w = base * rows * columns
+    low, high = _factors(low_ptr, high_ptr, r * groups + j, inside, CLIP, WORK)
+    lo, hi = tl.min(w, 1), tl.max(w, 1)  # masked places hold 0, which is part of every range
+    scale, zero, _ = _fit(low * tl.minimum(lo, 0.0), high * tl.maximum(hi, 0.0),
+                          LEVELS, SYMMETRIC, HALF, MAGIC, LEAST, LARGEST)  # fmt: skip
+    codes = _round(_in_steps(w, scale), MAGIC) + zero[:, None]
+    codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS)
+    rounded = (codes - zero[:, None]) * scale[:, None]
+    rounded = tl.where(w != w, w, rounded)  # what is not finite stays so, for the loss to show it
+    tl.store(out_ptr + r2.to(tl.int64) * width + c2, rounded.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def fake_backward(
+    w_ptr, p_ptr, rows_ptr, columns_ptr, low_ptr, high_ptr, grad_ptr,
+    inner_ptr, low_grad_ptr, high_grad_ptr, row_sum_ptr, column_sum_ptr, height, width, unscale,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr, STEPS: tl.constexpr,
+    PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLIP: tl.constexpr, INNER: tl.constexpr,
+    LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, HALF: tl.constexpr, WORK: tl.constexpr, MAGIC: tl.constexpr,
+    LEAST: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    groups = width // GROUP
+    j = tl.program_id(0) % groups
+    part = tl.program_id(0) // groups
+    within = tl.arange(0, BLOCK_G)
+    c = j * GROUP + within
+    column_sum = tl.zeros([BLOCK_G], WORK)
+    for step in range(STEPS):
+        r = (part * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = r < height
+        mask = inside[:, None] & (within < GROUP)[None, :]
+        r2, c2 = r[:, None], c[None, :]
+        at = r2.to(tl.int64) * width + c2
+        base, rows, columns = _changed(
+            w_ptr, p_ptr, rows_ptr, columns_ptr, r2, c2, mask, height, width, unscale, PRODUCT, ROWS, COLUMNS, WORK
+        )
+        w = base * rows * columns
+        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(WORK)
+        group = r * groups + j
+        low, high = _factors(low_ptr, high_ptr, group, inside, CLIP, WORK)
+        least, largest = tl.min(w, 1), tl.max(w, 1)
+        lo0, hi0 = tl.minimum(least, 0.0), tl.maximum(largest, 0.0)
+        lo, hi = low * lo0, high * hi0
+        scale, zero, free = _fit(lo, hi, LEVELS, SYMMETRIC, HALF, MAGIC, LEAST, LARGEST)
+        # With u = w / scale, codes = clamp(round(u) + zero) and out = (codes - zero) · scale.
+        u = _in_steps(w, scale)
+        wide = _round(u, MAGIC) + zero[:, None]
+        codes = tl.minimum(tl.maximum(wide, 0.0), LEVELS)
+        kept = codes == wide
+        to_w = tl.where(kept, grad, 0.0)
+        to_scale = tl.sum(grad * (codes - zero[:, None]) - to_w * u, 1)
+        if SYMMETRIC:
+            reach = tl.where(free, to_scale, 0.0) / ((LEVELS + 1) // 2 - 1)
+            share = tl.where(hi > -lo, 1.0, tl.where(hi == -lo, 0.5, 0.0))
+            to_hi, to_lo = reach * share, -reach * (1.0 - share)
+        else:
+            lost = tl.sum(grad - to_w, 1)  # the gradient of the zero point is -scale times this
+            to_scale -= lost * (lo / scale)
+            spread = tl.where(free, to_scale, 0.0) / LEVELS
+            to_hi, to_lo = spread, lost - spread
+        if CLIP:
+            to_low, to_high = to_lo * lo0, to_hi * hi0
+            if CLIP == 1:
+                to_low, to_high = to_low * low * (1.0 - low), to_high * high * (1.0 - high)
+            tl.store(low_grad_ptr + group, to_low, mask=inside)
+            tl.store(high_grad_ptr + group, to_high, mask=inside)
+        # The extremes hang on the weights that are the extremes, in equal parts.
+        at_least, at_largest = w == least[:, None], w == largest[:, None]
+        if BLOCK_G > GROUP:
+            at_least, at_largest = at_least & mask, at_largest & mask
+        counts = tl.sum(tl.where(at_least, 1, 0) + tl.where(at_largest, 1 << 16, 0), 1)
+        to_least = tl.where(least <= 0.0, to_lo * low, 0.0) / tl.maximum((counts & 0xFFFF).to(WORK), 1.0)
+        to_largest = tl.where(largest >= 0.0, to_hi * high, 0.0) / tl.maximum((counts >> 16).to(WORK), 1.0)
+        to_w += tl.where(at_least, to_least[:, None], 0.0) + tl.where(at_largest, to_largest[:, None], 0.0)
+        if INNER:
+            tl.store(inner_ptr + at, (to_w * rows * columns).to(inner_ptr.dtype.element_ty), mask=mask)
+        if ROWS:
+            tl.store(row_sum_ptr + group, tl.sum(to_w * base * columns, 1), mask=inside)
+        if COLUMNS:
+            column_sum += tl.sum(to_w * base * rows, 0)
+    if COLUMNS:
+        tl.store(column_sum_ptr + part * width + c, column_sum, mask=within < GROUP)
+
+
+@dataclass(frozen=True)
+class GroupRounding:
+    """How one weight is rounded.
+
+    Attributes:
+        format: bits, group, symmetry and the width of stored scales.
+        clip: the form of the learned ends, or None for the full range.
+        unscale: what the product has to be multiplied with.
+    """
+
+    format: Integer
+    clip: str | None = None
+    unscale: float = 1.0
+
+    def forward(
+        self, w: Tensor, product: Tensor | None, ends: tuple[Tensor, Tensor] | None,
+        rows: Tensor | None, columns: Tensor | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        """Write the rounded `rows · (w + product) · columns` to `out`; all matrices `(out, in)` and contiguous."""
+        low, high = ends or (w, w)
+        settings = self._settings(w, product, rows, columns)
+        settings["STEPS"] = 1
+        height, width = w.shape
+        grid = (triton.cdiv(height, settings["BLOCK_R"]) * (width // settings["GROUP"]),)
+        fake_forward[grid](
+            w, product if product is not None else w, rows if rows is not None else w,
+            columns if columns is not None else w, low, high, out, height, width, self.unscale, **settings,
+        )  # fmt: skip
+
+    def backward(
+        self, w: Tensor, product: Tensor | None, ends: tuple[Tensor, Tensor] | None,
+        rows: Tensor | None, columns: Tensor | None, gradient: Tensor, inner: Tensor | None,
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """Return the gradients of ends, rows and columns; write that of `w + product` to `inner`."""
+        settings = self._settings(w, product, rows, columns)
+        height, width = w.shape
+        groups = width // settings["GROUP"]
+        if columns is not None:
+            settings["STEPS"] = max(1, ROWS_PER_SUM // settings["BLOCK_R"])
+        parts = triton.cdiv(height, settings["BLOCK_R"] * settings["STEPS"])
+        work = torch.float64 if settings["WORK"] == tl.float64 else torch.float32
+        low, high = ends or (w, w)
+        to_low, to_high = (torch.empty_like(low), torch.empty_like(high)) if ends else (w, w)
+        row_sums = w.new_empty((height, groups), dtype=work) if rows is not None else w
+        column_sums = w.new_empty((parts, width), dtype=work) if columns is not None else w
+        fake_backward[(parts * groups,)](
+            w, product if product is not None else w, rows if rows is not None else w,
+            columns if columns is not None else w, low, high, gradient, inner if inner is not None else w,
+            to_low, to_high, row_sums, column_sums, height, width, self.unscale,
+            INNER=inner is not None, **settings,
+        )  # fmt: skip
+        return (
+            (to_low, to_high) if ends else None,
+            row_sums.sum(1) if rows is not None else None,
+            column_sums.sum(0) if columns is not None else None,
+        )
+
+    def _settings(
+        self, w: Tensor, product: Tensor | None, rows: Tensor | None, columns: Tensor | None
+    ) -> dict[str, Any]:
+        double = w.dtype == torch.float64
+        group = self.format.group or w.shape[1]
+        block = triton.next_power_of_2(group)
+        rows_at_once = max(1, TILE // block)
+        half = self.format.scale == "float16"
+        return {
+            "GROUP": group, "BLOCK_G": block, "BLOCK_R": rows_at_once, "STEPS": 1,
+            "PRODUCT": product is not None, "ROWS": rows is not None, "COLUMNS": columns is not None,
+            "CLIP": {None: 0, "sigmoid": 1, "linear": 2}[self.clip],
+            "LEVELS": self.format.levels, "SYMMETRIC": self.format.symmetric, "HALF": half,
+            "WORK": tl.float64 if double else tl.float32, "MAGIC": 1.5 * 2.0 ** (52 if double else 23),
+            "LEAST": 2.0**-24 if half else MIN_SCALE, "LARGEST": 65504.0 if half else MAX_SCALE,
+            "num_warps": max(4, min(32, rows_at_once * block // 256)),
+        }  # fmt: skip
