@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lsiq.errors import InputError, NumericalError
 from lsiq.methods.base import BlockResult, Context, Method, Need
+from lsiq.microbatch import MicroBatch
 from lsiq.models.block import Block, BlockFunction, run_stream
 from lsiq.store import BlockStore
 from lsiq.tuned import TunedBlock
@@ -87,6 +88,7 @@ class _Tuner:
         block = self._block(0)
         self.device = next(iter(block.weights.values())).device
         self.dtype = settings.training.in_precision(block).dtype
+        self.micro = MicroBatch(settings.training.batch, "fine-tuning")
         self.reference = self._float_outputs() if settings.loss == "float" else None
 
     def train(self, group: Sequence[int]) -> None:
@@ -125,11 +127,8 @@ class _Tuner:
             for chosen in torch.randperm(samples, generator=generator).split(training.batch):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * training.rate_factor(steps / total)
-                loss = self._loss(chain, chosen)
-                loss.backward()
+                sums.append(self.micro.fitting(lambda chosen=chosen: self._gradients(chain, chosen, optimizer)))
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                sums.append(loss.detach())
                 steps += 1
             losses.append(torch.stack(sums).mean().item())
             if not math.isfinite(losses[-1]):
@@ -138,6 +137,16 @@ class _Tuner:
                 )
             self.context.log({"finetune/loss": losses[-1], "finetune/block": first, "finetune/epoch": epoch})
         return losses
+
+    def _gradients(self, chain: Sequence[BlockFunction], chosen: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Leave the gradients of a batch in the parameters, and return its loss."""
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for part in self.micro.parts(len(chosen)):
+            loss = self._loss(chain, chosen[part]) * ((part.stop - part.start) / len(chosen))
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def _loss(self, chain: Sequence[BlockFunction], chosen: Tensor) -> Tensor:
         assert self.context.tokens is not None

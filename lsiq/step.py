@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from lsiq.clock import Stopwatch
 from lsiq.descent import Descent
 from lsiq.feed import Feed
 from lsiq.methods.base import Context
+from lsiq.microbatch import MicroBatch
 from lsiq.models.block import Block, BlockFunction
 from lsiq.parts.base import Draft, Part, PartState, rounded
 
@@ -123,6 +124,7 @@ class Stepper:
         self.weight_path = Stopwatch(self.device)
         self.record_steps = cuda and training.graphs
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.micro = MicroBatch(len(feed.x), f"training block {trained.block.index}")
         self.warm = self.replays = 0
         self.losses = torch.zeros(len(feed.inputs), device=self.device)
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
@@ -163,26 +165,37 @@ class Stepper:
 
     def _take(self, count: int) -> None:
         """Launch one step on the first `count` sequences of the feed's buffers."""
+        loss = self.micro.fitting(lambda: self._gradients(count))
+        self.descent.unscale(self.scaler)
+        self._gather(loss)
+        self.descent.step(self.scaler)
+
+    def _gradients(self, count: int) -> Tensor:
+        """Launch the way to the gradients of a batch, some sequences after others where they do not fit together."""
         self.descent.forget_gradients()
-        x, targets = self.feed.x[:count], [target[:count] for target in self.feed.targets]
-        block, quant = self.trained.block, self.trained.quant
         with self.weight_path.running():
             made = self.trained.weights()
         # The tokens see the weights as leaves, so that the two paths' backward passes stand apart and can be timed.
         leaves = {name: w.detach().requires_grad_() for name, w in made.items() if w.requires_grad}
-        out = block.with_weights({**made, **leaves}, quant.activation)(x)
+        total = torch.zeros((), device=self.device)
+        for part in self.micro.parts(count):
+            loss = self._loss(part, {**made, **leaves}) * ((part.stop - part.start) / count)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        with self.weight_path.running():
+            used = [name for name, leaf in leaves.items() if leaf.grad is not None]
+            torch.autograd.backward([made[name] for name in used], [leaves[name].grad for name in used])
+        return total
+
+    def _loss(self, part: slice, weights: Mapping[str, Tensor]) -> Tensor:
+        x, targets = self.feed.x[part], [target[part] for target in self.feed.targets]
+        out = self.trained.block.with_weights(weights, self.trained.quant.activation)(x)
         loss = self.window.loss(out, targets, self.power)
         if self.float_function is not None:
             with torch.no_grad():
                 same_input = self.float_function(x).float()
             loss = loss + (out.float() - same_input).square().mean() / self.power
-        self.scaler.scale(loss).backward()
-        with self.weight_path.running():
-            used = [name for name, leaf in leaves.items() if leaf.grad is not None]
-            torch.autograd.backward([made[name] for name in used], [leaves[name].grad for name in used])
-        self.descent.unscale(self.scaler)
-        self._gather(loss.detach())
-        self.descent.step(self.scaler)
+        return loss
 
     @torch.no_grad()
     def _gather(self, loss: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lsiq.formats import ActivationFormat
+from lsiq.microbatch import MicroBatch, in_parts
 from lsiq.models.attention import activations
 from lsiq.models.branch import Factors, side_branches
 from lsiq.models.prefix import BlockPrefix, KeysReached, PrefixCache, Recorder
@@ -186,7 +187,8 @@ def result_weights(result: BlockResult, like: Mapping[str, Tensor]) -> dict[str,
 def run_stream(block: BlockFunction, stream: Tensor, batch: int, device: torch.device) -> Tensor:
     """Return the block's outputs for a stream `(N, T, d)` kept on the CPU, `batch` sequences at a time."""
     out = torch.empty_like(stream)
+    micro = MicroBatch(batch, "running a block")
     for start in range(0, len(stream), batch):
         part = slice(start, start + batch)
-        out[part] = block(stream[part].to(device, non_blocking=True)).to(stream.device)
+        out[part] = in_parts(block, stream[part].to(device, non_blocking=True), micro).to(stream.device)
     return out
