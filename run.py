@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from lsiq.distributed import together
 from lsiq.errors import one_line, reporting
+from lsiq.interrupt import terminable
 from lsiq.run import run
 from lsiq.sweeps.ledger import Ledger
 
@@ -17,7 +18,7 @@ from lsiq.sweeps.ledger import Ledger
 def main(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     job, multirun = hydra_config.overrides.task, hydra_config.mode == RunMode.MULTIRUN
-    with one_line(multirun), together(cfg.device, multirun):
+    with terminable(), one_line(multirun), together(cfg.device, multirun):
         record = run(cfg, job)
         if multirun:
             Ledger(hydra_config, cfg.paths.cache).remember(job, cfg, record)

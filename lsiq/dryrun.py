@@ -104,7 +104,7 @@ class _Estimate:
             assert isinstance(config.method, Method)  # the settings see to it
             method = shortened(config.method)
             tokens = random_windows(self.model.config.vocab_size, config.calib.batch, config.calib.seqlen, config.seed)
-            prepared = prepare_model(config, method, self.model, tokens, self.record)
+            prepared = prepare_model(config, method, self.model, tokens, store, self.record)
             if config.quant.name != "fp16":
                 stages.append(self._quantize(prepared, method, store))
             if config.eval.corpora:

@@ -10,9 +10,13 @@ import contextlib
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from lsiq.interrupt import Terminated
+from lsiq.secrets import redacted
 
 # Hydra's own options; it answers a misspelt one with a page of usage.
 _FLAGS = (
@@ -39,6 +43,10 @@ class InputError(LsiqError):
 
 class NumericalError(LsiqError):
     """A computation left the numbers that can be trusted."""
+
+
+class ResourceError(LsiqError):
+    """The machine has not what a computation needs."""
 
 
 class OutputError(LsiqError):
@@ -91,8 +99,8 @@ def one_line(multirun: bool) -> Iterator[None]:
         if _wants_trace():
             raise
         if not multirun:
-            sys.exit(f"error: {error}")
-        print(f"error: {error}", file=sys.stderr)
+            sys.exit(redacted(f"error: {error}"))
+        print(redacted(f"error: {error}"), file=sys.stderr)
         raise
 
 
@@ -117,15 +125,18 @@ def reporting(conf: Path) -> Iterator[None]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from lsiq.guard import guarded
+
     try:
-        yield
+        with guarded():
+            yield
     except (LsiqError, HydraException, OmegaConfBaseException) as error:
         if _wants_trace():
             raise
         message = str(error) if isinstance(error, LsiqError) else explain_hydra(error, _choices(conf))
         # Of several processes that torchrun started all come here alike; the first one says it.
         echo = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
-        sys.exit(1 if echo else f"error: {message}")
+        sys.exit(1 if echo else redacted(f"error: {message}"))
     except ValueError as error:
         if "Config group override" not in str(error) or _wants_trace():
             raise
@@ -133,8 +144,12 @@ def reporting(conf: Path) -> Iterator[None]:
         sys.exit(
             f"error: {error}: an override reads group=choice or key=value, and of a group ({groups}) only a choice"
         )
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command starts the run again")
+    except KeyboardInterrupt as error:
+        from lsiq.results import command_line
+
+        kept = f"{error}; " if str(error) else ""
+        print(f"interrupted: {kept}go on with: {command_line()}", file=sys.stderr)
+        sys.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
 
 
 def _choices(conf: Path) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from lsiq.calib.tokens import random_windows, token_hash
 from lsiq.calib.written import write_sequences
 from lsiq.config import RunConfig
 from lsiq.cost import float_cost, model_cost
-from lsiq.errors import ConfigError
+from lsiq.durable import remove_partial, replacing
+from lsiq.errors import ConfigError, ResourceError
 from lsiq.evals.cache import EvaluationCache, source_hash
-from lsiq.evals.evaluation import evaluate, evaluation_windows, open_cache
+from lsiq.evals.evaluation import SCORES, evaluate, evaluation_windows, open_cache
 from lsiq.evals.tasks import load_tasks
 from lsiq.export.source import Source
 from lsiq.export.stage import export
@@ -30,7 +32,8 @@ from lsiq.methods.finetune import FineTune
 from lsiq.models.loading import Model, load
 from lsiq.quantize import BlockReport, check_formats, quantize
 from lsiq.results import Record, write_record
-from lsiq.store import BlockStore
+from lsiq.resume import check_inputs, stamp
+from lsiq.store import DAMAGED, BlockStore
 from lsiq.streams import kept_in
 from lsiq.track.base import Tracker, make_tracker
 from lsiq.track.console import say, warn
@@ -53,13 +56,25 @@ def carry_out(
     torch.manual_seed(config.seed)
     model = timed(record, "load", lambda: load(config.model, checkpoint, device, config.seed))
     store = BlockStore(folder / "blocks")
+    remove_partial(folder)
+    if config.force:
+        store.clear()
+        BlockStore(folder / "start" / "blocks").clear()
     exporter, source = config.export, None
     if exporter is not None:
         assert checkpoint is not None  # random weights are not exported
         source = Source(model, store, config.quant, checkpoint)
         exporter.check_model(source)
     if record.status != "finished":
-        measure(config, plain, model, store, record, folder, start)
+        try:
+            measure(config, plain, checkpoint, model, store, record, folder, start)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(".")[0]
+            raise ResourceError(
+                f"{reason}; finished blocks are kept: the same command goes on with them on a device with more memory"
+            ) from error
+        if distributed.first():
+            shutil.rmtree(folder / SCORES, ignore_errors=True)
     if exporter is not None and source is not None and distributed.first():
         timed(record, "export", lambda: export(exporter, source, config, record, folder))
 
@@ -67,13 +82,14 @@ def carry_out(
 def measure(
     config: RunConfig,
     plain: Mapping[str, Any],
+    checkpoint: Path | None,
     model: Model,
     store: BlockStore,
     record: Record,
     folder: Path,
     start: float,
 ) -> None:
-    """Quantise the model, unless its blocks are in `store` already, and evaluate it; the clock ran from `start`."""
+    """Quantise the blocks that `store` does not hold already, and evaluate the model; the clock ran from `start`."""
     reset_peak()
     record.machine = describe(model.device)
     check_formats(model, config.quant)
@@ -82,9 +98,8 @@ def measure(
     references = open_cache(config, model, record)
     windows = timed(record, "tokens", lambda: evaluation_windows(config, model, tokens))
     tasks = timed(record, "tasks", lambda: load_tasks(config.eval))
-    if record.quantised and not store.complete(model.depth):
-        warn(f"{store.folder} lacks blocks or holds damaged ones; the model is quantised again")
-        record.quantised = False
+    store.stamp = stamp(record)
+    record.quantised = record.quantised and store.complete(model.depth)
     calibration = (
         None
         if record.quantised
@@ -95,6 +110,8 @@ def measure(
         samples, seqlen = calibration.shape
         check_processes(config, samples)
         record.calibration = {"samples": samples, "seqlen": seqlen, "tokens": token_hash(calibration)}
+    check_inputs(config, checkpoint, record.inputs)
+    store.stamp = stamp(record)
 
     kept = folder if config.paths.streams == "disk" else None
     with kept_in(kept), make_tracker(config, plain, record, folder) as tracker:
@@ -104,18 +121,17 @@ def measure(
                 prepared = store.read_model(model)
             else:
                 record.blocks.clear()
-                method = make_start(config, model, calibration, folder, record, tracker)
-                prepared = timed(record, "prepare", lambda: prepare_model(config, method, model, calibration, record))
-                timed(
-                    record,
-                    "quantize",
-                    lambda: quantize_model(config, method, prepared, calibration, store, record, tracker),
-                )
+                shutil.rmtree(folder / SCORES, ignore_errors=True)  # of blocks that are not there any more
+                method = make_start(config, model, calibration, store, record, tracker)
+                prepared = prepare_model(config, method, model, calibration, store, record)
+                quantize_model(config, method, prepared, calibration, store, record, tracker, folder)
                 record.quantised = bool(record.blocks)
                 write_record(record, folder)
             timed(record, "evaluate", lambda: evaluate(config, model, prepared, windows, tasks, store, record))
         finally:
-            record.seconds["total"] = record.seconds.get("total", 0.0) + time.perf_counter() - start
+            before = record.seconds.pop("total", 0.0)
+            # A process that was killed left the seconds of its stages, but no total.
+            record.seconds["total"] = max(before + time.perf_counter() - start, sum(record.seconds.values()))
             record.peak_bytes = peak_bytes()
         record.status = "finished"
         write_record(record, folder)
@@ -123,37 +139,56 @@ def measure(
 
 
 def make_start(
-    config: RunConfig, model: Model, tokens: Tensor | None, folder: Path, record: Record, tracker: Tracker
+    config: RunConfig, model: Model, tokens: Tensor | None, store: BlockStore, record: Record, tracker: Tracker
 ) -> Method | WholeMethod:
-    """Return the method to carry out; if it starts from another one, that one's blocks lie in `folder/start` then."""
+    """Return the method to carry out; if it starts from another one, that one's blocks lie in `start/` then."""
     method = config.method
     if not isinstance(method, FineTune) or method.start is None:
         return method
-    store = BlockStore(folder / "start" / "blocks")
-    first = method.start
-    prepared = timed(record, "prepare", lambda: prepare_model(config, first, model, tokens, record))
-    timed(record, "start", lambda: quantize_model(config, first, prepared, tokens, store, record, tracker))
-    return method.after(str(folder / "start"))
+    folder = store.folder.with_name("start")
+    started = BlockStore(folder / "blocks", store.stamp)
+    prepared = prepare_model(config, method.start, model, tokens, started, record)
+    quantize_model(config, method.start, prepared, tokens, started, record, tracker, folder.parent, "start")
+    return method.after(str(folder))
 
 
 def prepare_model(
-    config: RunConfig, method: Method | WholeMethod, model: Model, tokens: Tensor | None, record: Record
+    config: RunConfig,
+    method: Method | WholeMethod,
+    model: Model,
+    tokens: Tensor | None,
+    store: BlockStore,
+    record: Record,
 ) -> Model:
     """Return the model that is quantised: turned or after a prefix, where a method in the chain asks for it.
+
+    It is kept in `store`, and taken from there where it was made before.
 
     Raises:
         ConfigError: prefix and window together are longer than the model's positions.
     """
     if config.quant.name == "fp16":
         return model  # nothing is quantised
-    prepared = model
-    for position, link in enumerate(chain(method)):
-        if isinstance(link, ModelMethod):
-            generator = torch.Generator().manual_seed(config.seed * 100_003 + 50_021 + position)
-            prepared = link.prepare_model(prepared, tokens, config.calib.batch, generator)
+    if distributed.first():
+        store.open()
+    if distributed.from_first(store.model_digest() not in ("", DAMAGED)):
+        prepared = store.read_model(model)
+    else:
+        prepared = timed(record, "prepare", lambda: _prepare(config, method, model, tokens))
+        if distributed.first():
+            store.write_model(prepared)
+        distributed.wait()
     record.prefix = [] if prepared.prefix is None else prepared.prefix.tokens.tolist()
     check_lengths(model, config, len(record.prefix))
     return prepared
+
+
+def _prepare(config: RunConfig, method: Method | WholeMethod, model: Model, tokens: Tensor | None) -> Model:
+    for position, link in enumerate(chain(method)):
+        if isinstance(link, ModelMethod):
+            generator = torch.Generator().manual_seed(config.seed * 100_003 + 50_021 + position)
+            model = link.prepare_model(model, tokens, config.calib.batch, generator)
+    return model
 
 
 def quantize_model(
@@ -164,19 +199,19 @@ def quantize_model(
     store: BlockStore,
     record: Record,
     tracker: Tracker,
+    folder: Path,
+    stage_name: str = "quantize",
 ) -> None:
-    """Fill `store` with the quantised blocks, and the record with a row for each.
+    """Fill `store` with the quantised blocks that it lacks, and the record with a row for each of them all.
 
     Rows that are there already are those of the method it started from; their metrics are kept as `start/…`.
     """
     if config.quant.name == "fp16":
         record.cost = model_cost(model, [float_cost(model)] * model.depth)
         return  # the float model under the same protocol
-    if distributed.first():
-        store.clear()
-        store.write_model(model)
     reports: list[BlockReport] = []
     before, record.blocks = record.blocks, []
+    earlier, start = record.seconds.get(stage_name, 0.0), time.perf_counter()
     cache = None if config.paths.cache is None else Path(config.paths.cache).expanduser()
     with block_table(model.depth) as table:
 
@@ -188,12 +223,15 @@ def quantize_model(
             reports.append(report)
             row = block_row(report, before)
             record.blocks.append(row)
+            record.seconds[stage_name] = earlier + time.perf_counter() - start
+            write_record(record, folder)
             told = {f"block/{key}": row[key] for key in ("index", "error", "seconds") if row[key] is not None}
             tracker.log({**told, **{f"block/peak_{place}_gib": size / 2**30 for place, size in peak_bytes().items()}})
             table.done(row)
     if rows := [row for report in reports for row in report.trace]:
         if distributed.first():
-            pandas.DataFrame(rows).to_parquet(store.folder.parent / "trajectory.parquet", index=False)
+            with replacing(store.folder.with_name("trajectory.parquet")) as partial:
+                pandas.DataFrame(rows).to_parquet(partial, index=False)
         tracker.show(trajectory_panels(rows, config.tracker.panels))
     record.cost = model_cost(model, (report.cost for report in reports))
     record.average_bits = record.cost["average_bits"]

@@ -16,6 +16,7 @@ from lsiq import distributed
 from lsiq.errors import InputError, NumericalError
 from lsiq.exchange import fetch
 from lsiq.methods.base import BlockResult, Context, Method, Need
+from lsiq.microbatch import MicroBatch
 from lsiq.models.block import Block, BlockFunction, run_stream
 from lsiq.store import BlockStore
 from lsiq.tuned import TunedBlock
@@ -90,6 +91,7 @@ class _Tuner:
         block = self._block(0)
         self.device = next(iter(block.weights.values())).device
         self.dtype = settings.training.in_precision(block).dtype
+        self.micro = MicroBatch(settings.training.batch, "fine-tuning")
         self.reference = self._float_outputs() if settings.loss == "float" else None
 
     def train(self, group: Sequence[int]) -> None:
@@ -128,12 +130,9 @@ class _Tuner:
             for chosen in torch.randperm(samples, generator=generator).split(training.batch):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * training.rate_factor(steps / total)
-                loss = self._loss(chain, chosen)
-                loss.backward()
+                sums.append(self.micro.fitting(lambda chosen=chosen: self._gradients(chain, chosen, optimizer)))
                 distributed.add_gradients(p for group in optimizer.param_groups for p in group["params"])
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                sums.append(loss.detach())
                 steps += 1
             losses.append(distributed.add(torch.stack(sums).mean()).item())
             if not math.isfinite(losses[-1]):
@@ -142,6 +141,16 @@ class _Tuner:
                 )
             self.context.log({"finetune/loss": losses[-1], "finetune/block": first, "finetune/epoch": epoch})
         return losses
+
+    def _gradients(self, chain: Sequence[BlockFunction], chosen: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Leave the gradients of a batch in the parameters, and return its loss."""
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for part in self.micro.parts(len(chosen)):
+            loss = self._loss(chain, chosen[part]) * ((part.stop - part.start) / len(chosen))
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def _loss(self, chain: Sequence[BlockFunction], chosen: Tensor) -> Tensor:
         """The loss of a batch; of several processes each returns its part of it."""

@@ -50,7 +50,8 @@ def exclusive(file: Path, what: str, way_out: str) -> Iterator[bool]:
         raise OutputError(f"{file}: cannot be locked ({error.strerror}); {way_out}") from error
     try:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
-        file.write_text(json.dumps(owner) + "\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, only who has it is not said
+            file.write_text(json.dumps(owner) + "\n", encoding="utf-8")
         yield waited
     finally:
         lock.release()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lsiq import __version__, distributed
+from lsiq.durable import write_text
 from lsiq.errors import OutputError
+from lsiq.secrets import redacted
 
 SCHEMA = 1
 _PACKAGES = (
@@ -113,11 +115,9 @@ def write_record(record: Record, folder: Path) -> Path:
     path = folder / "record.json"
     if not distributed.first():
         return path
-    partial = folder / f".record.{os.getpid()}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(asdict(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(redacted(asdict(record)), indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise OutputError(f"paths.runs: {folder} cannot be written ({error.strerror}); set paths.runs=DIR") from error
     return path
@@ -164,11 +164,11 @@ def source_state() -> tuple[str | None, bool | None]:
 
 
 def command_line(overrides: Sequence[str] = ()) -> str:
-    """The command as it was typed, without the folder that the program lies in.
+    """The command as it can be given again, without the folder that the program lies in.
 
     Args:
         overrides: what hydra says of one job. It stands in place of the command where there is any: a sweep's command
             names many jobs, and what a launcher starts elsewhere is not what anybody typed.
     """
     typed = ["run.py", *overrides] if overrides else [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return " ".join(["python", *typed])
+    return redacted(shlex.join(["python", *typed]))

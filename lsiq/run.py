@@ -19,6 +19,7 @@ from lsiq.lock import run_lock
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
+from lsiq.secrets import redacted
 from lsiq.track.console import say, show_record
 
 
@@ -80,7 +81,7 @@ def prepare(cfg: DictConfig) -> Request:
     Raises:
         LsiqError: a setting or an input cannot be used.
     """
-    config, plain = find_parent(parse(cfg)), plain_config(cfg)
+    config, plain = find_parent(parse(cfg)), redacted(plain_config(cfg))
     checkpoint = find_folder(config.model)
     inputs = identify_inputs(config, checkpoint)
     return Request(config, plain, checkpoint, inputs, Path(config.paths.runs) / run_id(config, plain, inputs))
@@ -90,7 +91,8 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
     """Do what is left of a run, and return its record, which is on disk then, whatever came of it."""
     folder = request.folder
     found = None if request.config.force else read_record(folder)
-    record = found if found is not None and found.quantised else new_record(request, overrides)
+    begun = found is not None and (found.quantised or found.blocks)
+    record = found if found is not None and begun else new_record(request, overrides)
     if record.status != "finished":
         record.status, record.error = "running", None
         write_record(record, folder)
@@ -104,6 +106,8 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
         if record.status != "finished":  # then an export failed, and has noted it; the run stays what it was
             failed = "evaluation failed" if record.quantised else "failed"
             record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else failed
+            if isinstance(error, KeyboardInterrupt):
+                error.args = (f"{len(record.blocks)} finished blocks are kept",)
             record.error = str(error) if isinstance(error, LsiqError) else f"{type(error).__name__}: {error}"
         raise
     finally:

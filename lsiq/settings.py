@@ -67,7 +67,9 @@ def find_target(target: Any, key: str) -> type:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}._target_={target}: no such class; {way_out}") from error
-    if not (isinstance(found, type) and is_dataclass(found) and hasattr(found, "__pydantic_fields__")):
+    if not (isinstance(found, type) and is_dataclass(found) and hasattr(found, "__pydantic_fields__")) or not (
+        found.__module__.startswith("lsiq.")
+    ):
         raise ConfigError(f"{key}._target_={target}: not a settings class; {way_out}")
     return found
 

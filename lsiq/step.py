@@ -14,6 +14,7 @@ from lsiq.clock import Stopwatch
 from lsiq.descent import Descent
 from lsiq.feed import Feed
 from lsiq.methods.base import Context
+from lsiq.microbatch import MicroBatch
 from lsiq.models.block import Block, BlockFunction
 from lsiq.parts.base import Draft, Part, PartState, rounded
 
@@ -163,6 +164,7 @@ class Stepper:
         self.weight_path = Stopwatch(self.device)
         self.record_steps = cuda and training.graphs
         self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.micro = MicroBatch(len(feed.x), f"training block {trained.block.index}")
         self.warm = self.replays = 0
         self.losses = torch.zeros(feed.total, device=self.device)
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
@@ -227,12 +229,19 @@ class Stepper:
 
     def gradients(self, count: int, weight: float) -> None:
         """Launch the way to the gradients on the first `count` sequences of the feed's buffers, `weight` of a batch."""
+        self.last_loss = self.micro.fitting(lambda: self._in_parts(count, weight))
+
+    def _in_parts(self, count: int, weight: float) -> Tensor:
+        """Gather the gradients of some sequences after others where they do not fit together; return the loss."""
         self.descent.forget_gradients()
         made, leaves = self.make_weights()
-        loss = self.loss(count, made, leaves) * weight
-        self.backward_tokens(loss)
+        total = torch.zeros((), device=self.device)
+        for part in self.micro.parts(count):
+            loss = self.loss(part, made, leaves) * (weight * ((part.stop - part.start) / count))
+            self.backward_tokens(loss)
+            total += loss.detach()
         self.backward_weights(made, leaves)
-        self.last_loss = loss.detach()
+        return total
 
     def make_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the rounded weights, and those that have gradients as leaves.
@@ -243,9 +252,9 @@ class Stepper:
             made = self.trained.weights()
         return made, {name: w.detach().requires_grad_() for name, w in made.items() if w.requires_grad}
 
-    def loss(self, count: int, made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss of the first `count` sequences of the feed's buffers."""
-        x, targets = self.feed.x[:count], [target[:count] for target in self.feed.targets]
+    def loss(self, part: slice, made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean loss of some of the sequences in the feed's buffers."""
+        x, targets = self.feed.x[part], [target[part] for target in self.feed.targets]
         out = self.trained.block.with_weights({**made, **leaves}, self.trained.quant.activation)(x)
         loss = self.window.loss(out, targets, self.power)
         if self.float_function is not None:

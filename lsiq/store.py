@@ -3,21 +3,64 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from lsiq.errors import InputError, OutputError
+from lsiq.durable import DamagedError, Stored, read_tensors, remove_partial, write_tensors
+from lsiq.errors import InputError, LsiqError, OutputError
+from lsiq.formats import WeightFormat
 from lsiq.formats.branch import Factor, SideBranch
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.methods.base import BlockResult
 from lsiq.models.loading import Model
 from lsiq.rotation import Rotation
 from lsiq.settings import build, describe_settings
+from lsiq.track.console import warn
+
+# The digest of a file that cannot be read.
+DAMAGED = "damaged"
+_AGAIN = "give the run's command again (with force=true where it is finished), and it is made anew"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A finished block that was found in a store.
+
+    Attributes:
+        digest: of what is stored; the next block's file names it, so that no block of another state goes unnoticed.
+        report: what was written beside it.
+    """
+
+    result: BlockResult
+    digest: str
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Where the block loop stands: what enters the next block.
+
+    Attributes:
+        done: how many blocks are behind.
+        errors: of each of them, the relative error of its outputs.
+        floats, quantised: `(N, T, d)`; None without calibration data, and once all blocks are done.
+    """
+
+    done: int
+    errors: Sequence[float | None]
+    floats: Tensor | None = None
+    quantised: Tensor | None = None
+
+    def on(self, device: torch.device) -> Streams:
+        """Return the same with the streams on a device."""
+        moved = (None if stream is None else stream.to(device) for stream in (self.floats, self.quantised))
+        return Streams(self.done, self.errors, *moved)
 
 
 class BlockStore:
@@ -25,31 +68,86 @@ class BlockStore:
 
     Codes stand as uint8, scales and zero points in float32, folded norms and biases in float32, factors of side
     branches in float16 or as codes, rotations and learned parameters as they are; the formats stand in the file's
-    metadata. What a method did to the model as a whole has a file of its own.
+    metadata. What a method did to the model as a whole has a file of its own, and so has what enters the next block.
+
+    Every file appears whole or not at all and carries a checksum. With a `stamp`, which stands for all that decides
+    the blocks, each file names it and the digest of the block before: what another run left is never taken up.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, stamp: str | None = None) -> None:
+        self.folder, self.stamp = folder, stamp
 
     def clear(self) -> None:
-        """Leave an empty folder behind."""
+        """Leave nothing behind."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        self._streams_file.unlink(missing_ok=True)
+
+    def open(self) -> None:
+        """Make the folder, and remove what a killed writer left.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_partial(self.folder)
+        except OSError as error:
+            raise OutputError(f"{self.folder}: cannot be written ({error.strerror}); set paths.runs=DIR") from error
 
     def complete(self, depth: int) -> bool:
-        """Whether the folder holds `depth` blocks, none of them cut off."""
-        from safetensors import SafetensorError, safe_open
+        """Whether the folder holds `depth` blocks of this run, all of them as they were written."""
+        return len(self.kept(depth)) == depth
 
+    def kept(self, depth: int) -> list[Kept]:
+        """Return the finished blocks from the first on, up to where one is missing or damaged; tensors left out."""
+        found: list[Kept] = []
+        before = self.model_digest()
+        while len(found) < depth and (one := self.restore(len(found), before)) is not None:
+            found.append(replace(one, result=BlockResult({})))
+            before = one.digest
+        return found
+
+    def restore(self, index: int, before: str) -> Kept | None:
+        """Return a block if it is there; None, and a warning, where it is damaged or made after another state.
+
+        Args:
+            before: the digest of the block before it; for the first, `model_digest()`.
+
+        Raises:
+            InputError: the block is whole, but of a run with other settings, inputs, versions or sources.
+        """
+        file = self._file(index)
         try:
-            for index in range(depth):
-                with safe_open(self._file(index), framework="pt"):  # checks the length against the header
-                    pass
-        except (OSError, SafetensorError):
-            return False
-        return True
+            stored = read_tensors(file)
+        except FileNotFoundError:
+            return None
+        except DamagedError as error:
+            warn(f"{error}; the block is quantised again")
+            return None
+        self._check_stamp(file, stored)
+        if stored.metadata["before"] != before:
+            warn(f"{file} was made after other blocks than are there now; the block is quantised again")
+            return None
+        return Kept(_to_result(file, stored), stored.digest, json.loads(stored.metadata["report"]))
 
-    def write(self, index: int, result: BlockResult) -> None:
-        """Store a block; the file appears whole or not at all."""
+    def _check_stamp(self, file: Path, stored: Stored) -> None:
+        if self.stamp is not None and stored.metadata["stamp"] != self.stamp:
+            raise InputError(
+                f"{file}: was begun with other versions, sources or inputs, and blocks of both would make no model; go "
+                "on with what it was begun with, or start anew with force=true"
+            )
+
+    def write(
+        self, index: int, result: BlockResult, before: str | None = None, report: Mapping[str, Any] | None = None
+    ) -> str:
+        """Store a block, with a `report` that is plain data, and return its digest.
+
+        Args:
+            before: the digest of the block before it; for the first, `model_digest()`, which is also the default.
+
+        Raises:
+            OutputError: it cannot be written; what is stored already stays.
+        """
         tensors: dict[str, Tensor] = {}
         formats: dict[str, dict[str, object]] = {}
         quantized: dict[str, Factor] = dict(result.weights)
@@ -66,8 +164,39 @@ class BlockStore:
         tensors |= {f"{name}:state": tensor.cpu().contiguous() for name, tensor in result.state.items()}
         for place, rotation in result.rotations.items():
             tensors |= {f"{place}:rotation.{part}": t.cpu().contiguous() for part, t in rotation.tensors().items()}
-        metadata = {"formats": json.dumps(formats), "metrics": json.dumps(dict(result.metrics))}
-        self._save(self._file(index), tensors, metadata)
+        metadata = {
+            "formats": json.dumps(formats),
+            "metrics": json.dumps(dict(result.metrics)),
+            "report": json.dumps(dict(report or {})),
+            "before": self.model_digest() if before is None else before,
+        }
+        return self._save(self._file(index), tensors, metadata)
+
+    @property
+    def _streams_file(self) -> Path:
+        return self.folder.with_name("streams.safetensors")
+
+    def write_streams(self, streams: Streams, before: str) -> None:
+        """Store what enters the next block in place of what entered the last one; `before` as in `write`."""
+        tensors = {"floats": streams.floats, "quantised": streams.quantised}
+        metadata = {"done": str(streams.done), "errors": json.dumps(list(streams.errors)), "before": before}
+        self._save(self._streams_file, {name: t for name, t in tensors.items() if t is not None}, metadata)
+
+    def read_streams(self, kept: Sequence[Kept]) -> Streams | None:
+        """Return what enters the next block after some of `kept`; None where that is not known any more."""
+        try:
+            stored = read_tensors(self._streams_file)
+            self._check_stamp(self._streams_file, stored)
+        except (FileNotFoundError, InputError):
+            return None
+        except DamagedError as error:
+            warn(f"{error}; the finished blocks are run through again")
+            return None
+        done = int(stored.metadata["done"])
+        if done > len(kept) or stored.metadata["before"] != (kept[done - 1].digest if done else ""):
+            return None
+        tensors = stored.tensors
+        return Streams(done, json.loads(stored.metadata["errors"]), tensors.get("floats"), tensors.get("quantised"))
 
     @property
     def model_file(self) -> Path:
@@ -84,71 +213,95 @@ class BlockStore:
         if tensors:
             self._save(self.model_file, tensors, {})
 
+    def model_digest(self) -> str:
+        """The digest of what the model was made into before its first block; empty where it stayed as it was."""
+        try:
+            return read_tensors(self.model_file).digest
+        except FileNotFoundError:
+            return ""
+        except DamagedError as error:
+            warn(f"{error}; it is made again")
+            return DAMAGED
+
     def read_model(self, model: Model) -> Model:
         """Return `model` as the stored blocks want it: turned, or after a prefix.
 
         Raises:
-            InputError: the file is damaged.
+            InputError: the file is damaged, or of another run.
         """
-        from safetensors.torch import load_file
-
-        file = self.model_file
-        if not file.exists():
-            return model
         try:
-            tensors = load_file(file)
-        except Exception as error:  # safetensors raises its own kinds
-            raise InputError(f"{file}: cannot be read ({error}); run again with force=true") from error
+            stored = read_tensors(self.model_file)
+        except FileNotFoundError:
+            return model
+        except DamagedError as error:
+            raise InputError(f"{error}; {_AGAIN}") from error
+        self._check_stamp(self.model_file, stored)
+        tensors = stored.tensors
         if (residual := tensors.get("residual")) is not None:
             model = replace(model, residual=residual.to(model.device))
         return model if (prefix := tensors.get("prefix")) is None else model.with_prefix(prefix)
 
-    def _save(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        from safetensors.torch import save_file
-
-        partial = file.with_suffix(".partial")
+    def _save(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         try:
-            save_file(dict(tensors), partial, metadata=dict(metadata))
-            os.replace(partial, file)
+            return write_tensors(file, tensors, {**metadata, "stamp": self.stamp or ""})
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(f"{file}: cannot be written ({error.strerror}); free space or set paths.runs") from error
+            raise OutputError(
+                f"{file}: cannot be written ({error.strerror or error}); free space and give the same command again, "
+                "or set paths.runs"
+            ) from error
 
     def read(self, index: int) -> BlockResult:
         """Return a stored block, on the CPU; InputError when it is missing or damaged."""
-        from safetensors import safe_open
-
+        file = self._file(index)
         try:
-            with safe_open(self._file(index), framework="pt", device="cpu") as file:
-                metadata: Mapping[str, str] = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            weights = {
-                name: QuantizedTensor(
-                    tensors[f"{name}:codes"], tensors[f"{name}:scale"], tensors[f"{name}:zero"], build(fmt)
-                )
-                for name, fmt in json.loads(metadata["formats"]).items()
-            }
-            factors: dict[str, Factor] = tensors | weights
-            branches = {
-                name: SideBranch(factors[f"{name}:up"], factors[f"{name}:down"])
-                for name in weights
-                if f"{name}:up" in factors
-            }
-        except Exception as error:  # safetensors and json each raise their own kinds
-            raise InputError(f"{self._file(index)}: cannot be read ({error}); run again with force=true") from error
-        floats = {name.removesuffix(":float"): tensor for name, tensor in tensors.items() if name.endswith(":float")}
-        state = {name.removesuffix(":state"): tensor for name, tensor in tensors.items() if name.endswith(":state")}
-        return BlockResult(
-            {name: weight for name, weight in weights.items() if not name.endswith((":up", ":down"))},
-            floats,
-            json.loads(metadata["metrics"]),
-            state,
-            branches=branches,
-            rotations=_rotations(tensors),
-        )
+            stored = read_tensors(file)
+        except (FileNotFoundError, DamagedError) as error:
+            raise InputError(f"{error}; {_AGAIN}") from error
+        self._check_stamp(file, stored)
+        if index == 0 and stored.metadata["before"] != self.model_digest():
+            raise InputError(f"{self.model_file}: is missing or changed, and the blocks make no model; {_AGAIN}")
+        return _to_result(file, stored)
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block_{index:03d}.safetensors"
+
+
+def _to_result(file: Path, stored: Stored) -> BlockResult:
+    tensors = stored.tensors
+    try:
+        formats = {name: _format(node) for name, node in json.loads(stored.metadata["formats"]).items()}
+        weights = {
+            name: QuantizedTensor(tensors[f"{name}:codes"], tensors[f"{name}:scale"], tensors[f"{name}:zero"], fmt)
+            for name, fmt in formats.items()
+        }
+        factors: dict[str, Factor] = {**tensors, **weights}
+        branches = {
+            name: SideBranch(factors[f"{name}:up"], factors[f"{name}:down"])
+            for name in weights
+            if f"{name}:up" in factors
+        }
+        return BlockResult(
+            {name: weight for name, weight in weights.items() if not name.endswith((":up", ":down"))},
+            _named(tensors, ":float"),
+            json.loads(stored.metadata["metrics"]),
+            _named(tensors, ":state"),
+            branches=branches,
+            rotations=_rotations(tensors),
+        )
+    except (KeyError, ValueError, TypeError, AttributeError, LsiqError) as error:
+        raise InputError(f"{file}: does not hold a block ({error}); run again with force=true") from error
+
+
+def _named(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
+    return {name.removesuffix(ending): tensor for name, tensor in tensors.items() if name.endswith(ending)}
+
+
+def _format(node: Any) -> WeightFormat:
+    """Return the number format that a file describes; ValueError where it names anything else."""
+    fmt = build(node)
+    if not isinstance(fmt, WeightFormat):
+        raise ValueError(f"{node} is no number format")
+    return fmt
 
 
 def _rotations(tensors: Mapping[str, Tensor]) -> dict[str, Rotation]:

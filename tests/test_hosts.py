@@ -288,7 +288,7 @@ def test_hosts_pass_through_the_store(checkpoint: Path, tmp_path: Path) -> None:
     model = load_small(checkpoint)
     prepared = Rotate(then=RTN()).prepare_model(model.with_prefix(torch.tensor([3, 4])), None, 2, seeded())
     store = BlockStore(tmp_path / "blocks")
-    store.clear()
+    store.open()
     store.write_model(prepared)
     block, hidden = first_block(prepared)
     result = quantised(hosts(RTN())["all"], block, hidden)

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPES, save_model
+from interruption import at_rename, interrupt, only_run, outcome
 from omegaconf import DictConfig
 
 import lsiq.experiment
+from lsiq.durable import read_tensors, write_tensors
 from lsiq.errors import ConfigError, InputError, LsiqError, NumericalError, OutputError
-from lsiq.results import Record, read_record
 from lsiq.run import run
 from lsiq.store import BlockStore
 
@@ -24,13 +25,6 @@ SmallRun = Callable[..., DictConfig]
 @pytest.fixture
 def model(checkpoints: dict[str, Path]) -> Path:
     return checkpoints["llama"]
-
-
-def only_run(tmp_path: Path) -> tuple[Record, Path]:
-    (file,) = (tmp_path / "runs").glob("*/record.json")
-    record = read_record(file.parent)
-    assert record is not None
-    return record, file.parent
 
 
 def block_times(folder: Path) -> list[int]:
@@ -49,7 +43,7 @@ def test_an_evaluation_that_fails_leaves_the_blocks_and_is_repeated_from_there(
     monkeypatch.setattr(lsiq.experiment, "evaluate", out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(small_run(model))
-    failed, folder = only_run(tmp_path)
+    failed, folder = only_run(tmp_path / "runs")
     assert (failed.status, failed.error) == ("evaluation failed", "RuntimeError: out of memory")
     assert failed.quantised
     assert len(failed.blocks) == 2
@@ -75,20 +69,20 @@ def test_a_model_without_a_finite_loss_keeps_its_blocks_and_can_be_exported(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match="the loss of the model is"):
         run(small_run(folder, "calib=none"))
-    record, kept = only_run(tmp_path)
+    record, kept = only_run(tmp_path / "runs")
     assert record.status == "evaluation failed"
     before = block_times(kept)
     with pytest.raises(NumericalError):
         run(small_run(folder, "calib=none"))
     assert block_times(kept) == before
     run(small_run(folder, f"from={record.run_id}", "export=plain", "export.verify=false"))
-    record, kept = only_run(tmp_path)
+    record, kept = only_run(tmp_path / "runs")
     assert (record.status, record.exports["plain"]["status"]) == ("evaluation failed", "finished")
 
 
 def test_a_run_that_was_killed_while_evaluating_goes_on(model: Path, small_run: SmallRun, tmp_path: Path) -> None:
     finished = run(small_run(model))
-    _, folder = only_run(tmp_path)
+    _, folder = only_run(tmp_path / "runs")
     values = json.loads((folder / "record.json").read_text())
     values |= {"status": "running", "metrics": {}}  # what is on disk between quantising and the end
     (folder / "record.json").write_text(json.dumps(values))
@@ -102,7 +96,7 @@ def test_blocks_that_are_not_all_there_are_quantised_again(
     model: Path, small_run: SmallRun, tmp_path: Path, damage: str
 ) -> None:
     finished = run(small_run(model))
-    _, folder = only_run(tmp_path)
+    _, folder = only_run(tmp_path / "runs")
     values = json.loads((folder / "record.json").read_text()) | {"status": "evaluation failed"}
     (folder / "record.json").write_text(json.dumps(values))
     block = folder / "blocks" / "block_001.safetensors"
@@ -125,7 +119,7 @@ def test_an_export_that_cannot_be_written_leaves_a_finished_run(
     arguments = ("export=plain", f"export.folder={tmp_path / 'taken' / 'export'}")
     with pytest.raises(OutputError, match=r"set export\.folder=DIR"):
         run(small_run(model, *arguments))
-    record, folder = only_run(tmp_path)
+    record, folder = only_run(tmp_path / "runs")
     assert record.status == "finished"
     assert record.metrics
     assert record.exports["plain"]["status"] == "failed"
@@ -142,7 +136,7 @@ def test_a_finished_run_is_exported_by_name_or_folder_and_stays_what_it_was(
     model: Path, small_run: SmallRun, tmp_path: Path
 ) -> None:
     finished = run(small_run(model))
-    _, folder = only_run(tmp_path)
+    _, folder = only_run(tmp_path / "runs")
     before = block_times(folder)
     by_name = run(small_run(model, f"from={finished.run_id}", "export=plain"))
     by_folder = run(small_run(model, f"from={folder}", "export=compressed-tensors"))
@@ -179,6 +173,109 @@ def test_what_cannot_be_exported_later_says_why(small_run: SmallRun, tmp_path: P
     shutil.rmtree(tmp_path / "runs" / finished.run_id / "blocks")
     with pytest.raises(InputError, match="run it again with force=true"):
         run(small_run(moved, named, "export=compressed-tensors"))
-    record, _ = only_run(tmp_path)
+    record, _ = only_run(tmp_path / "runs")
     assert record.status == "finished"
     assert record.exports["compressed-tensors"]["status"] == "failed"
+
+
+# Files get their names in this order: record (begun), the model's own where there is one, then for each block it, the
+# streams and the record.
+E2E = ["method=e2e", "method.run=null", "method@method.start=lwc"]
+STOPPED_AT = {
+    "rtn": (["method=rtn"], 5),
+    "gptq": (["method=gptq"], 3),
+    "lsi": (["method=lsi", "method.training.epochs=2", "method.training.batch=2"], 4),
+    "rotate": (["method=rotate", "method@method.then=gptq"], 6),
+    "prefix": (["method=prefix", "method@method.then=awq"], 7),
+    "lqer": (["method=qera-exact", "method.rank=4"], 6),
+    "e2e": ([*E2E, "method.start.training.epochs=1", "method.training.epochs=1"], 9),
+    "no-data": (["method=rtn", "calib=none"], 3),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED_AT)
+def test_a_run_that_was_stopped_goes_on_to_the_very_same_result(
+    model: Path, small_run: SmallRun, tmp_path: Path, name: str
+) -> None:
+    arguments, rename = STOPPED_AT[name]
+    run(small_run(model, *arguments, f"paths.runs={tmp_path / 'other'}"))
+    _, undisturbed = only_run(tmp_path / "other")
+    with at_rename(rename, interrupt), pytest.raises(KeyboardInterrupt):
+        run(small_run(model, *arguments))
+    stopped, folder = only_run(tmp_path / "runs")
+    assert stopped.status == "interrupted"
+    kept = {file: file.stat().st_mtime_ns for file in folder.glob("**/block_*.safetensors")}
+    assert kept
+    run(small_run(model, *arguments))
+    assert outcome(folder) == outcome(undisturbed)
+    # What was finished was not written again.
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
+def test_the_streams_are_not_run_through_again(model: Path, small_run: SmallRun, tmp_path: Path) -> None:
+    arguments = ["method=gptq", "eval=none"]
+    with at_rename(4, interrupt), pytest.raises(KeyboardInterrupt):  # the record with the first block in it
+        run(small_run(model, *arguments))
+    _, folder = only_run(tmp_path / "runs")
+    streams = folder / "streams.safetensors"
+    stored = read_tensors(streams)
+    assert stored.metadata["done"] == "1"
+    assert stored.tensors["floats"].shape == stored.tensors["quantised"].shape == (4, 32, 96)
+    # With other streams in their place the second block comes out otherwise: they are what it is made from.
+    first = run(small_run(model, *arguments, f"paths.runs={tmp_path / 'other'}"))
+    turned = {name: tensor.roll(1, -1) for name, tensor in stored.tensors.items()}
+    write_tensors(streams, turned, stored.metadata)
+    again = run(small_run(model, *arguments))
+    assert again.blocks[0]["error"] == first.blocks[0]["error"]
+    assert again.blocks[1]["error"] != first.blocks[1]["error"]
+    assert not read_tensors(streams).tensors  # nothing of their size stays behind
+
+
+def test_a_damaged_block_alone_is_made_again(model: Path, small_run: SmallRun, tmp_path: Path) -> None:
+    finished = run(small_run(model, "method=gptq"))
+    _, folder = only_run(tmp_path / "runs")
+    before = outcome(folder)
+    (folder / "record.json").write_text(
+        json.dumps(json.loads((folder / "record.json").read_text()) | {"status": "evaluation failed"})
+    )
+    first, second = sorted(folder.glob("blocks/*.safetensors"))
+    kept = second.stat().st_mtime_ns
+    content = bytearray(first.read_bytes())
+    content[-1000] ^= 1
+    first.write_bytes(content)
+    assert run(small_run(model, "method=gptq")).metrics == finished.metrics
+    assert outcome(folder) == before
+    assert second.stat().st_mtime_ns == kept  # it was made after the very block that is there again
+
+
+def test_blocks_of_another_state_are_never_mixed_in(model: Path, small_run: SmallRun, tmp_path: Path) -> None:
+    with at_rename(4, interrupt), pytest.raises(KeyboardInterrupt):
+        run(small_run(model, "method=gptq"))
+    _, folder = only_run(tmp_path / "runs")
+    (file,) = folder.glob("blocks/*.safetensors")
+    stored = read_tensors(file)
+    write_tensors(file, stored.tensors, {**stored.metadata, "stamp": "of torch 1.0"})
+    with pytest.raises(InputError, match=r"block_000.* other versions, sources or inputs.* force=true"):
+        run(small_run(model, "method=gptq"))
+    assert file.is_file()
+    assert run(small_run(model, "method=gptq", "force=true")).status == "finished"
+
+
+def test_what_the_run_itself_scored_is_not_measured_again(
+    model: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = run(small_run(model, f"paths.runs={tmp_path / 'other'}"))
+    # After the two blocks: the trajectory and the record, then the own scores and the table of windows.
+    with at_rename(11, interrupt), pytest.raises(KeyboardInterrupt):
+        run(small_run(model))
+    _, folder = only_run(tmp_path / "runs")
+    assert len(list(folder.glob("scores/*.safetensors"))) == 1
+
+    def never(*args: object) -> None:
+        raise AssertionError("a block was run")
+
+    monkeypatch.setattr("lsiq.evals.windows.run_blocks", never)
+    again = run(small_run(model))
+    assert again.metrics == undisturbed.metrics
+    assert again.cached == {"float/ppl/file@64": again.cached["float/ppl/file@64"]}
+    assert not (folder / "scores").exists()

@@ -100,7 +100,7 @@ def test_a_failed_run_leaves_a_record_and_is_tried_again(
 ) -> None:
     written = BlockStore.write
 
-    def disk_full(self: BlockStore, index: int, result: object) -> None:
+    def disk_full(self: BlockStore, *args: object) -> None:
         raise OutputError("the disk is full")
 
     monkeypatch.setattr(BlockStore, "write", disk_full)

@@ -226,7 +226,7 @@ def part_times(stepper: Stepper, batch: int, device: torch.device, repeats: int 
         marks[0] = Mark(device)
         made, leaves = stepper.make_weights()
         marks.append(Mark(device))
-        loss = stepper.loss(batch, made, leaves)
+        loss = stepper.loss(slice(0, batch), made, leaves)
         marks.append(Mark(device))
         stepper.backward_tokens(loss)
         marks.append(Mark(device))

@@ -7,13 +7,14 @@ order of summation. Several processes reduce what each gathered of its sequences
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lsiq import distributed, streams
 from lsiq.formats import ActivationFormat
+from lsiq.microbatch import MicroBatch
 from lsiq.models.block import Block
 
 Update = Callable[[str, Tensor], None]
@@ -43,34 +44,59 @@ def visit_inputs(
             they are before the format rounds them.
     """
     device = next(iter(block.weights.values())).device
-    shown: list[Tensor] = []
-    waiting: set[str] = set()
+    function = block.with_weights(weights, activation)  # before the hooks: it runs the prefix, which is not shown
+    micro = MicroBatch(batch, f"gathering the inputs of block {block.index}")
 
-    def show(name: str) -> Callable[..., None]:
+    def visit(part: Tensor, done: frozenset[str]) -> None:
+        showing = _Showing(block, linears, update, set(done))
+        reason = ""
+        try:
+            with showing.hooked(), contextlib.suppress(_AllShown):
+                function(part.to(device))
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(".")[0]
+        if reason:  # what was shown of this part is not shown again
+            micro.halve(reason)
+            for smaller in part.split(micro.size):
+                visit(smaller, frozenset(showing.done))
+
+    for whole in inputs.split(batch):
+        for part in micro.parts(len(whole)):
+            visit(whole[part], frozenset())
+        streams.release(inputs)
+
+
+class _Showing:
+    """One pass of some sequences through a block, and the linears whose inputs were shown."""
+
+    def __init__(self, block: Block, linears: Sequence[str], update: Update, done: set[str]) -> None:
+        self.block, self.linears, self.update, self.done = block, linears, update, done
+        self.seen: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        handles = [
+            self.block.module.get_submodule(name).register_forward_pre_hook(self._hook(name)) for name in self.linears
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
         def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            if not any(args[0] is seen for seen in shown):
-                shown.append(args[0])
-                rotation = block.rotation_of(name)
-                seen = args[0] if rotation is None else rotation.apply(args[0])
-                update(name, seen.flatten(0, -2).float())
-            waiting.discard(name)
-            if not waiting:
+            shown = any(args[0] is seen for seen in self.seen)
+            self.seen.append(args[0])
+            if name not in self.done and not shown:
+                rotation = self.block.rotation_of(name)
+                turned = args[0] if rotation is None else rotation.apply(args[0])
+                self.update(name, turned.flatten(0, -2).float())
+            self.done.add(name)
+            if self.done.issuperset(self.linears):
                 raise _AllShown
 
         return hook
-
-    function = block.with_weights(weights, activation)  # before the hooks: it runs the prefix, which is not shown
-    handles = [block.module.get_submodule(name).register_forward_pre_hook(show(name)) for name in linears]
-    try:
-        for part in inputs.split(batch):
-            waiting.update(linears)
-            with contextlib.suppress(_AllShown):
-                function(part.to(device))
-            shown.clear()
-            streams.release(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def extremes(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:

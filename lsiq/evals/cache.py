@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lsiq import distributed
+from lsiq.durable import DamagedError, read_tensors, write_tensors
 from lsiq.errors import OutputError
 from lsiq.lock import exclusive
 from lsiq.track.console import warn
@@ -45,6 +45,7 @@ class EvaluationCache:
         identity: Mapping[str, Any],
         origin: Mapping[str, str],
         sources: Sequence[str] = _SOURCES,
+        own: Path | None = None,
     ) -> None:
         """Open the cache.
 
@@ -53,8 +54,9 @@ class EvaluationCache:
             identity: what decides every measurement of this run: model, precision, machine, versions.
             origin: what is written beside new entries.
             sources: patterns of the files in the package whose code decides what is measured.
+            own: where the run keeps what its own model scored, so that it need not be measured again after a stop.
         """
-        self._folder = folder
+        self._folder, self._own = folder, own
         self._identity = {**identity, "sources": source_hash(sources)}
         self._origin = dict(origin)
 
@@ -65,7 +67,7 @@ class EvaluationCache:
 
     def has(self, key: str) -> bool:
         """Whether there is an entry, damaged or not."""
-        return self._folder is not None and self._file(key).is_file()
+        return self._folder is not None and _file(self._folder, key).is_file()
 
     @contextlib.contextmanager
     def alone(self, key: str, what: str) -> Iterator[None]:
@@ -94,47 +96,42 @@ class EvaluationCache:
             self.write(key, tensors)
             return tensors
 
-    def read(self, key: str) -> Entry | None:
+    def read(self, key: str, own: bool = False) -> Entry | None:
         """Return an entry, or None; one that is damaged is named and counts as missing.
 
         Of several processes all find it or none.
         """
-        found = self._read(key)
+        found = self._read(key, own)
         return found if all(distributed.gather(found is not None)) else None
 
-    def _read(self, key: str) -> Entry | None:
-        if self._folder is None or not self._file(key).is_file():
+    def _read(self, key: str, own: bool) -> Entry | None:
+        folder = self._own if own else self._folder
+        if folder is None:
             return None
-        from safetensors import safe_open
-
         try:
-            with safe_open(self._file(key), framework="pt", device="cpu") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                return Entry(tensors, dict(file.metadata() or {}))
-        except Exception as error:  # safetensors has its own kind for each way a file can be damaged  # noqa: BLE001
-            warn(f"{self._file(key)}: cannot be read ({error}); it is measured again")
+            stored = read_tensors(_file(folder, key))
+        except FileNotFoundError:
             return None
+        except DamagedError as error:
+            warn(f"{error}; it is measured again")
+            return None
+        return Entry(stored.tensors, stored.metadata)
 
-    def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, key: str, tensors: Mapping[str, Tensor], own: bool = False) -> None:
         """Keep a measurement. A folder that cannot be written costs a warning, never the run."""
-        if self._folder is None or not distributed.first():
+        folder = self._own if own else self._folder
+        if folder is None or not distributed.first():
             return
-        from safetensors.torch import save_file
-
-        partial = self._folder / f".{key}.{os.getpid()}.{uuid.uuid4().hex}.partial"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, self._origin)
-            os.replace(partial, self._file(key))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(_file(folder, key), tensors, self._origin)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            warn(f"paths.cache={self._folder}: cannot be written ({error.strerror}); set paths.cache=DIR or null")
-            self._folder = None
+            warn(f"{folder}: cannot be written ({error.strerror}); what was measured is not kept for other runs")
+            self._folder, self._own = (self._folder, None) if own else (None, self._own)
 
-    def _file(self, key: str) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{key}.safetensors"
+
+def _file(folder: Path, key: str) -> Path:
+    return folder / f"{key}.safetensors"
 
 
 def source_hash(patterns: Sequence[str] = _SOURCES) -> str:

@@ -31,6 +31,9 @@ from lsiq.results import Record
 from lsiq.store import BlockStore
 from lsiq.track.console import stage
 
+# Where a run keeps what its own model scored until it is finished.
+SCORES = "scores"
+
 
 def evaluate(
     config: RunConfig,
@@ -47,8 +50,8 @@ def evaluate(
         prepared: the model whose blocks are in `store`; `model` itself unless a method turned it or gave it a prefix.
     """
     variants = variants_to_measure(config, prepared, store)
-    cache = open_cache(config, model, record)
     folder = store.folder.parent
+    cache = open_cache(config, model, record, folder / SCORES)
     if windows:
         once = references_once(windows, variants, config.eval.divergence, cache)
         with once, stage("evaluate", model.depth * len(by_model(model, variants))) as progress:
@@ -79,15 +82,19 @@ def variants_to_measure(config: RunConfig, prepared: Model, store: BlockStore) -
             f"rtn {quant.weight} {quant.activation}",
         )
     if prepared.prefix is not None:
-        variants["prefixed/"] = Variant(lambda block: block.with_weights({}), prepared=prepared)
+        variants["prefixed/"] = Variant(
+            lambda block: block.with_weights({}), prepared=prepared, stored=f"prefixed {store.stamp}"
+        )
     variants[""] = Variant(
-        lambda block: block.with_result(store.read(block.index), quant.activation), prepared=prepared
+        lambda block: block.with_result(store.read(block.index), quant.activation),
+        prepared=prepared,
+        stored=f"own {store.stamp}",
     )
     return variants
 
 
-def open_cache(config: RunConfig, model: Model, record: Record) -> EvaluationCache:
-    """Open the cache of reference measurements for this model on this machine."""
+def open_cache(config: RunConfig, model: Model, record: Record, own: Path | None = None) -> EvaluationCache:
+    """Open the cache of reference measurements for this model on this machine, and of the run's own in `own`."""
     # Random weights have no content to hash: their shape and seed say which they are.
     weights = record.inputs.get("model") or f"random {config.seed} {model.config.to_json_string()}"
     identity: dict[str, Any] = {
@@ -99,7 +106,7 @@ def open_cache(config: RunConfig, model: Model, record: Record) -> EvaluationCac
         "versions": {name: record.versions.get(name) for name in ("torch", "transformers")},
     }
     folder = None if config.paths.cache is None else Path(config.paths.cache).expanduser()
-    return EvaluationCache(folder, identity, {"run": record.run_id, "created": record.created})
+    return EvaluationCache(folder, identity, {"run": record.run_id, "created": record.created}, own=own)
 
 
 def _report(key: str, tokens: Tensor, found: Mapping[str, Measured], model: Model, record: Record) -> None:

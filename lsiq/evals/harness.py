@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas
 
 from lsiq import distributed
+from lsiq.durable import replacing
 from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.likelihood import Likelihoods, Pair, hash_pairs, measure_pairs
 from lsiq.evals.tasks import Tasks
@@ -113,7 +114,8 @@ def measure_tasks(
             }
             record.protocol |= {key: protocol for key in found if not key.partition("/")[0].endswith("_stderr")}
     if distributed.first():
-        pandas.DataFrame(rows).to_parquet(folder / "items.parquet", index=False)
+        with replacing(folder / "items.parquet") as partial:
+            pandas.DataFrame(rows).to_parquet(partial, index=False)
 
 
 def _hash_requests(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -59,19 +59,22 @@ def measure_pairs(
     Raises:
         InputError: a continuation is empty or alone longer than the model's positions.
     """
-    keys = {p: cache.key(kind="pairs", pairs=hash_pairs(pairs), reference=v.reference) for p, v in variants.items()}
+    keys = {p: cache.key(kind="pairs", pairs=hash_pairs(pairs), reference=v.kept) for p, v in variants.items()}
     found: dict[str, Likelihoods] = {}
     origins: dict[str, Mapping[str, str]] = {}
     for prefix, variant in variants.items():
-        entry = None if variant.reference is None else cache.read(keys[prefix])
+        own = variant.reference is None
+        entry = None if variant.kept is None else cache.read(keys[prefix], own)
         if entry is not None:
-            found[prefix], origins[prefix] = Likelihoods(**entry.tensors), entry.origin
+            found[prefix] = Likelihoods(**entry.tensors)
+            if not own:
+                origins[prefix] = entry.origin
     missing = {prefix: variant for prefix, variant in variants.items() if prefix not in found}
     for own, group in by_model(model, missing):
         measured = _measure(own, pairs, group, batch_tokens, progress)
         for prefix, likelihoods in measured.items():
-            if group[prefix].reference is not None:
-                cache.write(keys[prefix], vars(likelihoods))
+            if group[prefix].kept is not None:
+                cache.write(keys[prefix], vars(likelihoods), group[prefix].reference is None)
         found |= measured
     return found, origins
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lsiq import streams as disk
+from lsiq.microbatch import MicroBatch, in_parts
 from lsiq.models.block import Block, BlockFunction
 from lsiq.models.loading import Model
 
@@ -38,6 +40,7 @@ def run_blocks(
     """
     streams, kwargs = _embed(model, batches)
     keep = _keeper(model, streams)
+    micro = MicroBatch(max((len(batch) for several in batches.values() for batch in several), default=1), "evaluating")
 
     def prepare(index: int) -> dict[str, BlockFunction]:
         block = model.block(index, {})
@@ -47,12 +50,16 @@ def run_blocks(
         for name, stream in streams.items():
             for position, hidden in enumerate(stream):
                 moved = hidden.to(model.device, non_blocking=True)
-                stream[position] = keep(functions[name](moved, kwargs[hidden.shape[1]]))
+                stream[position] = keep(in_parts(partial(_run, functions[name], kwargs), moved, micro))
         advance()
         del functions  # before the next block's are waited for
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return streams
+
+
+def _run(function: BlockFunction, kwargs: Mapping[int, Mapping[str, Any]], hidden: Tensor) -> Tensor:
+    return function(hidden, kwargs[hidden.shape[1]])
 
 
 def _embed(

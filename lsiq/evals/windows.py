@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lsiq import distributed
 from lsiq.calib.tokens import token_hash
+from lsiq.durable import replacing
 from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.perplexity import TokenScores, score_tokens
 from lsiq.evals.stream import FunctionOf, run_blocks
@@ -33,6 +34,7 @@ class Variant:
     Attributes:
         function_of: turns a float block into the one to run.
         reference: what it is, for the cache; None for the model under test, which is never taken from there.
+        stored: what names the model under test among what the run keeps of its own measurements; None keeps none.
         prepared: the model whose float blocks these are, where its residual stream is turned or a prefix stands before
             every sequence; None for the float model as it is.
     """
@@ -40,6 +42,12 @@ class Variant:
     function_of: FunctionOf
     reference: str | None = None
     prepared: Model | None = None
+    stored: str | None = None
+
+    @property
+    def kept(self) -> str | None:
+        """What it is called among what was measured before, be that shared or the run's own."""
+        return self.reference or self.stored
 
 
 @dataclass(frozen=True)
@@ -183,11 +191,12 @@ class _Shelf:
         """Return by prefix what was measured before; a comparison counts only where all of it is there."""
         found = {}
         for prefix, variant in variants.items():
-            if variant.reference is None:
+            if variant.kept is None:
                 continue
-            entry = self._cache.read(self._key(corpus, variant.reference))
+            own = variant.reference is None
+            entry = self._cache.read(self._key(corpus, variant.kept), own)
             if entry is not None:
-                found[prefix] = Measured(TokenScores(**entry.tensors), entry.origin)
+                found[prefix] = Measured(TokenScores(**entry.tensors), None if own else entry.origin)
         return found
 
     def holds(self, reference: str) -> bool:
@@ -200,9 +209,9 @@ class _Shelf:
         return self._cache.alone(key, f"perplexity of {reference}")
 
     def put(self, corpus: str, variant: Variant, scores: TokenScores) -> None:
-        if variant.reference is not None:
+        if variant.kept is not None:
             tensors = {name: tensor for name, tensor in vars(scores).items() if tensor is not None}
-            self._cache.write(self._key(corpus, variant.reference), tensors)
+            self._cache.write(self._key(corpus, variant.kept), tensors, variant.reference is None)
 
     def states(self, corpus: str) -> Tensor | None:
         """Return what the float model left its last block with, `(N, T, d)`."""
@@ -254,4 +263,5 @@ def write_windows(folder: Path, measured: Mapping[str, Mapping[str, Measured]], 
         frame.insert(0, "key", f"{corpus}@{seqlen}")
         frames.append(frame)
     if frames:
-        pandas.concat(frames, ignore_index=True).to_parquet(folder / "windows.parquet", index=False)
+        with replacing(folder / "windows.parquet") as partial:
+            pandas.concat(frames, ignore_index=True).to_parquet(partial, index=False)

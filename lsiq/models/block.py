@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from lsiq import streams
 from lsiq.formats import Activation, ActivationFormat
+from lsiq.microbatch import MicroBatch, in_parts
 from lsiq.models.attention import activations
 from lsiq.models.branch import Factors, side_branches
 from lsiq.models.prefix import BlockPrefix, KeysReached, PrefixCache, Recorder
@@ -234,13 +235,14 @@ class FloatStream:
 
     Args:
         block: gives a block by its index.
-        hidden: `(N, T, d)`, what enters the first block.
+        hidden: `(N, T, d)`, what enters it.
         batch: sequences that pass through a block at once.
+        first: the block that `hidden` enters, where it is not the model's first.
     """
 
-    def __init__(self, block: Callable[[int], Block], hidden: Tensor, batch: int) -> None:
+    def __init__(self, block: Callable[[int], Block], hidden: Tensor, batch: int, first: int = 0) -> None:
         self._block, self._batch = block, batch
-        self._known = {-1: hidden}
+        self._known = {first - 1: hidden}
 
     def after(self, index: int) -> Tensor:
         """Return what leaves the block `index`, `(N, T, d)`; a look ahead has computed it already."""
@@ -260,9 +262,10 @@ def run_stream(block: BlockFunction, stream: Tensor, batch: int, device: torch.d
     """Return the block's outputs for a stream `(N, T, d)`, `batch` sequences at a time, where the stream lies."""
     on_host = stream.device.type == "cpu"
     out = streams.empty(stream.shape, stream.dtype, stream.is_pinned()) if on_host else torch.empty_like(stream)
+    micro = MicroBatch(batch, "running a block")
     for start in range(0, len(stream), batch):
         part = slice(start, start + batch)
-        out[part].copy_(block(stream[part].to(device, non_blocking=True)), non_blocking=True)
+        out[part].copy_(in_parts(block, stream[part].to(device, non_blocking=True), micro), non_blocking=True)
         streams.release(stream, out)
     if out.is_pinned():
         torch.cuda.synchronize(device)  # the copies have arrived

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,16 +21,29 @@ class Checkpoint(Protocol):
         """Return the tensor on the CPU, in the dtype it is stored in; InputError if missing or of another shape."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Raise InputError where what was read may not be what is there now."""
+        ...
+
 
 class FileCheckpoint:
     """Tensors of safetensors files, or of pickled files that hold nothing but tensors."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, tensors: Mapping[str, Any], files: Sequence[Path]) -> None:
         self.folder = folder
+        self._states = {file: _state(file) for file in files}
         self._tensors = tensors
         self._finite: set[str] = set()  # a tensor is read once for each pass over the model, and checked once
 
+    def check_unchanged(self) -> None:
+        if changed := [file for file, before in self._states.items() if _state(file) != before]:
+            raise InputError(
+                f"{changed[0]}: changed while the run was reading it; give the same command again, which starts a run "
+                "of the changed model, or put it back as it was to go on with this one"
+            )
+
     def read(self, name: str, shape: torch.Size) -> Tensor:
+        self.check_unchanged()  # also because what is cut off while it is mapped ends the process when it is read
         # Checkpoints written from the bare base model leave its prefix out; transformers accepts both, and so do we.
         stored = name if name in self._tensors else name.removeprefix("model.")
         if stored not in self._tensors:
@@ -52,11 +65,22 @@ class FileCheckpoint:
         return tensor
 
 
+def _state(file: Path) -> tuple[int, int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class RandomCheckpoint:
     """Random weights of the asked shapes: each tensor depends on the seed and its own name alone."""
 
     def __init__(self, seed: int, std: float = 0.02) -> None:
         self._seed, self._std = seed, std
+
+    def check_unchanged(self) -> None:
+        pass
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
         digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=7).digest()
@@ -73,14 +97,16 @@ def open_checkpoint(folder: Path, allow_pickle: bool) -> FileCheckpoint:
         InputError: no weights, a damaged file, or pickled weights that were not asked for.
     """
     tensors: dict[str, Any] = {}
-    for file in weight_files(folder, allow_pickle):
+    files = weight_files(folder, allow_pickle)
+    opened = FileCheckpoint(folder, tensors, files)
+    for file in files:
         try:
             tensors.update(_open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file))
         except InputError:
             raise
         except Exception as error:  # each library has its own exceptions for a damaged file
             raise InputError(f"{file}: cannot be read ({error}); fetch it again") from error
-    return FileCheckpoint(folder, tensors)
+    return opened
 
 
 def _open_safetensors(file: Path) -> dict[str, Any]:

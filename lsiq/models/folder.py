@@ -89,8 +89,9 @@ def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
 
 def _indexed(folder: Path, index: str) -> list[Path]:
     try:
-        names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        places = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in places.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / index}: not a weight index ({error}); fetch the checkpoint again") from error
     for name in names:
         if Path(name).name != name:

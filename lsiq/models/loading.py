@@ -182,7 +182,13 @@ def load(settings: ModelSettings, folder: Path | None, device: torch.device, see
         checkpoint = open_checkpoint(folder, settings.allow_pickle)
     dtype = _dtype(settings.dtype, device, config)
     planting = _planting(settings, config, spec)
-    skeleton = _skeleton(config, spec, checkpoint, device, dtype)
+    try:
+        skeleton = _skeleton(config, spec, checkpoint, device, dtype)
+    except InputError:
+        raise
+    except Exception as error:  # transformers meets some of what is wrong only while it builds
+        kind = type(error).__name__
+        raise InputError(f"{where}: config.json makes no model ({kind}: {error}); fetch it again") from error
     return Model(config, spec, skeleton, checkpoint, _tokenizer(folder), device, dtype, planting)
 
 

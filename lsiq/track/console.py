@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from lsiq.memory import peak_bytes
+from lsiq.secrets import redacted
 
 if TYPE_CHECKING:
     from lsiq.dryrun import Stage as PlannedStage
@@ -37,11 +38,11 @@ def hush() -> None:
 
 
 def warn(message: str) -> None:
-    STORY.print(f"[yellow]warning:[/] {message}", soft_wrap=True)
+    STORY.print(f"[yellow]warning:[/] {redacted(message)}", soft_wrap=True)
 
 
 def say(message: str) -> None:
-    STORY.print(message, soft_wrap=True)
+    STORY.print(redacted(message), soft_wrap=True)
 
 
 class Stage:

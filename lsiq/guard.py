@@ -1,0 +1,75 @@
+"""What hydra's own part of a configuration may not do: call what it likes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lsiq.errors import ConfigError
+
+_LOGGING = ("hydra.hydra_logging", "hydra.job_logging")
+
+
+def check_hydra(config: Any) -> None:
+    """Raise ConfigError where the node `hydra` of a composed configuration would have something called.
+
+    Plug-ins (launchers, sweepers) hydra looks up among the installed ones itself. Its callbacks, and the factories of
+    a logging configuration, may name any function there is.
+    """
+    from omegaconf import OmegaConf
+
+    if OmegaConf.select(config, "hydra.callbacks"):
+        raise ConfigError("hydra.callbacks: could call anything, and is not used here; leave it out")
+    for key in _LOGGING:
+        node = OmegaConf.select(config, key)
+        plain = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
+        if (found := _factory(plain)) is not None:
+            raise ConfigError(
+                f"{key}: {found} could call anything or write anywhere; choose hydra/job_logging=none or stdout"
+            )
+
+
+def _factory(node: Any) -> str | None:
+    """The first entry of a logging configuration that names something to call, or a handler that writes files."""
+    if isinstance(node, list):
+        return next((found for item in node if (found := _factory(item)) is not None), None)
+    if not isinstance(node, Mapping):
+        return f"{node}" if isinstance(node, str) and node.startswith("ext://") and node not in _STREAMS else None
+    for key, value in node.items():
+        if key in ("()", ".", "_target_") or (key in ("class", "factory") and not _known(value)):
+            return f"{key}={value}"
+        if (found := _factory(value)) is not None:
+            return found
+    return None
+
+
+_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+
+
+def _known(value: Any) -> bool:
+    return isinstance(value, str) and value in (
+        "logging.StreamHandler",
+        "logging.NullHandler",
+        "logging.Formatter",
+        "colorlog.ColoredFormatter",
+    )
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Let `check_hydra` see every configuration that hydra composes, before hydra acts on it."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    load = ConfigLoaderImpl.load_configuration
+
+    def load_checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> Any:
+        config = load(self, *args, **kwargs)
+        check_hydra(config)
+        return config
+
+    ConfigLoaderImpl.load_configuration = load_checked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]

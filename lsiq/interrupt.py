@@ -1,0 +1,32 @@
+"""SIGTERM, as batch systems send it before they kill, ends a run in the same order as Ctrl-C does."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end; what is caught for Ctrl-C holds for this as well."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Raise Terminated when the first SIGTERM comes; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # only that one can take signals
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

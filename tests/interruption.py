@@ -1,0 +1,92 @@
+"""Stopping a run in the middle: at a moment of its own writes, seen by Python's audit events, or by a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lsiq.durable import read_tensors
+from lsiq.results import Record, read_record
+
+# What a record says of time, memory and the place a run was made at; everything else must not depend on a stop.
+_OF_THE_PROCESS = ("created", "seconds", "peak_bytes", "command", "commit", "clean", "cached", "config", "blocks")
+_watch: list[Callable[[str, tuple[Any, ...]], None]] = []
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    for watch in _watch:
+        watch(event, arguments)
+
+
+sys.addaudithook(_hook)
+
+
+@contextlib.contextmanager
+def at_rename(number: int, action: Callable[[], None]) -> Iterator[None]:
+    """Do `action` just before the file number `number` (from 1) of those in the folder of a run gets its name."""
+    seen = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        name = str(arguments[0]) if event == "os.rename" else ""
+        if name.endswith(".partial") and "/cache/" not in name:
+            seen += 1
+            if seen == number:
+                action()
+
+    _watch.append(watch)
+    try:
+        yield
+    finally:
+        _watch.remove(watch)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def kill() -> None:
+    os.kill(os.getpid(), 9)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What must be the same however often a run was stopped: its numbers and all that is stored of its blocks."""
+    record = read_record(folder)
+    assert record is not None
+    numbers = {key: value for key, value in asdict(record).items() if key not in _OF_THE_PROCESS}
+    numbers["errors"] = [block["error"] for block in record.blocks]
+    stored = sorted(folder.glob("**/block*/*.safetensors"))
+    return numbers | {"stored": {str(file.relative_to(folder)): read_tensors(file).digest for file in stored}}
+
+
+def only_run(runs: Path) -> tuple[Record, Path]:
+    """The one run below a folder."""
+    (file,) = runs.glob("*/record.json")
+    record = read_record(file.parent)
+    assert record is not None
+    return record, file.parent
+
+
+@contextlib.contextmanager
+def acts() -> Iterator[list[str]]:
+    """What is done meanwhile that reaches beyond this process: programs, connections, files written or removed."""
+    done: list[str] = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _ACTS or (event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")):
+            done.append(f"{event} {arguments[:2]}")
+
+    _watch.append(watch)
+    try:
+        yield done
+    finally:
+        _watch.remove(watch)
+
+
+_ACTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.rename", "os.remove", "os.mkdir")
+_ACTS += ("os.rmdir", "os.symlink", "os.link", "os.chmod", "shutil.rmtree", "socket.connect", "pickle.find_class")
