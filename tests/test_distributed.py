@@ -105,7 +105,8 @@ def test_two_processes_do_what_one_does(
     assert found.calibration == one.calibration
     assert (one.machine["processes"], found.machine["processes"]) == (1, 2)
     written = {file.name for file in (two / one.run_id).iterdir()}
-    assert written == {file.name for file in (tmp_path / one.run_id).iterdir()}
+    # Streams are shares: several processes do not keep them, and run stored blocks anew.
+    assert written == {file.name for file in (tmp_path / one.run_id).iterdir()} - {"streams.safetensors"}
 
 
 def test_what_is_learned_agrees_before_a_code_flips(

@@ -171,7 +171,7 @@ def test_secrets_reach_neither_record_nor_terminal(
         "hf_abcdefghijklmnopqrstuvwxyz",
         "'https://user:pass-of-mine@host/x'",
     ]
-    run(small_run(checkpoints["llama"], f"tracker.tags=[{','.join(tags)}]"))
+    run(small_run(checkpoints["llama"], "tracker=wandb", "tracker.mode=disabled", f"tracker.tags=[{','.join(tags)}]"))
     with pytest.raises(LsiqError):
         run(small_run(checkpoints["llama"], "model.path='/nowhere/${oc.env:HF_TOKEN}'"))
     record, folder = only_run(tmp_path / "runs")

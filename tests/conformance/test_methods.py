@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from lsiq.models.block import Block, run_stream
 from lsiq.models.loading import Model, load
 
 # Methods that train whole models are tested where there is one.
-METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml") if "FineTune" not in file.read_text())
+METHODS = sorted(
+    file.stem for file in (CONF / "method").glob("*.yaml") if not re.search("FineTune|best-end", file.read_text())
+)
 # Searches that are long by default.
 SHORTER = {"duquant": ["method.steps=8"]}
 CPU = torch.device("cpu")
