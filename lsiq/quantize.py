@@ -134,17 +134,17 @@ def quantize(
         targets = None if quantised is None else floats.after(index)
         fed = None if quantised is None else quantised[: max(1, TOKENS // quantised.shape[1])].clone()
         one = _restored(store, index, before)
-        if one is None:
+        if one is not None:
+            result, report, before = one.result, BlockReport.restored(one, None), one.digest
+        else:
             assert by_block is not None  # a whole method's blocks were all stored just now
             result = by_block.quantize_block(block, quant, context_of(index, quantised, targets))
             report = _report(block, result, quant, time.perf_counter() - start)
+        if one is None or by_block is None:  # blocks of a whole method are stored before their inputs are known
             report = replace(report, trace=[*report.trace, *layer_rows(block, result, quant, fed)])
+        if one is None:
             model.checkpoint.check_unchanged()
             result, before = _store(store, index, result, before, report)
-        else:
-            result, report, before = one.result, BlockReport.restored(one, None), one.digest
-            if by_block is None:  # stored before its inputs were known
-                report = replace(report, trace=[*report.trace, *layer_rows(block, result, quant, fed)])
         error = None
         if quantised is not None and targets is not None:
             quantised = run_stream(block.with_result(result, quant.activation), quantised, batch, model.device)
