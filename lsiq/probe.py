@@ -50,6 +50,9 @@ class HeldCheckpoint:
             self.seconds += time.perf_counter() - start
         return self._tensors[name]
 
+    def check_unchanged(self) -> None:
+        self._checkpoint.check_unchanged()
+
     @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors.values())
