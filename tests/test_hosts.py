@@ -138,9 +138,9 @@ def test_smoothing_every_place_undoes_planted_outliers(checkpoint: Path) -> None
     planted = replace(model, planting=Planting(4, 30.0))
     everywhere, norms = (SmoothQuant(places=places, then=RTN()) for places in (["norm", "value", "down"], ["norm"]))
     plain = block_error(everywhere, *first_block(model))
-    # Scales are equivariant, so what was planted cancels; measured: equal to 1e-4 of the error.
+    # Scales are equivariant, so what was planted cancels; measured: 0 and 1e-7 of the error.
     assert block_error(everywhere, *first_block(planted)) == pytest.approx(plain, rel=1e-3)
-    assert block_error(norms, *first_block(planted)) > 2 * plain
+    assert block_error(norms, *first_block(planted)) > 2 * plain  # measured: 11 and 15 times
 
 
 def test_a_model_that_normalises_after_its_layers_is_not_turned(tmp_path: Path) -> None:

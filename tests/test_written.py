@@ -38,7 +38,7 @@ def test_what_is_written_follows_the_models_own_distribution() -> None:
     scores = logits(model, tokens)[:, :-1].log_softmax(-1)
     surprise = -scores.gather(-1, tokens[:, 1:, None]).mean().item()
     entropy = -(scores.exp() * scores).sum(-1).mean().item()
-    # Drawn from these very distributions, the text is as surprising as they are uncertain; measured: 0.03 apart.
+    # Drawn from these very distributions, the text is as surprising as they are uncertain; measured: 0.04 apart.
     assert surprise == pytest.approx(entropy, abs=0.15)
 
 
