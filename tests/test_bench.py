@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lsiq.bench import block, processes
+from lsiq.bench import block, processes, step
 
 
 @pytest.mark.parametrize("method", ["gptq", "qera-exact"])
@@ -28,3 +28,13 @@ def test_one_block_is_timed_under_several_processes(
     processes.main()
     told = capsys.readouterr().out
     assert all(word in told for word in ("method=gptq", "1 processes: block", "2 processes: block", "peak host"))
+
+
+def test_a_whole_model_is_quantised_and_its_time_projected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["--seqlen", "16", "--layers", "2", "--samples", "4", "--device", "cpu", "--kernels", "plain"]
+    monkeypatch.setattr(sys, "argv", ["step", "--small", "--whole", "1", *size])
+    step.main()
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("block 1: ", "plain", "projected for 20 epochs", "peak"))

@@ -135,6 +135,9 @@ class DeviceCheckpoint:
             return (torch.ones if "norm" in name and name.endswith("weight") else torch.zeros)(shape, device=device)
         return torch.empty(shape, dtype=torch.float16, device=device).normal_(0.0, 0.02, generator=self._generator)
 
+    def check_unchanged(self) -> None:
+        """Nothing lies on a disk that could have changed."""
+
 
 def random_model(options: argparse.Namespace, shape: dict[str, Any], depth: int, device: torch.device) -> Model:
     """A model of the shape with random weights, in half precision on a GPU."""

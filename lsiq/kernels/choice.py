@@ -32,9 +32,7 @@ def choose(
     asked = training.kernels
     if asked in ("plain", "compile"):
         return asked
-    weights = [block.weights[name] for name in block.linears]
-    on_gpu = weights[0].is_cuda
-    if asked == "auto" and (not on_gpu or sum(w.numel() for w in weights) < LARGE):
+    if asked == "auto" and not (_on_gpu(block) and _is_large(block)):
         return "plain"
     reason = _why_not_triton(parts, states, block, quant)
     if reason is None:
@@ -46,7 +44,15 @@ def choose(
 
 def compiles(path: WeightPath, block: Block) -> bool:
     """Whether the block's tokens run compiled beside weights of this path; not beside interpreted kernels."""
-    return path == "compile" or (path == "triton" and block.weights[block.linears[0]].is_cuda)
+    return path == "compile" or (path == "triton" and _on_gpu(block) and _is_large(block))
+
+
+def _on_gpu(block: Block) -> bool:
+    return block.weights[block.linears[0]].is_cuda
+
+
+def _is_large(block: Block) -> bool:
+    return sum(block.weights[name].numel() for name in block.linears) >= LARGE
 
 
 def _why_not_triton(
@@ -54,7 +60,7 @@ def _why_not_triton(
 ) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if not block.weights[block.linears[0]].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not _on_gpu(block) and os.environ.get("TRITON_INTERPRET") != "1":
         return "the kernels run on a GPU"
     from lsiq.kernels.weights import uncovered
 
