@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsiq.background import Background
 from lsiq.durable import DamagedError, Stored, read_tensors, remove_partial, write_tensors
 from lsiq.errors import InputError, LsiqError, OutputError
 from lsiq.formats import WeightFormat
@@ -23,6 +24,8 @@ from lsiq.rotation import Rotation
 from lsiq.settings import build, describe_settings
 from lsiq.track.console import warn
 
+# Streams of more bytes are written while the next block is made: at 7 billion parameters they take as long as an epoch.
+LARGE_STREAMS = 2**26
 # The digest of a file that cannot be read.
 DAMAGED = "damaged"
 _AGAIN = "give the run's command again (with force=true where it is finished), and it is made anew"
@@ -76,6 +79,8 @@ class BlockStore:
 
     def __init__(self, folder: Path, stamp: str | None = None) -> None:
         self.folder, self.stamp = folder, stamp
+        self._background = Background()
+        self._staged: dict[str, Tensor] = {}
 
     def clear(self) -> None:
         """Leave nothing behind."""
@@ -177,10 +182,28 @@ class BlockStore:
         return self.folder.with_name("streams.safetensors")
 
     def write_streams(self, streams: Streams, before: str) -> None:
-        """Store what enters the next block in place of what entered the last one; `before` as in `write`."""
+        """Store what enters the next block in place of what entered the last one; `before` as in `write`.
+
+        Large streams are written in the background; where blocks come faster than the disk takes these, those of some
+        blocks are left out.
+        """
         tensors = {"floats": streams.floats, "quantised": streams.quantised}
+        held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         metadata = {"done": str(streams.done), "errors": json.dumps(list(streams.errors)), "before": before}
-        self._save(self._streams_file, {name: t for name, t in tensors.items() if t is not None}, metadata)
+        if sum(tensor.nbytes for tensor in held.values()) < LARGE_STREAMS:
+            self._background.wait()
+            self._save(self._streams_file, held, metadata)
+        elif not self._background.busy:
+            held = {name: self._on_host(name, tensor) for name, tensor in held.items()}
+            self._background.start(lambda: self._save(self._streams_file, held, metadata))
+
+    def _on_host(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a stream in memory; of one that lies on a GPU, a copy that lasts until the next is asked for."""
+        if tensor.device.type == "cpu":
+            return tensor
+        if name not in self._staged:
+            self._staged[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return self._staged[name].copy_(tensor)
 
     def read_streams(self, kept: Sequence[Kept]) -> Streams | None:
         """Return what enters the next block after some of `kept`; None where that is not known any more."""

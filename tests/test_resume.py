@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import lsiq.experiment
 from lsiq.durable import read_tensors, write_tensors
 from lsiq.errors import ConfigError, InputError, LsiqError, NumericalError, OutputError
 from lsiq.run import run
-from lsiq.store import BlockStore
+from lsiq.store import BlockStore, Streams
 
 SmallRun = Callable[..., DictConfig]
 
@@ -229,6 +230,43 @@ def test_the_streams_are_not_run_through_again(model: Path, small_run: SmallRun,
     assert again.blocks[0]["error"] == first.blocks[0]["error"]
     assert again.blocks[1]["error"] != first.blocks[1]["error"]
     assert not read_tensors(streams).tensors  # nothing of their size stays behind
+
+
+def test_large_streams_are_written_beside_the_next_block(
+    model: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(small_run(model, "method=gptq", f"paths.runs={tmp_path / 'other'}"))
+    _, alone = only_run(tmp_path / "other")
+    monkeypatch.setattr("lsiq.store.LARGE_STREAMS", 1)
+    run(small_run(model, "method=gptq"))
+    _, folder = only_run(tmp_path / "runs")
+    assert outcome(folder) == outcome(alone)
+    assert not read_tensors(folder / "streams.safetensors").tensors
+
+
+def test_streams_make_way_while_others_are_still_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lsiq.store.LARGE_STREAMS", 1)
+    store, gate, stream = BlockStore(tmp_path / "blocks"), threading.Event(), torch.ones(2, 3, 4)
+    store._background.start(gate.wait)
+    store.write_streams(Streams(1, [0.1], stream, stream + 1), "first")
+    gate.set()
+    store._background.wait()
+    assert not (tmp_path / "streams.safetensors").exists()
+    store.write_streams(Streams(2, [0.1, 0.2], stream, stream + 1), "second")
+    store._background.wait()
+    assert read_tensors(tmp_path / "streams.safetensors").metadata["done"] == "2"
+
+
+def test_a_disk_that_refuses_large_streams_is_named_at_the_next_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lsiq.store.LARGE_STREAMS", 1)
+    store, stream = BlockStore(tmp_path / "nowhere" / "blocks"), torch.ones(2, 3, 4)
+    store.write_streams(Streams(1, [0.1], stream, stream + 1), "first")
+    with pytest.raises(OutputError, match="streams.safetensors: cannot be written"):
+        store.write_streams(Streams(2, [0.1, 0.2]), "second")
 
 
 def test_a_damaged_block_alone_is_made_again(model: Path, small_run: SmallRun, tmp_path: Path) -> None:
