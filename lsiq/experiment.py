@@ -322,9 +322,11 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda") if distributed.size() == 1 else torch.device("cuda", distributed.local_rank())
+        return torch.device("cuda", torch.cuda.current_device() if distributed.size() == 1 else distributed.local_rank())
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs; use device=cpu or auto")
     return device
 

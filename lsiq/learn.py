@@ -102,7 +102,7 @@ def _power(context: Context) -> Tensor:
     """The mean square of the float block's outputs."""
     assert context.targets is not None
     # Sequence by sequence: a stream may be as large as the host's memory.
-    own = torch.zeros((), dtype=torch.float64)
+    own = torch.zeros((), dtype=torch.float64, device=context.targets.device)
     for target in context.targets:
         own += target.float().square().mean()
         streams.release(context.targets)
