@@ -22,8 +22,10 @@ from lsiq.errors import InputError
 from lsiq.results import Record, write_record
 from lsiq.run import run
 from lsiq.tables.agree import pairs
-from lsiq.tables.collect import collect
+from lsiq.tables.collect import collect, strangers
+from lsiq.tables.comparison_plots import EXCESS, excess_by_method, quality_against_bits
 from lsiq.tables.layout import study_jobs
+from lsiq.tables.perplexity import bundled_perplexity
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
 from lsiq.tables.published import Literature, Published
 from lsiq.tables.render import in_readme, render
@@ -151,6 +153,49 @@ def test_a_recipe_by_format_is_compared_with_that_of_the_runs_format(committed: 
         assert STUDY.holds(replace(any_run, method="best", setting=setting, config=kept))
         quant = without_nulls(plain_config(compose_run(f"quant={other}"))["quant"])
         assert not STUDY.holds(replace(any_run, method="best", setting=other, config={**kept, "quant": quant}))
+
+
+def augmented(run: Run, **changes: Any) -> Run:
+    """The run as if three times as much text that the model wrote had been beside."""
+    return replace(run, config={**run.config, "calib": {**run.config["calib"], "written": 384}}, **changes)
+
+
+def test_augmented_text_makes_rows_of_their_own_which_do_not_compete(committed: tuple[Runs, Literature]) -> None:
+    runs = [run for run in committed[0].runs if (run.study, run.setting) == ("learned", "w2a16g128")]
+    plain = bundled_perplexity(Runs(runs), ["w2a16g128"], "t", "C", "excess", ["omniquant", "lsi"])
+    assert [row.labels[1] for row in plain.rows] == ["omniquant", "lsi"], "runs that know no such text had none"
+    better = [
+        augmented(run, metrics={key: 0.9 * value for key, value in run.metrics.items()})
+        for run in runs
+        if (run.model, run.method) == ("tiny-llama", "lsi")
+    ]
+    table = bundled_perplexity(Runs([*runs, *better]), ["w2a16g128"], "t", "C", "excess", ["omniquant", "lsi"])
+    assert table.rows[:2] == plain.rows
+    assert table.rows[2].labels == ("w2a16g128", "lsi, augmented", "2.14")
+    assert not any(cell.bold for cell in table.rows[2].cells)
+    ours = [row.cells[0].ours for row in table.rows[1:]]
+    assert ours[0] is not None
+    assert ours[1] is not None
+    assert ours[1].mean == pytest.approx(0.9 * ours[0].mean)
+    assert table.commands == [
+        "python run.py sweep=study calib=augmented model=tiny-opt quant=w2a16g128 method=lsi",
+    ]
+    assert STUDY.contradiction(better[0]) == "calib.written"
+    assert strangers([*runs, *better, replace(better[0], model="opt-125m")]) == {"calib.corpus": 1}
+    assert strangers([replace(runs[0], config={**runs[0].config, "calib": {"samples": 32}})]) == {"calib.samples": 1}
+
+
+def test_a_loss_that_is_not_above_zero_stands_on_the_edge_of_its_figure(committed: tuple[Runs, Literature]) -> None:
+    runs = [run for run in committed[0].runs if (run.study, run.setting) == ("learned", "w2a16g128")]
+    better = [replace(run, metrics={**run.metrics, EXCESS: -0.01}) if run.method == "lsi" else run for run in runs]
+    for found, edge in ((runs, []), (better, ["≤ 0"])):
+        for figure in (
+            excess_by_method(Runs(found), ["w2a16g128"]),
+            quality_against_bits(Runs(found), ["w2a16g128"]),
+        ):
+            assert all([text.get_text() for text in axis.texts] == edge for axis in figure.canvas.axes)
+            (legend,) = figure.canvas.legends
+            assert [text.get_text() for text in legend.get_texts()][-2:] == ["omniquant", "lsi"]
 
 
 def test_of_two_runs_of_a_seed_the_later_one_that_measured_it_counts(committed: tuple[Runs, Literature]) -> None:

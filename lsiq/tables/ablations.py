@@ -17,27 +17,29 @@ PARTS = ("lwc", "omniquant", "lsi-only", "lsi-random", "lsi", "sde", "autoround"
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting that a study varies, and for which method."""
+    """A setting that a study varies, and for which methods."""
 
     sweep: str
     caption: str
     key: str
     values: tuple[Any, ...]
-    method: str
+    methods: tuple[str, ...]
 
 
 AXES = (
-    Axis("ablation-width", "Width of SDE's band (0 is lsi)", "method.parts.0.width", (0, 1, 2, 8), "sde"),
-    Axis("ablation-ahead", "Blocks that lsi's loss looks ahead", "method.training.ahead.blocks", (0, 1, 2), "lsi"),
-    Axis("ablation-samples", "Calibration sequences of 512 tokens, lsi", "calib.samples", (8, 16, 32, 64, 128), "lsi"),
+    Axis("ablation-width", "Width of SDE's band (0 is lsi)", "method.parts.0.width", (0, 1, 2, 8), ("sde",)),
+    Axis(
+        "ablation-ahead", "Blocks that the loss looks ahead", "method.training.ahead.blocks", (0, 1, 2), ("lsi", "sde")
+    ),
+    Axis("ablation-samples", "Calibration sequences of 512 tokens", "calib.samples", (8, 16, 32, 64, 128), ("lsi",)),
     Axis(
         "ablation-corpus",
-        "Calibration text, lsi",
+        "Calibration text",
         "calib.corpus",
         ("bundled", "stories", "science", "history", "craft"),
-        "lsi",
+        ("lsi",),
     ),
-    Axis("ablation-epochs", "Epochs, lsi", "method.training.epochs", (1, 2, 5, 10, 20, 40), "lsi"),
+    Axis("ablation-epochs", "Epochs", "method.training.epochs", (1, 2, 5, 10, 20, 40), ("lsi",)),
 )
 
 
@@ -68,14 +70,14 @@ def ablation(runs: Runs, axis: Axis) -> Table:
         f"{axis.caption}; {MODEL} {SETTING}: excess loss",
         axis.key,
         axis.values,
-        [(axis.method, SETTING)],
+        [(method, SETTING) for method in axis.methods],
     )
 
 
 def along(runs: Runs, axis: Axis, metric: str) -> list[tuple[Any, Sequence[float]]]:
-    """Return the values of the axis that were measured, each with a number per seed."""
-    protocol = free(axis.key)
-    found = ((v, runs.sample(protocol, MODEL, SETTING, axis.method, metric, {axis.key: v})) for v in axis.values)
+    """Return the values of the axis that its first method was measured at, each with a number per seed."""
+    protocol, method = free(axis.key), axis.methods[0]
+    found = ((v, runs.sample(protocol, MODEL, SETTING, method, metric, {axis.key: v})) for v in axis.values)
     return [(value, sample.values) for value, sample in found if sample is not None]
 
 

@@ -3,18 +3,22 @@
     python -m lsiq.tables.collect runs -o analysis/records/study.jsonl
     python -m lsiq.tables.collect runs/<run id> -o analysis/records/study.jsonl --traces analysis/traces
 
-Runs that the file has already are replaced, others are kept. The lines are sorted: doing it twice changes nothing.
+Runs that the file has already are replaced, others are kept. The lines are sorted: doing it twice changes nothing. Runs
+that stand in no table of the study, as those of ablations, are counted by the setting that keeps them out.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from lsiq.errors import InputError, LsiqError
 from lsiq.results import Record, read_record
+from lsiq.tables.layout import BUNDLED
+from lsiq.tables.protocol import AUGMENTED, PAPERS, STUDY
 from lsiq.tables.runs import Run, compact, read_runs, write_runs
 from lsiq.tables.traces import trace, write_trace
 
@@ -61,6 +65,17 @@ def collect(folders: Sequence[Path], output: Path, traces: Path | None = None, d
     return len(runs), left
 
 
+def strangers(runs: Sequence[Run]) -> Counter[str]:
+    """Count the runs that are not the study's (the papers', for hub models), by the first setting that differs."""
+    found: Counter[str] = Counter()
+    for run in runs:
+        protocols = (STUDY, AUGMENTED) if run.model in BUNDLED else (PAPERS,)
+        why = [protocol.contradiction(run) for protocol in protocols]
+        if None not in why:
+            found[str(why[0])] += 1
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lsiq.tables.collect", description=(__doc__ or "").partition("\n")[0]
@@ -75,6 +90,8 @@ def main() -> None:
     except LsiqError as error:
         sys.exit(f"error: {error}")
     print(f"{given.output}: {added} runs; left out: {left} unfinished or of a changed checkout")
+    for setting, count in sorted(strangers(read_runs(given.output)).items()):
+        print(f"{count} of its runs are not the study's: another {setting}")
 
 
 if __name__ == "__main__":

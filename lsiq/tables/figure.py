@@ -93,6 +93,20 @@ def look(method: str) -> tuple[str, str]:
     return LOOKS.get(method.partition("+")[0], (BLACK, "x"))
 
 
+def looks(method: str, hollow: bool = False) -> Any:
+    """How a method's single points are drawn: not joined, `hollow` where it had more text than the others."""
+    colour, marker = look(method)
+    return {"color": colour, "marker": marker, "linestyle": "none"} | ({"markerfacecolor": "white"} if hollow else {})
+
+
+def on_lower_edge(axis: Axes, x: float, **options: Any) -> None:
+    """Draw a point that a logarithmic axis cannot hold, because it is not above zero, on the axis itself."""
+    axis.plot(x, 0, transform=axis.get_xaxis_transform(), clip_on=False, zorder=3, **options)
+    if not axis.texts:
+        place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
+        axis.annotate("≤ 0", (0, 0), (-3, 0), **place)
+
+
 def plain_numbers(axis: Axes, which: Literal["x", "y"] = "y") -> None:
     """Make an axis logarithmic, its ticks written as 0.05 and not as a power of ten; after all has been drawn."""
     getattr(axis, f"set_{which}scale")("log")
@@ -105,12 +119,14 @@ def plain_numbers(axis: Axes, which: Literal["x", "y"] = "y") -> None:
     ticks.set_minor_formatter(NullFormatter())
 
 
-def legend_below(canvas: Canvas, axes: Sequence[Axes]) -> None:
-    """Put one legend for all axes below them, each entry once."""
+def legend_below(canvas: Canvas, axes: Sequence[Axes], order: Sequence[str] = ()) -> None:
+    """Put one legend for all axes below them, each entry once; in a given order, if any."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    if order:
+        entries = {label: entries[label] for label in order if label in entries}
     columns = len(entries) if len(entries) < 8 else 6
     if entries:
         canvas.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)

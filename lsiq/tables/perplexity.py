@@ -6,13 +6,15 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from lsiq.tables.layout import ALWAYS, BUNDLED, CORPORA, FAMILIES, METHODS, OTHERS, study_jobs, study_methods
-from lsiq.tables.protocol import PAPERS, STUDY, Job
+from lsiq.tables.protocol import AUGMENTED, PAPERS, STUDY, Job, Protocol
 from lsiq.tables.published import Literature
 from lsiq.tables.study import Runs
 from lsiq.tables.table import Cell, Row, Table, best_in_bold, decimals
 
 # Rows with more bits than this share above the fewest of their setting are another trade, and do not compete.
 EQUAL_BITS = 1.02
+# Behind the names of methods that calibrated on more than the others.
+MORE_TEXT = ", augmented"
 
 
 def bundled_perplexity(
@@ -26,27 +28,21 @@ def bundled_perplexity(
 ) -> Table:
     """Return the study's table of the bundled models: a row per setting and method, a column per model and corpus.
 
+    A method that was also calibrated on augmented text has a second row, as far as measured, which does not compete.
+
     Args:
         measure: ppl, or excess: its logarithm over the float model's.
         methods: the rows of each setting; by default all of the study and the float model.
         gaps: whether rows without a number stay, with the commands that measure them.
     """
     columns = _measured_columns(runs, measure)
-    rows: list[Row] = []
     chosen = list(methods) or ["fp16", *study_methods(settings)]
+    rows: list[Row] = []
     if chosen[0] == "fp16":
-        rows.append(Row(("float", "fp16", "16"), _samples(runs, columns, "fp16", "fp16", measure), "fp16", False))
+        cells = _samples(runs, STUDY, columns, "fp16", "fp16", measure)
+        rows.append(Row(("float", "fp16", "16"), cells, "fp16", False))
     for setting in settings:
-        bits = {m: average_bits(runs, setting, m) for m in chosen}
-        known = [value for value in bits.values() if value is not None]
-        for method in chosen[chosen[0] == "fp16" :]:
-            if not any((model, setting, method) in study_jobs() for model in BUNDLED):
-                continue
-            spent = bits[method]
-            competes = spent is None or spent <= EQUAL_BITS * min(known)
-            cells = _samples(runs, columns, setting, method, measure)
-            labels = (setting, method, "" if spent is None else f"{spent:.2f}")
-            rows.append(Row(labels, cells, setting, competes))
+        rows += _setting_rows(runs, columns, setting, chosen[chosen[0] == "fp16" :], measure)
     rows = [row for row in rows if gaps or any(cell.ours for cell in row.cells)]
     heads = ("setting", "method", "bits", *(f"{model}, {CORPORA[corpus.split('@')[0]]}" for model, corpus in columns))
     digits = 2 if measure == "ppl" else 3
@@ -56,13 +52,36 @@ def bundled_perplexity(
         heads,
         best_in_bold(rows),
         number=decimals(digits),
-        commands=STUDY.commands(_missing(rows, columns)) if gaps else (),
+        commands=_commands(_missing(rows, columns)) if gaps else (),
     )
 
 
-def average_bits(runs: Runs, setting: str, method: str) -> float | None:
+def _setting_rows(
+    runs: Runs, columns: Sequence[tuple[str, str]], setting: str, methods: Sequence[str], measure: str
+) -> list[Row]:
+    methods = [m for m in methods if any((model, setting, m) in study_jobs() for model in BUNDLED)]
+    bits = {method: average_bits(runs, setting, method) for method in methods}
+    fewest = min((value for value in bits.values() if value is not None), default=0.0)
+    rows = []
+    for method, spent in bits.items():
+        cells = _samples(runs, STUDY, columns, setting, method, measure)
+        competes = spent is None or spent <= EQUAL_BITS * fewest
+        rows.append(Row((setting, method, _written(spent)), cells, setting, competes))
+        if had_more_text(runs, [setting], method):
+            cells = _samples(runs, AUGMENTED, columns, setting, method, measure)
+            spent = average_bits(runs, setting, method, AUGMENTED)
+            rows.append(Row((setting, method + MORE_TEXT, _written(spent)), cells, setting, competes=False))
+    return rows
+
+
+def had_more_text(runs: Runs, settings: Iterable[str], method: str) -> bool:
+    """Whether the method was also run with augmented calibration text, in any of the settings."""
+    return any(runs.find(AUGMENTED, model, setting, method) for model in BUNDLED for setting in settings)
+
+
+def average_bits(runs: Runs, setting: str, method: str, protocol: Protocol = STUDY) -> float | None:
     """Return the bits per weight that the method spends, the mean over the bundled models; None where unknown."""
-    found = [runs.mean(STUDY, model, setting, method, lambda run: run.average_bits) for model in BUNDLED]
+    found = [runs.mean(protocol, model, setting, method, lambda run: run.average_bits) for model in BUNDLED]
     known = [value for value in found if value is not None]
     return statistics.fmean(known) if known else None
 
@@ -150,12 +169,20 @@ def _measured_columns(runs: Runs, measure: str) -> list[tuple[str, str]]:
 
 
 def _samples(
-    runs: Runs, columns: Sequence[tuple[str, str]], setting: str, method: str, measure: str
+    runs: Runs, protocol: Protocol, columns: Sequence[tuple[str, str]], setting: str, method: str, measure: str
 ) -> tuple[Cell, ...]:
-    return tuple(
-        Cell(runs.sample(STUDY, model, setting, method, f"{measure}/{corpus}"), wanted=True)
-        for model, corpus in columns
-    )
+    found = (runs.sample(protocol, model, setting, method, f"{measure}/{corpus}") for model, corpus in columns)
+    return tuple(Cell(sample, wanted=True) for sample in found)
+
+
+def _written(bits: float | None) -> str:
+    return "" if bits is None else f"{bits:.2f}"
+
+
+def _commands(jobs: Sequence[Job]) -> list[str]:
+    """The commands that carry out the jobs, whose methods are named as in the rows."""
+    more = [(model, setting, name.removesuffix(MORE_TEXT)) for model, setting, name in jobs if name.endswith(MORE_TEXT)]
+    return STUDY.commands(job for job in jobs if not job[2].endswith(MORE_TEXT)) + AUGMENTED.commands(more)
 
 
 def _missing(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> list[Job]:

@@ -32,20 +32,30 @@ class Protocol:
         command: carries out a job for all seeds, before model, quant and method.
         after: what the command says last.
         varied: dotted names of settings that are free to differ, as in an ablation.
+        stated: dotted names of settings that a run must know to belong.
     """
 
     overrides: tuple[str, ...]
     command: str
     after: str = ""
     varied: tuple[str, ...] = ()
+    stated: tuple[str, ...] = ()
 
     def holds(self, run: Run) -> bool:
         """Whether the run belongs."""
+        return self.contradiction(run) is None
+
+    def contradiction(self, run: Run) -> str | None:
+        """Return what keeps the run out, the dotted name of a setting; None if it belongs."""
         expected = _composed((*self.overrides, *method_overrides(run.method)))
-        if expected is None or not self.same_float(run):
-            return False
+        if expected is None:
+            return "method"
+        if not self.same_float(run):
+            return "model"
+        if (unknown := next((key for key in self.stated if run.get(key) is None), None)) is not None:
+            return unknown
         wanted = {"calib": expected["calib"], "method": recipe_for(expected["method"], run.config.get("quant"))}
-        return not _contradict(run.config, wanted, "", self.varied)
+        return _contradiction(run.config, wanted, "", self.varied)
 
     def same_float(self, run: Run) -> bool:
         """Whether the run began with the same float model: of the same type, and as it was trained."""
@@ -86,6 +96,10 @@ class Protocol:
 
 # The bundled models. What was evaluated is not compared: the metric's key says it.
 STUDY = Protocol(("sweep=study",), "python run.py sweep=study")
+# The same with three times as many sequences beside, which the float model writes itself: rows of their own.
+AUGMENTED = Protocol(
+    ("sweep=study", "calib=augmented"), "python run.py sweep=study calib=augmented", stated=("calib.written",)
+)
 # Hub models as the papers measure them.
 PAPERS = Protocol(("experiment=paper-protocol",), "python run.py -m experiment=paper-protocol", "seed=0,1,2")
 ZERO_SHOT = Protocol(PAPERS.overrides, f"{PAPERS.command} eval=zeroshot", PAPERS.after)
@@ -114,14 +128,17 @@ def _composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
     return without_nulls(composed)
 
 
-def _contradict(found: Any, expected: Any, key: str, varied: tuple[str, ...]) -> bool:
+def _contradiction(found: Any, expected: Any, key: str, varied: tuple[str, ...]) -> str | None:
+    """The first setting below `key` that is another one, or None."""
     free = key in varied or key in _SAME or key.rpartition(".")[2] in _SAME
     if free or found is None or expected in (None, "???"):
-        return False
+        return None
+    inner: Iterable[tuple[Any, Any, Any]]
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        both = [name for name in found if name in expected]
-        return any(_contradict(found[name], expected[name], f"{key}.{name}".lstrip("."), varied) for name in both)
-    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        pairs = enumerate(zip(found, expected, strict=True))
-        return any(_contradict(one, other, f"{key}.{index}", varied) for index, (one, other) in pairs)
-    return found != expected
+        inner = ((name, found[name], expected[name]) for name in found if name in expected)
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        inner = ((index, one, other) for index, (one, other) in enumerate(zip(found, expected, strict=True)))
+    else:
+        return None if found == expected else key
+    each = (_contradiction(one, other, f"{key}.{name}".lstrip("."), varied) for name, one, other in inner)
+    return next((name for name in each if name is not None), None)
