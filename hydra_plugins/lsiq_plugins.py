@@ -53,10 +53,14 @@ class Grid(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Carry out all jobs; raises where some failed, after all have ended."""
         from lsiq.sweeps.jobs import raise_failures
+        from lsiq.track.console import say
 
+        assert self.config is not None
         (jobs,) = self.split_arguments(self.swept(arguments), max_batch_size=None)
         outcomes = self.carry_out(jobs)
         raise_failures(outcomes)
+        # Some launchers keep to themselves what their jobs print.
+        say(f"{len(outcomes)} jobs done; look at them with: python -m lsiq.report --runs {self.config.paths.runs}")
         return outcomes
 
     def swept(self, arguments: list[str]) -> list[Override]:

@@ -90,6 +90,7 @@ def test_a_thousand_finished_runs_are_recognised_in_five_seconds(
     done = sweep("-m", *job, "seed=range(1000)")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
+    assert done.stderr.splitlines()[-1] == "1000 jobs done; look at them with: python -m lsiq.report --runs runs"
     assert "1000 of 1000 jobs are finished" in done.stderr
     assert done.stderr.count("found ") == 1000
     # Processor seconds of the whole command, since the clock also counts what else the machine does.

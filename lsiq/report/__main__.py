@@ -1,6 +1,6 @@
 """Lists, shows, compares and diffs runs.
 
-    python -m lsiq.report                                    all runs below runs/
+    python -m lsiq.report                                    all runs below runs/, or with --runs DIR another folder
     python -m lsiq.report list --where method=lsi --sort excess/bundled@512
     python -m lsiq.report show RUN                           Markdown to paste into an issue
     python -m lsiq.report compare RUN_A RUN_B ...            settings and metrics side by side, with intervals
@@ -24,7 +24,9 @@ from lsiq.track.panels import Table, markdown, right_aligned, shown
 
 
 def main() -> None:
-    given = _parser().parse_args()
+    asked = sys.argv[1:]
+    lists = not asked or (asked[0].startswith("-") and asked[0] not in ("-h", "--help"))
+    given = _parser().parse_args(["list", *asked] if lists else asked)
     try:
         if given.command == "show":
             sys.stdout.write(summary(find_run(given.runs, given.run)[0]))
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     every.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of runs (default: runs)")
     tables = argparse.ArgumentParser(add_help=False, parents=[every])
     tables.add_argument("--markdown", action="store_true", help="print Markdown instead of tables for a terminal")
-    commands = parser.add_subparsers(dest="command", metavar="list | show | compare | diff")
+    commands = parser.add_subparsers(dest="command", metavar="list | show | compare | diff", required=True)
     listing = commands.add_parser("list", parents=[tables], help="all runs, one a line")
     listing.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="only runs that agree")
     listing.add_argument("--metric", action="append", default=[], metavar="KEY", help="a metric to show")
@@ -73,7 +75,6 @@ def _parser() -> argparse.ArgumentParser:
     differing = commands.add_parser("diff", parents=[compared], help="two runs, and what got worse")
     differing.add_argument("run", nargs=2)
     differing.add_argument("--most", type=int, default=10, help="blocks and linears to name (default: 10)")
-    parser.set_defaults(command="list", runs=Path("runs"), where=[], metric=[], sort=None, markdown=False)
     return parser
 
 

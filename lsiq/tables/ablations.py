@@ -12,6 +12,8 @@ from lsiq.tables.study import Runs
 from lsiq.tables.table import Cell, Row, Table, best_in_bold, decimals
 
 MODEL, SETTING = "tiny-llama", "w2a16g128"
+METRICS = ("excess/bundled@512", "excess/wikitext2@512")
+BATCHES, RATES = (1, 2, 4, 8, 16), (3.5e-4, 7e-4, 1.4e-3)
 PARTS = ("lwc", "omniquant", "lsi-only", "lsi-random", "lsi", "sde", "autoround", "dense")
 
 
@@ -45,7 +47,7 @@ AXES = (
 
 def parts(runs: Runs) -> Table:
     """Return what each set of parts leaves of the loss."""
-    keys = ("excess/bundled@512", "excess/wikitext2@512")
+    keys = METRICS
     rows, missing = list[Row](), []
     for method in PARTS:
         cells = tuple(Cell(runs.sample(STUDY, MODEL, SETTING, method, key), wanted=True) for key in keys)
@@ -86,6 +88,28 @@ def free(key: str) -> Protocol:
     return replace(STUDY, varied=(key,))
 
 
+def batches(runs: Runs) -> Table:
+    """Return the excess loss of lsi by the size of a batch and the rate of the increments, in as many epochs."""
+    batch, rate = "method.training.batch", "method.parts.0.lr"
+    protocol = replace(STUDY, varied=(batch, rate))
+    rows, missing = list[Row](), list[int]()
+    for size in BATCHES:
+        for metric in METRICS:
+            found = (runs.sample(protocol, MODEL, SETTING, "lsi", metric, {batch: size, rate: r}) for r in RATES)
+            cells = tuple(Cell(sample, wanted=True) for sample in found)
+            rows.append(Row((str(size), *_corpora([metric])), cells))
+            missing += [size] * any(cell.ours is None for cell in cells)
+    listed = ",".join(str(size) for size in dict.fromkeys(missing))
+    return Table(
+        "ablation-batch",
+        f"Sequences in a batch, and the rate of the increments; lsi, {MODEL} {SETTING}: excess loss",
+        ("batch", "text", *(f"{r:.1e}" for r in RATES)),
+        tuple(rows),
+        number=decimals(3),
+        commands=[f"python run.py sweep=ablation-batch {batch}={listed}"] if missing else (),
+    )
+
+
 def axis_table(
     runs: Runs,
     sweep: str,
@@ -101,7 +125,7 @@ def axis_table(
         methods: each with its number format.
         bits: whether columns of average bits follow.
     """
-    protocol, metrics = free(key), ("excess/bundled@512", "excess/wikitext2@512")
+    protocol, metrics = free(key), METRICS
     rows, missing = list[Row](), set[Any]()
     for method, setting in methods:
         for metric in metrics:
