@@ -139,6 +139,7 @@ def test_a_summary_is_markdown_with_all_that_an_issue_needs(two_runs: Path) -> N
 def test_the_commands_print_tables_markdown_or_one_line(two_runs: Path) -> None:
     runs = ("--runs", str(two_runs))
     assert KEY in call("list", *runs).stdout
+    assert call(*runs).stdout == call("list", *runs).stdout
     shown = call("compare", "w2a16", "w4a16", *runs, "--markdown").stdout
     assert "| quant.weight.bits | 2 | 4 |" in shown
     assert "linears got worse" in call("diff", "w4a16", "w2a16", *runs).stdout
