@@ -11,6 +11,7 @@ from lsiq.distributed import together
 from lsiq.errors import one_line, reporting
 from lsiq.interrupt import terminable
 from lsiq.run import run
+from lsiq.sweeps.jobs import refuse_engines
 from lsiq.sweeps.ledger import Ledger
 
 
@@ -19,6 +20,8 @@ def main(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     job, multirun = hydra_config.overrides.task, hydra_config.mode == RunMode.MULTIRUN
     with terminable(), one_line(multirun), together(cfg.device, multirun):
+        if not multirun:
+            refuse_engines(hydra_config.runtime.choices)
         record = run(cfg, job)
         if multirun:
             Ledger(hydra_config, cfg.paths.cache).remember(job, cfg, record)

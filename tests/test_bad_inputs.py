@@ -57,6 +57,8 @@ CONFIG_ERRORS = {
     "two-low-ranks": (["method=lqer", "method@method.then=l2qer"], ["method.then", "low-rank"]),
     "low-rank-inside-clipping": (["method=awq", "method@method.then=lqer"], ["method.then", "method.clip=false"]),
     "unknown-launcher": (["-m", "hydra/launcher=rya"], ["hydra/launcher=rya", "joblib, ray, slurm"]),
+    "launcher-of-one-run": (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "-m", "sweep="]),
+    "search-of-one-run": (["hydra/sweeper=tpe"], ["hydra/sweeper=tpe", "-m", "sweep="]),
     "ray-retries": (["-m", "hydra/launcher=ray", "hydra.launcher.retries=-1"], ["hydra.launcher.retries=-1", "from 0"]),
     "no-trials": (["-m", "hydra/sweeper=tpe", "hydra.sweeper.trials=0"], ["hydra.sweeper.trials=0", "at least 1"]),
     "unknown-study": (["sweep=everything"], ["sweep=everything", "baselines"]),

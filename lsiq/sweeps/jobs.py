@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hydra.core.utils import JobReturn, JobStatus
 
-from lsiq.errors import LsiqError
+from lsiq.errors import ConfigError, LsiqError
 from lsiq.results import Record
 from lsiq.track.console import say
 
@@ -21,6 +21,22 @@ class Outcome:
     job: Job
     value: float | None = None
     error: Exception | None = None
+
+
+def refuse_engines(choices: Mapping[str, str]) -> None:
+    """Check that a single run asks for nothing that only a sweep would use.
+
+    Args:
+        choices: of hydra's groups.
+
+    Raises:
+        ConfigError: a launcher or a search is named.
+    """
+    for group, usual in (("hydra/launcher", "basic"), ("hydra/sweeper", "grid")):
+        if choices[group] != usual:
+            raise ConfigError(
+                f"{group}={choices[group]}: one run is the work of this process; add -m, or name a study with sweep=…"
+            )
 
 
 def carry_out(
