@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from conftest import CONF, compose_run
 from hydra import compose, initialize_config_dir
@@ -47,6 +49,17 @@ def test_every_job_of_a_study_is_a_run_that_would_start(sweep: str) -> None:
     assert len({str(config) for config in configs}) == len(configs), "two jobs are the same run"
     for config in configs:
         parse(config)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_the_first_lines_of_a_study_say_how_to_start_it_how_large_it_is_and_what_comes_of_it(sweep: str) -> None:
+    words = (CONF.parent / "sweeps" / f"{sweep}.yaml").read_text(encoding="utf-8").partition("\nhydra:\n")[0]
+    assert f"python run.py sweep={sweep}" in words or "sweep=$part" in words
+    said = re.search(r"(\d+) (runs|trials)", words)
+    assert said is not None
+    if said[2] == "runs":
+        assert int(said[1]) == len(jobs(sweep))
+    assert "Expected: " in words or "sweeps/study.yaml" in words or "docs/tables/" in words
 
 
 def test_the_folder_of_studies_is_the_config_group() -> None:
