@@ -75,6 +75,7 @@ def test_runs_are_listed_chosen_and_sorted(two_runs: Path) -> None:
     ]
     assert [record.run_id for record in read_runs(two_runs, ["quant.weight.bits=4"])] == [fine.run_id]
     assert read_runs(two_runs, ["setting=w4a16g32", "method=gptq"]) == []
+    assert read_runs(two_runs, ["method=gptq", "quant.weight.bits=4"]) == [], "the order of conditions does not matter"
     with pytest.raises(InputError, match=r"quant\.bits=4: key=value is expected"):
         read_runs(two_runs, ["quant.bits=4"])
     with pytest.raises(InputError, match="ppl/c4: no run has measured it"):

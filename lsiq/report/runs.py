@@ -42,10 +42,10 @@ def read_runs(runs: Path, where: Sequence[str] = ()) -> list[Record]:
     if not runs.is_dir():
         raise InputError(f"--runs={runs}: no such folder; give the folder that paths.runs named")
     found = [record for file in runs.glob("*/record.json") if (record := read_record(file.parent)) is not None]
+    known = {name for record in found for name in about(record)} if where else set()
     for condition in where:
         key, equal, value = condition.partition("=")
-        known = {name for record in found for name in about(record)}
-        if not equal or (found and key not in known):
+        if not equal or (known and key not in known):
             raise InputError(
                 f"--where {condition}: key=value is expected, with model, setting, method, seed, status or a key of "
                 "the configuration such as calib.samples"
