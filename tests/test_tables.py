@@ -198,6 +198,17 @@ def test_a_loss_that_is_not_above_zero_stands_on_the_edge_of_its_figure(committe
             assert [text.get_text() for text in legend.get_texts()][-2:] == ["omniquant", "lsi"]
 
 
+def test_a_model_without_runs_leaves_the_panel_of_the_other_as_it_is(committed: tuple[Runs, Literature]) -> None:
+    runs = [run for run in committed[0].runs if (run.study, run.model) == ("learned", "tiny-llama")]
+    canvas = quality_against_bits(Runs(runs), ["w2a16g128"]).canvas
+    left, right = canvas.axes
+    assert [text.get_text() for text in right.texts] == ["not measured yet\npython run.py sweep=study model=tiny-opt"]
+    canvas.draw_without_rendering()
+    shown = [tick.label1.get_text() for tick in left.yaxis.get_major_ticks() if tick.label1.get_visible()]
+    assert "0.3" in shown
+    assert not any(tick.label1.get_visible() for tick in right.yaxis.get_major_ticks())
+
+
 def test_of_two_runs_of_a_seed_the_later_one_that_measured_it_counts(committed: tuple[Runs, Literature]) -> None:
     found = next(r for r in committed[0].runs if (r.study, r.method, r.seed) == ("learned", "lsi", 0))
     later = replace(found, created="2099-01-01", metrics={"ppl/bundled@512": 1.0})

@@ -91,6 +91,7 @@ def _trade(name: str, caption: str, label: str, runs: Runs, settings: Sequence[s
                     axis.plot(cost, sample.mean, **options)
                 else:
                     on_lower_edge(axis, cost, **options)
+        axis.set_title(model)
         if not points:
             empty(axis, f"python run.py sweep=study model={model}")
             continue
@@ -99,7 +100,6 @@ def _trade(name: str, caption: str, label: str, runs: Runs, settings: Sequence[s
         plain_numbers(axis)
         if log:
             plain_numbers(axis, "x")
-        axis.set_title(model)
         axis.set_xlabel(label)
     axes[0].set_ylabel(LABEL)
     legend_below(canvas, axes, [named for named, *_ in entries])

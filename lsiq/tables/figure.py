@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -103,7 +104,7 @@ def on_lower_edge(axis: Axes, x: float, **options: Any) -> None:
     """Draw a point that a logarithmic axis cannot hold, because it is not above zero, on the axis itself."""
     axis.plot(x, 0, transform=axis.get_xaxis_transform(), clip_on=False, zorder=3, **options)
     if not axis.texts:
-        place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
+        place: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
         axis.annotate("≤ 0", (0, 0), (-3, 0), **place)
 
 
@@ -134,6 +135,8 @@ def legend_below(canvas: Canvas, axes: Sequence[Axes], order: Sequence[str] = ()
 
 def empty(axis: Axes, command: str) -> None:
     """Say in place of curves that there is nothing to show, and what would measure it."""
-    axis.text(0.5, 0.5, f"not measured yet\n{command}", ha="center", va="center", transform=axis.transAxes, fontsize=7)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    words = "\n".join(["not measured yet", *textwrap.wrap(command, 48)])
+    axis.text(0.5, 0.5, words, ha="center", va="center", transform=axis.transAxes, fontsize=7)
+    # Not by setting ticks: those are shared with the axes beside.
+    axis.tick_params(which="both", left=False, labelleft=False, bottom=False, labelbottom=False)
+    axis.grid(False)

@@ -144,11 +144,11 @@ def error_by_layer(runs: Runs, setting: str, methods: Sequence[str]) -> Figure:
                     blocks, errors.mean(0), spread, color=colour, marker=marker, capsize=2, linewidth=1, label=method
                 )
                 drawn = True
+        axis.set_title(f"{model}, {setting}")
         if not drawn:
             empty(axis, f"python run.py sweep=study model={model} quant={setting}")
             continue
         plain_numbers(axis)
-        axis.set_title(f"{model}, {setting}")
         axis.set_xlabel("block")
     axes[0].set_ylabel("relative squared error")
     legend_below(canvas, axes)
