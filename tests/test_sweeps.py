@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import CONF, compose_run
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.utils import instantiate
 
 from lsiq.config import parse
 
@@ -19,12 +18,10 @@ def jobs(sweep: str) -> list[list[str]]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         hydra = compose("config", overrides=[f"sweep={sweep}"], return_hydra_config=True).hydra
     assert hydra.mode.name == "MULTIRUN"
-    overrides = OverridesParser.create().parse_overrides(
-        [f"{key}={value}" for key, value in hydra.sweeper.params.items()]
-    )
+    sweeper = instantiate(hydra.sweeper)
     if hydra.sweeper._target_.endswith(".Search"):
-        return [[at_end(override, end) for override in overrides] for end in (0, -1)]
-    return [list(job) for job in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]]
+        return [[at_end(override, end) for override in sweeper.swept([])] for end in (0, -1)]
+    return sweeper.jobs([])
 
 
 def at_end(override: Override, end: int) -> str:
