@@ -64,6 +64,15 @@ def test_the_window_shrinks_where_the_model_ends(checkpoint: Path) -> None:
     assert (len(last.targets), len(last.later)) == (1, 0)
 
 
+def test_a_loss_of_the_farthest_block_alone_reaches_the_last_blocks_too(checkpoint: Path) -> None:
+    block, _, context = first_block(checkpoint)
+    only = looking(2, weights=[0, 0, 1])
+    assert list(look_ahead((), only, block, W2, context).weights) == [0, 1]
+    last = replace(block, index=1)
+    assert list(look_ahead((), only, last, W2, context).weights) == [1]
+    assert learn((Clip(),), only, last, W2, context).epochs[0].loss > 0
+
+
 def test_looking_at_no_later_block_is_the_plain_loss_bit_for_bit(checkpoint: Path) -> None:
     block, _, context = first_block(checkpoint)
     plain = learn((Clip(),), schedule_of(), block, W2, replace(context, ahead=None))
