@@ -9,6 +9,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.utils import instantiate
 
 from lsiq.config import parse
+from lsiq.errors import ConfigError
 
 SWEEPS = sorted(file.stem for file in (CONF.parent / "sweeps").glob("*.yaml"))
 
@@ -44,6 +45,25 @@ def test_every_job_of_a_study_is_a_run_that_would_start(sweep: str) -> None:
     assert len({str(config) for config in configs}) == len(configs), "two jobs are the same run"
     for config in configs:
         parse(config)
+
+
+def test_every_variant_goes_through_all_combinations_and_the_command_line_wins() -> None:
+    study = {
+        "_target_": "hydra_plugins.lsiq_plugins.Grid",
+        "params": {"seed": "0,1", "method": "rtn"},
+        "variants": {"plain": [], "fed-back": ["method=gptq", "method.damping=0.1"]},
+    }
+    fed_back = ["method=gptq", "method.damping=0.1"]
+    assert instantiate(study).jobs([]) == [
+        ["seed=0", "method=rtn"],
+        ["seed=1", "method=rtn"],
+        ["seed=0", *fed_back],
+        ["seed=1", *fed_back],
+    ]
+    chosen = instantiate(study, only=["fed-back"])
+    assert chosen.jobs(["seed=3", "method.damping=0.2"]) == [["seed=3", "method=gptq", "method.damping=0.2"]]
+    with pytest.raises(ConfigError, match=r"hydra\.sweeper\.only=best: .*no such variant; it has plain, fed-back"):
+        instantiate(study, only=["best"]).jobs([])
 
 
 def test_the_folder_of_studies_is_the_config_group() -> None:
