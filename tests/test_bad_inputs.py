@@ -133,6 +133,7 @@ CONFIG_ERRORS = {
     "from-without-export": (["from=nothing"], ["from=nothing", "export="]),
     "from-with-settings": (["from=x", "export=plain", "quant=w2a16"], ["quant=w2a16", "from=x"]),
     "scales-of-blocks": (["method=e2e", "method.run=x", "quant=w4a8-mxint"], ["method.scales", "powers of two"]),
+    "waiting-jointly": (["method.training.wait=3"], ["method.training.wait=3", "schedule=staged"]),
     "two-starts": (["method=best", "method.weight_only.run=x"], ["method.weight_only.run and start", "one of them"]),
     "best-on-blocks": (
         ["method=best", "quant=w4a8-mxint"],

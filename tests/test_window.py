@@ -105,6 +105,24 @@ def test_later_blocks_can_be_trained_along(checkpoint: Path) -> None:
     assert learned.epochs[-1].loss < against.epochs[-1].loss
 
 
+@pytest.mark.parametrize("later", ["rtn", "learned"])
+def test_rounded_later_blocks_are_refused_behind_online_rotations(later: str) -> None:
+    looking_ahead = ("blocks=1", f"later={later}")
+    for host, refused in (
+        (["method=duquant"], True),
+        (["method=rotate"], True),
+        (["method=rotate", "method.places=[residual,value]"], False),
+        (["method=prefix"], False),
+    ):
+        ahead = [f"method.then.training.ahead.{setting}" for setting in looking_ahead]
+        config = compose_run(*host, "method@method.then=sde", *ahead)
+        if not refused:
+            parse(config)
+            continue
+        with pytest.raises(ConfigError, match=rf"ahead\.later={later} rounds later blocks .* use later=float"):
+            parse(config)
+
+
 def test_weights_must_fit_the_window() -> None:
     for overrides, message in (
         (["blocks=2", "weights=[1,1]"], r"blocks=2 needs 3 of them"),

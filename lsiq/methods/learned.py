@@ -117,6 +117,8 @@ class Training(Course):
     )
 
     def __post_init__(self) -> None:
+        if self.schedule == "joint" and self.wait:
+            raise ValueError(f"wait={self.wait}: nothing waits in a joint schedule; set schedule=staged or wait=0")
         if self.schedule == "staged" and not 0 < self.wait < max(self.epochs, 1):
             raise ValueError(
                 f"wait={self.wait}: a staged schedule needs 1 to epochs-1={self.epochs - 1} epochs to wait"
