@@ -141,7 +141,8 @@ class Learned:
     parts: list[Any] = Field(description="a list of parts, in the order in which they act")
     training: Training = Field(description="how the parts are trained")
     then: Method | None = Field(
-        None, description="a method that rounds what was learned, such as gptq; null for the rounding it was learned in"
+        default=None,
+        description="a method that rounds what was learned, such as gptq; null for the rounding it was learned in",
     )
 
     def __post_init__(self) -> None:
