@@ -6,7 +6,7 @@ Imported whenever hydra starts, so what they do is elsewhere.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,19 @@ if TYPE_CHECKING:
 
 
 class Grid(BasicSweeper):
-    """Deals out every combination of the lists; what is finished already comes back from its record."""
+    """Deals out every combination of the lists; what is finished already comes back from its record.
 
-    def __init__(self, params: dict[str, str] | None = None) -> None:
+    Where a study names `variants`, sets of overrides, each of them goes through all combinations.
+    """
+
+    def __init__(
+        self,
+        params: dict[str, str] | None = None,
+        variants: Mapping[str, Sequence[str]] | None = None,
+        only: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(max_batch_size=None, params=params)
+        self._variants, self._only = variants or {}, only
         self._launched = 0
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -56,17 +65,32 @@ class Grid(BasicSweeper):
         from lsiq.track.console import say
 
         assert self.config is not None
-        (jobs,) = self.split_arguments(self.swept(arguments), max_batch_size=None)
-        outcomes = self.carry_out(jobs)
+        outcomes = self.carry_out(self.jobs(arguments))
         raise_failures(outcomes)
         # Some launchers keep to themselves what their jobs print.
         say(f"{len(outcomes)} jobs done; look at them with: python -m lsiq.report --runs {self.config.paths.runs}")
         return outcomes
 
-    def swept(self, arguments: list[str]) -> list[Override]:
-        """The study's lists and the command line, parsed; a later one of the same key wins."""
-        assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+    def jobs(self, arguments: Sequence[str]) -> list[list[str]]:
+        """The overrides of each job, those of one variant after the other.
+
+        Raises:
+            ConfigError: a variant is asked for that the study does not have.
+        """
+        from lsiq.errors import ConfigError
+
+        for name in self._only or ():
+            if name not in self._variants:
+                there = f"it has {', '.join(self._variants)}" if self._variants else "leave it null"
+                raise ConfigError(f"hydra.sweeper.only={name}: the study has no such variant; {there}")
+        chosen = [words for name, words in self._variants.items() if self._only is None or name in self._only]
+        swept = [self.swept([*words, *arguments]) for words in chosen or [()]]
+        return [job for overrides in swept for job in self.split_arguments(overrides, max_batch_size=None)[0]]
+
+    def swept(self, arguments: Sequence[str]) -> list[Override]:
+        """The study's lists and `arguments`, parsed; a later one of the same key wins."""
+        loader = None if self.hydra_context is None else self.hydra_context.config_loader
+        parser = OverridesParser.create(config_loader=loader)
         return parser.parse_overrides([*self._parse_config(), *arguments])
 
     def carry_out(self, jobs: Sequence[Sequence[str]]) -> list[Outcome]:

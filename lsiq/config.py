@@ -267,8 +267,10 @@ def parse(cfg: DictConfig) -> RunConfig:
     """
     plain = plain_config(cfg)
     values: dict[str, Any] = {}
+    family = recipe_family(cfg.get("method"), plain.get("quant"))
+    method_key = "method" if family is None else f"method.{family}"
     for key, node in plain.items():
-        built = build(node, key)
+        built = build(node, method_key if key == "method" else key)
         if key in _PARTS and not isinstance(built, dict):
             raise ConfigError(f"{key}={built}: a group of settings is expected; choose a file of conf/{key}/")
         values[key] = fill(_PARTS[key], built, key) if key in _PARTS else built
@@ -276,7 +278,10 @@ def parse(cfg: DictConfig) -> RunConfig:
         raise ConfigError(f"method={plain.get('method')}: not a method; choose a file of conf/method/")
     if not isinstance(values.get("export"), Exporter | None):
         raise ConfigError(f"export={plain.get('export')}: not an export; choose a file of conf/export/")
-    return fill(RunConfig, values)
+    try:
+        return fill(RunConfig, values)
+    except ConfigError as error:  # of a recipe the keys are those of its family
+        raise ConfigError(str(error).replace("method.", f"{method_key}.")) from error
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
@@ -306,11 +311,17 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
 
 def recipe_for(method: Any, quant: Any) -> Any:
     """Return the recipe for this format, where a method's file has one for float and one for quantised activations."""
-    if not isinstance(method, dict) or set(method) != {"weight_only", "weight_activation"}:
-        return method
-    activation = quant.get("activation") if isinstance(quant, dict) else None
-    bits = activation.get("bits") if isinstance(activation, dict) else None
-    return method["weight_only" if bits in (None, 16) else "weight_activation"]
+    family = recipe_family(method, quant)
+    return method if family is None else method[family]
+
+
+def recipe_family(method: Any, quant: Any) -> str | None:
+    """Return which of a method's recipes is for this format; None where its file has but one."""
+    if not isinstance(method, Mapping) or set(method) != {"weight_only", "weight_activation"}:
+        return None
+    activation = quant.get("activation") if isinstance(quant, Mapping) else None
+    bits = activation.get("bits") if isinstance(activation, Mapping) else None
+    return "weight_only" if bits in (None, 16) else "weight_activation"
 
 
 # How and where a run is carried out, against what it is.

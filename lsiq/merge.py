@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.methods.base import BlockResult
 from lsiq.models.block import Block
-from lsiq.parts.base import Draft, placed
+from lsiq.parts.base import Draft, clipped_range, placed
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
@@ -22,9 +24,26 @@ def merge(draft: Draft, block: Block, quant: QuantSettings) -> BlockResult:
     for name in block.linears:
         weight, scale, zero = placed(draft, name, quant)
         weights[name] = QuantizedTensor(quant.weight.encode(weight, scale, zero), scale, zero, quant.weight)
-    floats = {
+    return BlockResult(weights, _floats(draft, block))
+
+
+def prepared(draft: Draft, block: Block, quant: QuantSettings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what else the draft changed, and its linears clamped to their ranges, for another method to round.
+
+    Rounding them to nearest gives what `merge` gives, for a draft without offsets, but for the one code that a
+    symmetric integer grid has below its range.
+    """
+    linears = {}
+    for name in block.linears:
+        lo, hi = quant.weight.limits(*clipped_range(draft, name, quant))
+        weight = draft.weights[name]
+        linears[name] = quant.weight.grouped(weight).clamp(lo, hi).reshape(weight.shape)
+    return _floats(draft, block), linears
+
+
+def _floats(draft: Draft, block: Block) -> dict[str, Tensor]:
+    return {
         name: tensor
         for name, tensor in draft.weights.items()
-        if name not in weights and tensor is not block.weights.get(name)
+        if name not in block.linears and tensor is not block.weights.get(name)
     }
-    return BlockResult(weights, floats)

@@ -99,6 +99,8 @@ def _explain(error: ValidationError, cls: type, key: str) -> str:
         )
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{full} has no value; {_describe(cls, place)}"
+    if kind == "is_instance_of":
+        return f"{full}={_shown(first['input'])}: cannot stand there; {_describe(cls, place)}"
     rule = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if kind == "value_error" and len(place) == 0:
         return f"{key}.{rule}" if key else rule  # a rule across fields names its own field first
@@ -106,7 +108,7 @@ def _explain(error: ValidationError, cls: type, key: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value)
+    text = "null" if value is None else str(getattr(value, "name", value))
     return text if len(text) <= 80 else text[:77] + "…"
 
 

@@ -69,14 +69,14 @@ def look_ahead(
     context: Context,
     path: WeightPath = "plain",
 ) -> Window:
-    """Return the window of a block; it is shorter where fewer blocks follow.
+    """Return the window of a block; it is shorter where fewer blocks follow (see `LookAhead.within`).
 
     Source: CL (arXiv 2407.15508). With `later=learned` the later blocks are trained along, as in the sliding windows
     of CBQ (arXiv 2312.07950); unlike there they start anew when their turn comes.
     """
     assert context.targets is not None
     count = 0 if context.ahead is None else min(training.ahead.blocks, context.ahead.depth - 1 - block.index)
-    weights = (training.ahead.weights or [1.0] * (count + 1))[: count + 1]
+    weights = training.ahead.within(count)
     targets = [context.targets]
     later: list[Callable[[], BlockFunction]] = []
     companions: list[Trained] = []

@@ -135,7 +135,20 @@ CONFIG_ERRORS = {
     "from-without-export": (["from=nothing"], ["from=nothing", "export="]),
     "from-with-settings": (["from=x", "export=plain", "quant=w2a16"], ["quant=w2a16", "from=x"]),
     "scales-of-blocks": (["method=e2e", "method.run=x", "quant=w4a8-mxint"], ["method.scales", "powers of two"]),
-    "two-starts": (["method=best", "method.weight_only.run=x"], ["run and start", "one of them"]),
+    "waiting-jointly": (["method.training.wait=3"], ["method.training.wait=3", "schedule=staged"]),
+    "two-starts": (["method=best", "method.weight_only.run=x"], ["method.weight_only.run and start", "one of them"]),
+    "best-on-blocks": (
+        ["method=best", "quant=w4a8-mxint"],
+        ["method.weight_activation.scales=0.001", "use method.weight_activation.scales=null"],
+    ),
+    "best-inside": (
+        ["method=best", "method.weight_only.start.parts.0.lr=-1"],
+        ["method.weight_only.start.parts[0].lr=-1", "above 0"],
+    ),
+    "whole-method-inside": (
+        ["method=rotate", "method@method.then=e2e", "method.then.run=x"],
+        ["method.then=e2e: cannot stand there", "the method that quantises the turned block"],
+    ),
     "steps-of-norms": (
         ["method=dense", "method.parts.0.unit=step", "method.parts.0.tensors=all"],
         ["unit=step", "linears"],

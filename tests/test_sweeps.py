@@ -7,11 +7,11 @@ import re
 import pytest
 from conftest import CONF, compose_run
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.utils import instantiate
 
 from lsiq.config import parse
+from lsiq.errors import ConfigError
 
 SWEEPS = sorted(file.stem for file in (CONF.parent / "sweeps").glob("*.yaml"))
 
@@ -21,12 +21,10 @@ def jobs(sweep: str) -> list[list[str]]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         hydra = compose("config", overrides=[f"sweep={sweep}"], return_hydra_config=True).hydra
     assert hydra.mode.name == "MULTIRUN"
-    overrides = OverridesParser.create().parse_overrides(
-        [f"{key}={value}" for key, value in hydra.sweeper.params.items()]
-    )
+    sweeper = instantiate(hydra.sweeper)
     if hydra.sweeper._target_.endswith(".Search"):
-        return [[at_end(override, end) for override in overrides] for end in (0, -1)]
-    return [list(job) for job in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]]
+        return [[at_end(override, end) for override in sweeper.swept([])] for end in (0, -1)]
+    return sweeper.jobs([])
 
 
 def at_end(override: Override, end: int) -> str:
@@ -60,6 +58,25 @@ def test_the_first_lines_of_a_study_say_how_to_start_it_how_large_it_is_and_what
     if said[2] == "runs":
         assert int(said[1]) == len(jobs(sweep))
     assert "Expected: " in words or "sweeps/study.yaml" in words or "docs/tables/" in words
+
+
+def test_every_variant_goes_through_all_combinations_and_the_command_line_wins() -> None:
+    study = {
+        "_target_": "hydra_plugins.lsiq_plugins.Grid",
+        "params": {"seed": "0,1", "method": "rtn"},
+        "variants": {"plain": [], "fed-back": ["method=gptq", "method.damping=0.1"]},
+    }
+    fed_back = ["method=gptq", "method.damping=0.1"]
+    assert instantiate(study).jobs([]) == [
+        ["seed=0", "method=rtn"],
+        ["seed=1", "method=rtn"],
+        ["seed=0", *fed_back],
+        ["seed=1", *fed_back],
+    ]
+    chosen = instantiate(study, only=["fed-back"])
+    assert chosen.jobs(["seed=3", "method.damping=0.2"]) == [["seed=3", "method=gptq", "method.damping=0.2"]]
+    with pytest.raises(ConfigError, match=r"hydra\.sweeper\.only=best: .*no such variant; it has plain, fed-back"):
+        instantiate(study, only=["best"]).jobs([])
 
 
 def test_the_folder_of_studies_is_the_config_group() -> None:

@@ -64,6 +64,15 @@ def test_the_window_shrinks_where_the_model_ends(checkpoint: Path) -> None:
     assert (len(last.targets), len(last.later)) == (1, 0)
 
 
+def test_a_loss_of_the_farthest_block_alone_reaches_the_last_blocks_too(checkpoint: Path) -> None:
+    block, _, context = first_block(checkpoint)
+    only = looking(2, weights=[0, 0, 1])
+    assert list(look_ahead((), only, block, W2, context).weights) == [0, 1]
+    last = replace(block, index=1)
+    assert list(look_ahead((), only, last, W2, context).weights) == [1]
+    assert learn((Clip(),), only, last, W2, context).epochs[0].loss > 0
+
+
 def test_looking_at_no_later_block_is_the_plain_loss_bit_for_bit(checkpoint: Path) -> None:
     block, _, context = first_block(checkpoint)
     plain = learn((Clip(),), schedule_of(), block, W2, replace(context, ahead=None))
@@ -94,6 +103,24 @@ def test_later_blocks_can_be_trained_along(checkpoint: Path) -> None:
     fixed = schedule_of(epochs=8, ahead=LookAhead(blocks=1, later="rtn"))
     against = learn(parts, fixed, block, W2, replace(context, generator=fresh()))
     assert learned.epochs[-1].loss < against.epochs[-1].loss
+
+
+@pytest.mark.parametrize("later", ["rtn", "learned"])
+def test_rounded_later_blocks_are_refused_behind_online_rotations(later: str) -> None:
+    looking_ahead = ("blocks=1", f"later={later}")
+    for host, refused in (
+        (["method=duquant"], True),
+        (["method=rotate"], True),
+        (["method=rotate", "method.places=[residual,value]"], False),
+        (["method=prefix"], False),
+    ):
+        ahead = [f"method.then.training.ahead.{setting}" for setting in looking_ahead]
+        config = compose_run(*host, "method@method.then=sde", *ahead)
+        if not refused:
+            parse(config)
+            continue
+        with pytest.raises(ConfigError, match=rf"ahead\.later={later} rounds later blocks .* use later=float"):
+            parse(config)
 
 
 def test_weights_must_fit_the_window() -> None:

@@ -47,6 +47,14 @@ class Grid(ABC):
         The zero point is whole-numbered, in the dtype of the scale. Gradients reach `lo` and `hi` through the scale.
         """
 
+    @abstractmethod
+    def limits(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ends `(out, groups, 1)` to clamp groups to, so that the grid fitted to them is `fit(lo, hi)`.
+
+        Args:
+            lo, hi: inside the extremes of the groups.
+        """
+
     def fake(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return `w (out, in)` on the grid, in its own dtype; rounding lets gradients straight through.
 

@@ -77,6 +77,11 @@ class Integer(Grid):
         zero = round_through(-lo / scale).clamp(0, self.levels)
         return scale, zero
 
+    def limits(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `lo, hi`, or the larger of them at both ends of a symmetric grid."""
+        reach = (-lo).maximum(hi)
+        return (-reach, reach) if self.symmetric else (lo, hi)
+
     def storable(self, scale: Tensor) -> Tensor:
         """Return step sizes as they can be stored; the gradient passes as if nothing had been rounded."""
         if self.scale == "float16":

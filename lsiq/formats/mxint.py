@@ -72,6 +72,11 @@ class MXInt(Grid):
             scale = scale + (soft - soft.detach())
         return scale, scale.detach().new_full(scale.shape, 2 ** (self.bits - 1))
 
+    def limits(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both ends of the largest block with the same exponent."""
+        reach = self.fit(lo, hi)[0] * 2 ** (self.bits - 1)
+        return -reach, reach
+
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Bits that a weight of this shape takes: codes and one exponent per block."""
         return out_features * (self.bits * in_features + self.exponent * (in_features // self.block))

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from lsiq.methods.base import BlockResult, Context, Method, Need, chain
+from lsiq.methods.base import BlockResult, Context, Method, Need, chain, quantize_prepared
+from lsiq.methods.gptq import GPTQ
+from lsiq.methods.rtn import RTN
 from lsiq.parts.base import Part
 from lsiq.parts.equivalent import Equivalent
+from lsiq.parts.rounding import Rounding
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
+    from lsiq.learn import Learned as Trajectory
     from lsiq.models.block import Block
 
 
@@ -71,6 +75,14 @@ class LookAhead:
         if min(self.weights) < 0 or not any(self.weights):
             raise ValueError(f"weights={self.weights}: each must be 0 or more, and one of them more")
 
+    def within(self, count: int) -> list[float]:
+        """Return the weights of a window of `count` later blocks, which is all that follow.
+
+        Where only weights of 0 are left the farthest block takes 1, so that every block has a loss.
+        """
+        left = (self.weights or [1.0] * (self.blocks + 1))[: count + 1]
+        return left if any(left) else [*left[:-1], 1.0]
+
 
 @settings
 class Training(Course):
@@ -105,6 +117,8 @@ class Training(Course):
     )
 
     def __post_init__(self) -> None:
+        if self.schedule == "joint" and self.wait:
+            raise ValueError(f"wait={self.wait}: nothing waits in a joint schedule; set schedule=staged or wait=0")
         if self.schedule == "staged" and not 0 < self.wait < max(self.epochs, 1):
             raise ValueError(
                 f"wait={self.wait}: a staged schedule needs 1 to epochs-1={self.epochs - 1} epochs to wait"
@@ -117,11 +131,19 @@ class Learned:
 
     The parts act in their order on the float weights of a block; the result is put on the grid. OmniQuant is
     `equivalent` and `clip`; LSI adds `singular` in front of them.
+
+    With `then` that method rounds what was learned: the block with its transformations folded, its increments added
+    and its weights clamped to their learned ranges, so that grids fitted to them are the learned ones. (The parts are
+    trained through rounding to nearest all the same.)
     """
 
     label: str = Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$", description="the method's name in records and tables")
     parts: list[Any] = Field(description="a list of parts, in the order in which they act")
     training: Training = Field(description="how the parts are trained")
+    then: Method | None = Field(
+        default=None,
+        description="a method that rounds what was learned, such as gptq; null for the rounding it was learned in",
+    )
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -137,10 +159,21 @@ class Learned:
                 f"training.signed={self.training.signed}: the method has no {', '.join(sorted(unknown))}; "
                 f"it has {', '.join(names)}"
             )
+        if self.then is not None:
+            self._check_then(self.then)
+
+    def _check_then(self, then: Method) -> None:
+        if not isinstance(then, GPTQ | RTN):
+            raise ValueError(
+                f"then: {then.name} does more than round what {self.label} learned; put it outside "
+                f"(method={then.name} method@method.then=…), or use gptq"
+            )
+        if any(isinstance(part, Rounding) for part in self.parts):
+            raise ValueError(f"then: the part rounding chooses codes that {then.name} would choose anew; use then=null")
 
     @property
     def name(self) -> str:
-        return self.label
+        return self.label if self.then is None else f"{self.label}+{self.then.name}"
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -150,7 +183,7 @@ class Learned:
         import torch
 
         from lsiq.learn import learn
-        from lsiq.merge import merge
+        from lsiq.merge import merge, prepared
         from lsiq.step import apply_parts
         from lsiq.trajectory import trace
 
@@ -158,32 +191,43 @@ class Learned:
         learned = learn(parts, self.training, block, quant, context)
         running = self.training.in_precision(block)  # which decides the precision of increment products
         with torch.no_grad():
-            result = merge(apply_parts(parts, learned.states, running), running, quant)
+            draft = apply_parts(parts, learned.states, running)
             rows = trace(parts, learned, running)
             # Of the parts only the equivalent transformation keeps the float function; the codes stand for its weights.
             folds = [(p, s) for p, s in zip(parts, learned.states, strict=True) if isinstance(p, Equivalent)]
             folded = apply_parts([p for p, _ in folds], [s for _, s in folds], running).weights
-        metrics = {
-            "steps": float(learned.steps),
-            "retries": float(learned.retries),
-            "weight_path_share": learned.weight_seconds / max(learned.seconds, 1e-9),
-        }
-        if learned.epochs:
-            ends = [0.0, *(epoch.seconds for epoch in learned.epochs)]
-            metrics |= {
-                "loss_first": learned.epochs[0].loss,
-                "loss_last": learned.epochs[-1].loss,
-                # The median: the first epoch also pays for what is set up once.
-                "epoch_seconds": statistics.median(end - begin for begin, end in itertools.pairwise(ends)),
-            }
+        reference = {name: folded[name] for name in block.linears}
+        if self.then is None:
+            result = replace(merge(draft, running, quant), reference=reference)
+        else:
+            floats, linears = prepared(draft, running, quant)
+            result = quantize_prepared(self.then, block, {**reference, **floats}, quant, context, linears)
         state = {
             f"{part.name}:{name}": tensor
             for part, held in zip(parts, learned.states, strict=True)
             for name, tensor in held.parameters.items()
             if name not in held.bulky
         }
-        reference = {name: folded[name] for name in block.linears}
-        return replace(result, reference=reference, metrics=metrics, state=state, trace=rows, kernels=learned.kernels)
+        metrics = {**measured(learned), **result.metrics}
+        return replace(result, metrics=metrics, state=state, trace=rows, kernels=learned.kernels)
+
+
+def measured(learned: Trajectory) -> dict[str, float]:
+    """Return the numbers of a block's training that its record keeps."""
+    metrics = {
+        "steps": float(learned.steps),
+        "retries": float(learned.retries),
+        "weight_path_share": learned.weight_seconds / max(learned.seconds, 1e-9),
+    }
+    if learned.epochs:
+        ends = [0.0, *(epoch.seconds for epoch in learned.epochs)]
+        metrics |= {
+            "loss_first": learned.epochs[0].loss,
+            "loss_last": learned.epochs[-1].loss,
+            # The median: the first epoch also pays for what is set up once.
+            "epoch_seconds": statistics.median(end - begin for begin, end in itertools.pairwise(ends)),
+        }
+    return metrics
 
 
 def refuse_rounded_ahead(then: Method) -> None:

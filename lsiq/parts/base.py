@@ -75,13 +75,18 @@ class Part(Protocol):
         ...
 
 
-def quantized_ranges(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point `(out, groups, 1)` of a linear's grid under the draft's clipping."""
+def clipped_range(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor]:
+    """Return both ends `(out, groups, 1)` of what a linear's grid spans under the draft's clipping."""
     lo, hi = quant.weight.extremes(draft.weights[name])
     if name in draft.clip:
         low, high = draft.clip[name]
         lo, hi = low * lo, high * hi
-    return quant.weight.fit(lo, hi)
+    return lo, hi
+
+
+def quantized_ranges(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point `(out, groups, 1)` of a linear's grid under the draft's clipping."""
+    return quant.weight.fit(*clipped_range(draft, name, quant))
 
 
 def placed(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor, Tensor]:
