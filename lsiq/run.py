@@ -100,7 +100,7 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
         from lsiq.experiment import carry_out  # torch and transformers: only now that there is work for them
 
         distributed.from_first((record, True))
-        carry_out(request.config, request.plain, request.checkpoint, folder, record)
+        carry_out(request, record)
     except BaseException as raised:
         error = distributed.cause(raised)
         if record.status != "finished":  # then an export failed, and has noted it; the run stays what it was
@@ -135,7 +135,7 @@ def follow(request: Request) -> Record:
     if wanted:
         from lsiq.experiment import carry_out
 
-        carry_out(request.config, request.plain, request.checkpoint, request.folder, record)
+        carry_out(request, record)
     return record
 
 

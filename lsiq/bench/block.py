@@ -18,8 +18,8 @@ from torch.utils.flop_counter import flop_registry
 
 from lsiq.clock import collect_stages
 from lsiq.config import ModelSettings, QuantSettings
-from lsiq.experiment import find_device
 from lsiq.formats import Activation, Integer
+from lsiq.machine import find_device
 from lsiq.memory import peak_bytes, reset_peak
 from lsiq.methods.awq import AWQ
 from lsiq.methods.base import Context, Method

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from lsiq.bench.block import FlopsByDtype, measured_rate
 from lsiq.config import ModelSettings, QuantSettings
-from lsiq.experiment import find_device
 from lsiq.feed import Feed
 from lsiq.formats import Activation, Integer
 from lsiq.kernels.choice import choose, compiles
+from lsiq.machine import find_device
 from lsiq.memory import peak_bytes, reset_peak
 from lsiq.methods.base import Ahead, Context
 from lsiq.methods.learned import Learned, LookAhead, Training
