@@ -244,9 +244,7 @@ def test_large_streams_are_written_beside_the_next_block(
     assert not read_tensors(folder / "streams.safetensors").tensors
 
 
-def test_streams_make_way_while_others_are_still_being_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streams_make_way_while_others_are_still_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsiq.store.LARGE_STREAMS", 1)
     store, gate, stream = BlockStore(tmp_path / "blocks"), threading.Event(), torch.ones(2, 3, 4)
     store._background.start(gate.wait)
