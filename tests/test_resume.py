@@ -263,7 +263,7 @@ def test_a_disk_that_refuses_large_streams_is_named_at_the_next_block(
     monkeypatch.setattr("lsiq.store.LARGE_STREAMS", 1)
     store, stream = BlockStore(tmp_path / "nowhere" / "blocks"), torch.ones(2, 3, 4)
     store.write_streams(Streams(1, [0.1], stream, stream + 1), "first")
-    with pytest.raises(OutputError, match="streams.safetensors: cannot be written"):
+    with pytest.raises(OutputError, match=r"streams\.safetensors: cannot be written"):
         store.write_streams(Streams(2, [0.1, 0.2]), "second")
 
 
