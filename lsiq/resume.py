@@ -15,8 +15,8 @@ from lsiq.results import Record, versions
 _PACKAGE = Path(__file__).parent
 # A change of these makes no other blocks: an evaluation may be mended after it failed.
 _NO_PART_IN_BLOCKS = ("analysis", "assets", "bench", "evals", "export", "track")
-_NO_PART_IN_BLOCKS += ("checks.py", "compare.py", "errors.py", "experiment.py", "identity.py", "machine.py")
-_NO_PART_IN_BLOCKS += ("memory.py", "quantize_stage.py", "results.py", "run.py")
+_NO_PART_IN_BLOCKS += ("checks.py", "compare.py", "environment.py", "errors.py", "experiment.py", "identity.py")
+_NO_PART_IN_BLOCKS += ("machine.py", "memory.py", "quantize_stage.py", "results.py", "run.py")
 _NOT_ASKED = ("wandb", "lm_eval", "datasets", "hydra-core", "safetensors")
 
 
