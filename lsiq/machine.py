@@ -16,7 +16,8 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device() if distributed.size() == 1 else distributed.local_rank())
+        number = torch.cuda.current_device() if distributed.size() == 1 else distributed.local_rank()
+        return torch.device("cuda", number)
     device = torch.device(name)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)
