@@ -127,7 +127,7 @@ class Search(Grid):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Try values, going on with what an earlier call tried; raises where some failed."""
-        from lsiq.config import NOT_IDENTITY
+        from lsiq.identity import NOT_IDENTITY
         from lsiq.settings import fill
         from lsiq.sweeps.jobs import raise_failures
         from lsiq.sweeps.search import SearchSettings, search

@@ -13,14 +13,16 @@ import torch
 
 from lsiq.assets import bundled_model
 from lsiq.calib.corpora import KINDS, read_corpus
+from lsiq.calib.sequences import SAMPLES_TO_MEASURE
 from lsiq.calib.tokens import cut_windows, random_windows
+from lsiq.checks import check_formats, check_lengths
 from lsiq.errors import ConfigError, InputError
 from lsiq.evals.windows import STATES_BYTES
-from lsiq.experiment import SAMPLES_TO_MEASURE, check_lengths, find_device, prepare_model
+from lsiq.machine import find_device
 from lsiq.methods.base import Method, chain
 from lsiq.models.loading import Model
 from lsiq.probe import BlockCost, EvaluationCost, architecture, probe_block, probe_evaluation, probe_model, shortened
-from lsiq.quantize import check_formats
+from lsiq.quantize_stage import prepare_model
 from lsiq.results import Record
 from lsiq.store import BlockStore
 from lsiq.streams import kept_in

@@ -59,13 +59,6 @@ class BlockReport:
         return cls(**{**values, "error": error, "cost": BlockCost(**values["cost"])})
 
 
-def check_formats(model: Model, quant: QuantSettings) -> None:
-    """Raise ConfigError before anything long starts if a format does not fit the shape of a linear."""
-    block = model.skeleton.get_submodule(f"{model.spec.blocks}.0")
-    for name in model.spec.linears:
-        quant.weight.check(block.get_submodule(name).in_features, name)  # type: ignore[arg-type]
-
-
 def quantize(
     model: Model,
     method: Method | WholeMethod,
@@ -89,122 +82,169 @@ def quantize(
         batch: sequences that pass through a block at once.
         cache: the folder of what methods may keep from run to run.
     """
-    own = torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens[distributed.share(len(tokens))]
-    hidden, kwargs = model.embed(own, batch)
-    resident = fits(STREAMS * hidden.nbytes, model.device)
-    if resident:
-        hidden = hidden.to(model.device)
-    block: Block | None = None
+    loop = _Loop(model, method, quant, tokens, batch, seed, store, log, cache)
+    yield from loop.take_up()
+    while loop.done < model.depth:
+        yield loop.next_block()
 
-    def read(later: int) -> Block:
-        return block if block is not None and block.index == later else model.block(later, kwargs)
 
-    floats = FloatStream(read, hidden, batch)
+@dataclass(eq=False)
+class _Loop:
+    """The loop over the blocks: what it works with, named as in `quantize`, and where it stands.
 
-    def context_of(index: int, inputs: Tensor | None, targets: Tensor | None) -> Context:
+    Attributes:
+        done: how many blocks are behind.
+        before: the digest of the last of them.
+        errors: of each of them, the relative error of its outputs.
+        blocks: those of the float model.
+        floats, quantised: both streams; the quantised one is None without calibration data.
+    """
+
+    model: Model
+    method: Method | WholeMethod
+    quant: QuantSettings
+    tokens: Tensor | None
+    batch: int
+    seed: int
+    store: BlockStore
+    log: Callable[[Mapping[str, float]], None]
+    cache: Path | None
+
+    def __post_init__(self) -> None:
+        own = torch.zeros(1, 1, dtype=torch.long)
+        if self.tokens is not None:
+            own = self.tokens[distributed.share(len(self.tokens))]
+        hidden, kwargs = self.model.embed(own, self.batch)
+        self.resident = fits(STREAMS * hidden.nbytes, self.model.device)
+        if self.resident:
+            hidden = hidden.to(self.model.device)
+        self.done, self.before = 0, ""
+        self.errors: list[float | None] = []
+        self.blocks = _Blocks(self.model, kwargs)
+        self.floats = FloatStream(self.blocks, hidden, self.batch)
+        self.quantised = None if self.tokens is None else hidden
+
+    def take_up(self) -> Iterator[BlockReport]:
+        """Go to where an earlier try came, and yield the reports of its blocks up to there."""
+        kept = distributed.from_first(self.store.kept(self.model.depth) if distributed.first() else [])
+        if isinstance(self.method, WholeMethod) and len(kept) < self.model.depth:
+            kept = self._store_whole(self.method)
+        if self.tokens is None:  # no streams have to be brought to where the blocks end
+            self.done = len(kept)
+            self.errors += [None] * len(kept)
+        elif distributed.size() == 1 and (found := self.store.read_streams(kept)) is not None:
+            self._enter(found)
+        self.before = kept[self.done - 1].digest if self.done else self.store.model_digest()
+        for one, error in zip(kept, self.errors, strict=False):
+            yield BlockReport.restored(one, error)
+
+    def _enter(self, found: Streams) -> None:
+        """Let both streams be what enters the next block; after the last one nothing does."""
+        self.done, self.errors = found.done, [*found.errors]
+        if self.resident:
+            found = found.on(self.model.device)
+        if found.floats is not None:
+            self.floats = FloatStream(self.blocks, found.floats, self.batch, found.done)
+        self.quantised = found.quantised
+
+    def next_block(self) -> BlockReport:
+        """Quantise the next block, or take it from the store, run both streams through it, and report on it."""
+        start, index = time.perf_counter(), self.done
+        block = self.blocks.turn_to(index)
+        targets = None if self.quantised is None else self.floats.after(index)
+        found = self._restored(index)
+        if found is None:
+            result, report = self._make(block, targets, start)
+        else:
+            result, report, self.before = found.result, BlockReport.restored(found, None), found.digest
+            if isinstance(self.method, WholeMethod):  # its blocks were stored before their inputs were known
+                report = self._with_rows(report, block, result)
+        self.done += 1
+        if self.quantised is None or targets is None:
+            return report
+        function = block.with_result(result, self.quant.activation)
+        self.quantised = run_stream(function, self.quantised, self.batch, self.model.device)
+        self.errors.append(_relative_error(self.quantised, targets, index))
+        self.floats.forget_before(index)
+        self._store_streams(targets)
+        return replace(report, error=self.errors[-1])
+
+    def _make(self, block: Block, targets: Tensor | None, start: float) -> tuple[BlockResult, BlockReport]:
+        """Let the method quantise a block, and store what it made; the clock ran from `start`."""
+        assert not isinstance(self.method, WholeMethod)  # all its blocks were stored before the first one is taken up
+        result = self.method.quantize_block(block, self.quant, self._context(block.index, targets))
+        report = _report(block, result, self.quant, time.perf_counter() - start)
+        report = self._with_rows(report, block, result)
+        return self._store(block, result, report), report
+
+    def _store_whole(self, method: WholeMethod) -> list[Kept]:
+        """Store all blocks of a method that makes them together, so that none of that work is done twice."""
+        start = time.perf_counter()
+        context = self._context(0, None)
+        by_block = method.begin(self.quant, context)
+        self.before = self.store.model_digest()
+        for index in range(self.model.depth):
+            block = self.blocks(index)
+            result = by_block.quantize_block(block, self.quant, context)
+            self._store(block, result, _report(block, result, self.quant, time.perf_counter() - start))
+            start = time.perf_counter()
+        return self.store.kept(self.model.depth)
+
+    def _context(self, index: int, targets: Tensor | None) -> Context:
+        needs = self.method.needs
         return Context(
-            inputs=inputs if "inputs" in method.needs else None,
-            targets=targets if "targets" in method.needs else None,
-            generator=torch.Generator().manual_seed(seed * 100_003 + index),
-            batch=batch,
-            log=log,
-            tokens=tokens,
-            ahead=Ahead(model.depth, read, model.logits, floats.after),
-            cache=cache,
+            inputs=self.quantised if "inputs" in needs else None,
+            targets=targets if "targets" in needs else None,
+            generator=torch.Generator().manual_seed(self.seed * 100_003 + index),
+            batch=self.batch,
+            log=self.log,
+            tokens=self.tokens,
+            ahead=Ahead(self.model.depth, self.blocks, self.model.logits, self.floats.after),
+            cache=self.cache,
         )
 
-    entered = None if tokens is None else hidden
-    kept = distributed.from_first(store.kept(model.depth) if distributed.first() else [])
-    by_block = None if isinstance(method, WholeMethod) else method
-    if isinstance(method, WholeMethod) and len(kept) < model.depth:
-        kept = _store_whole(model, method, quant, kwargs, context_of(0, entered, None), store)
-    reached = _reached(store, kept, entered)
-    for one, error in zip(kept, reached.errors, strict=False):
-        yield BlockReport.restored(one, error)
-    if resident:
-        reached = reached.on(model.device)
-    if reached.floats is not None:
-        floats = FloatStream(read, reached.floats, batch, reached.done)
+    def _with_rows(self, report: BlockReport, block: Block, result: BlockResult) -> BlockReport:
+        """Return the report with a row for each linear, looked at on the first sequences that enter the block."""
+        fed = None if self.quantised is None else self.quantised[: max(1, TOKENS // self.quantised.shape[1])]
+        return replace(report, trace=[*report.trace, *layer_rows(block, result, self.quant, fed)])
 
-    quantised, errors = reached.quantised, [*reached.errors]
-    before = kept[reached.done - 1].digest if reached.done else store.model_digest()
-    for index in range(reached.done, model.depth):
-        start = time.perf_counter()
-        block = model.block(index, kwargs)
-        targets = None if quantised is None else floats.after(index)
-        fed = None if quantised is None else quantised[: max(1, TOKENS // quantised.shape[1])].clone()
-        one = _restored(store, index, before)
-        if one is not None:
-            result, report, before = one.result, BlockReport.restored(one, None), one.digest
-        else:
-            assert by_block is not None  # a whole method's blocks were all stored just now
-            result = by_block.quantize_block(block, quant, context_of(index, quantised, targets))
-            report = _report(block, result, quant, time.perf_counter() - start)
-        if one is None or by_block is None:  # blocks of a whole method are stored before their inputs are known
-            report = replace(report, trace=[*report.trace, *layer_rows(block, result, quant, fed)])
-        if one is None:
-            model.checkpoint.check_unchanged()
-            result, before = _store(store, index, result, before, report)
-        error = None
-        if quantised is not None and targets is not None:
-            quantised = run_stream(block.with_result(result, quant.activation), quantised, batch, model.device)
-            error = _relative_error(quantised, targets, index)
-            floats.forget_before(index)
-            errors.append(error)
-            _store_streams(store, Streams(index + 1, errors, targets, quantised), before, model.depth)
-        yield replace(report, error=error)
+    def _restored(self, index: int) -> Kept | None:
+        """Return a block that is stored already; of several processes all find it or none."""
+        one = self.store.restore(index, self.before) if distributed.first() else None
+        there = distributed.from_first(one is not None)
+        return self.store.restore(index, self.before) if there and one is None else one
+
+    def _store(self, block: Block, result: BlockResult, report: BlockReport) -> BlockResult:
+        """Write a block and return it; the other processes go on with what the first wrote."""
+        self.model.checkpoint.check_unchanged()
+        first, index = distributed.first(), block.index
+        self.before = distributed.from_first(
+            self.store.write(index, result, self.before, asdict(report)) if first else ""
+        )
+        return result if first else replace(self.store.read(index), trace=result.trace)
+
+    def _store_streams(self, targets: Tensor) -> None:
+        if distributed.size() == 1:
+            entering = (None, None) if self.done == self.model.depth else (targets, self.quantised)
+            self.store.write_streams(Streams(self.done, self.errors, *entering), self.before)
 
 
-def _reached(store: BlockStore, kept: Sequence[Kept], entered: Tensor | None) -> Streams:
-    """Return how far an earlier try came: the streams behind its last block, or those that enter the first one."""
-    if entered is None:  # nothing has to be brought to where the blocks end
-        return Streams(len(kept), [None] * len(kept))
-    found = store.read_streams(kept) if distributed.size() == 1 else None
-    return found or Streams(0, [], entered, entered)
+@dataclass(eq=False)
+class _Blocks:
+    """The blocks of the float model by their index; the one that is worked on need not be read again."""
 
+    model: Model
+    kwargs: Mapping[str, Any]
+    at_hand: Block | None = None
 
-def _restored(store: BlockStore, index: int, before: str) -> Kept | None:
-    """Return a block that is stored already; of several processes all find it or none."""
-    one = store.restore(index, before) if distributed.first() else None
-    there = distributed.from_first(one is not None)
-    return store.restore(index, before) if there and one is None else one
+    def __call__(self, index: int) -> Block:
+        there = self.at_hand
+        return there if there is not None and there.index == index else self.model.block(index, self.kwargs)
 
-
-def _store(
-    store: BlockStore, index: int, result: BlockResult, before: str, report: BlockReport
-) -> tuple[BlockResult, str]:
-    """Write a block and return it with its digest; the other processes go on with what the first wrote."""
-    first = distributed.first()
-    digest = distributed.from_first(store.write(index, result, before, asdict(report)) if first else "")
-    return result if first else replace(store.read(index), trace=result.trace), digest
-
-
-def _store_streams(store: BlockStore, streams: Streams, before: str, depth: int) -> None:
-    if distributed.size() == 1:
-        last = streams.done == depth
-        store.write_streams(replace(streams, floats=None, quantised=None) if last else streams, before)
-
-
-def _store_whole(
-    model: Model,
-    method: WholeMethod,
-    quant: QuantSettings,
-    kwargs: Mapping[str, Any],
-    context: Context,
-    store: BlockStore,
-) -> list[Kept]:
-    """Store all blocks of a method that makes them together, so that none of that work is done twice."""
-    start = time.perf_counter()
-    by_block = method.begin(quant, context)
-    before = store.model_digest()
-    for index in range(model.depth):
-        block = model.block(index, kwargs)
-        result = by_block.quantize_block(block, quant, context)
-        report = _report(block, result, quant, time.perf_counter() - start)
-        model.checkpoint.check_unchanged()
-        _, before = _store(store, index, result, before, report)
-        start = time.perf_counter()
-    return store.kept(model.depth)
+    def turn_to(self, index: int) -> Block:
+        """Return the block that is worked on from now on."""
+        self.at_hand = self.model.block(index, self.kwargs)
+        return self.at_hand
 
 
 def _report(block: Block, result: BlockResult, quant: QuantSettings, seconds: float) -> BlockReport:

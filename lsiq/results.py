@@ -8,16 +8,18 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lsiq import __version__, distributed
 from lsiq.durable import write_text
 from lsiq.errors import OutputError
 from lsiq.secrets import redacted
 
+T = TypeVar("T")
 SCHEMA = 1
 _PACKAGES = (
     "torch",
@@ -84,6 +86,14 @@ class Record:
     error: str | None = None
     quantised: bool = False
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def timed(self, stage: str, action: Callable[[], T]) -> T:
+        """Carry out `action`, add its wall time to the `seconds` of a stage, and return what it returns."""
+        start = time.perf_counter()
+        try:
+            return action()
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     @property
     def model(self) -> str:

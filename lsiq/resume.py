@@ -9,13 +9,14 @@ from pathlib import Path
 
 from lsiq.config import RunConfig
 from lsiq.errors import InputError
+from lsiq.identity import identify_inputs
 from lsiq.results import Record, versions
-from lsiq.run import identify_inputs
 
 _PACKAGE = Path(__file__).parent
 # A change of these makes no other blocks: an evaluation may be mended after it failed.
 _NO_PART_IN_BLOCKS = ("analysis", "assets", "bench", "evals", "export", "track")
-_NO_PART_IN_BLOCKS += ("compare.py", "errors.py", "experiment.py", "memory.py", "results.py", "run.py")
+_NO_PART_IN_BLOCKS += ("checks.py", "compare.py", "environment.py", "errors.py", "experiment.py", "identity.py")
+_NO_PART_IN_BLOCKS += ("machine.py", "memory.py", "quantize_stage.py", "results.py", "run.py")
 _NOT_ASKED = ("wandb", "lm_eval", "datasets", "hydra-core", "safetensors")
 
 

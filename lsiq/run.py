@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lsiq import distributed
-from lsiq.config import RunConfig, parse, plain_config, run_id
+from lsiq.composed import plain_config
+from lsiq.config import RunConfig, parse
 from lsiq.errors import ConfigError, InputError, LsiqError
 from lsiq.export.finished import export_finished, exports_left
+from lsiq.identity import identify_inputs, run_id
 from lsiq.lock import run_lock
 from lsiq.methods.finetune import FineTune
-from lsiq.models.folder import find_folder, fingerprint
+from lsiq.models.folder import find_folder
 from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
 from lsiq.secrets import redacted
 from lsiq.track.console import say, show_record
@@ -100,7 +101,7 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
         from lsiq.experiment import carry_out  # torch and transformers: only now that there is work for them
 
         distributed.from_first((record, True))
-        carry_out(request.config, request.plain, request.checkpoint, folder, record)
+        carry_out(request, record)
     except BaseException as raised:
         error = distributed.cause(raised)
         if record.status != "finished":  # then an export failed, and has noted it; the run stays what it was
@@ -135,7 +136,7 @@ def follow(request: Request) -> Record:
     if wanted:
         from lsiq.experiment import carry_out
 
-        carry_out(request.config, request.plain, request.checkpoint, request.folder, record)
+        carry_out(request, record)
     return record
 
 
@@ -173,30 +174,3 @@ def find_parent(config: RunConfig) -> RunConfig:
     raise InputError(
         f"method.run={named}: no record there; give a run id below paths.runs={config.paths.runs} or a folder"
     )
-
-
-def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str]:
-    """Return content hashes of everything a run reads from files, by the key that names the file."""
-    inputs = {}
-    if checkpoint is not None and config.model.weights == "checkpoint":
-        inputs["model"] = fingerprint(checkpoint, config.model.allow_pickle)
-    paths = {"calib.path": config.calib.path, "eval.path": config.eval.path}
-    paths |= {f"eval.local.{name}": path for name, path in config.eval.local.items()}
-    paths |= {f"eval.tasks_local.{name}": path for name, path in config.eval.tasks_local.items()}
-    if isinstance(config.method, FineTune) and config.method.run is not None:
-        inputs["method.run"] = Path(config.method.run).name  # a run's id already stands for all that made it
-    for key, path in paths.items():
-        if path is not None:
-            inputs[key] = hash_file(key, Path(path).expanduser())
-    return inputs
-
-
-def hash_file(key: str, path: Path) -> str:
-    """Return a hash of the content of `path`; InputError, which names `key`, where it cannot be read."""
-    if not path.is_file():
-        raise InputError(f"{key}={path}: no such file; give the path of a file, relative to where you run")
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=10)).hexdigest()
-    except OSError as error:
-        raise InputError(f"{key}={path}: cannot be read ({error.strerror}); check its permissions") from error

@@ -13,15 +13,11 @@ import torch
 from torch import Tensor
 
 from lsiq.background import Background
+from lsiq.block_file import to_result, to_tensors
 from lsiq.durable import DamagedError, Stored, read_tensors, remove_partial, write_tensors
-from lsiq.errors import InputError, LsiqError, OutputError
-from lsiq.formats import WeightFormat
-from lsiq.formats.branch import Factor, SideBranch
-from lsiq.formats.tensor import QuantizedTensor
+from lsiq.errors import InputError, OutputError
 from lsiq.methods.base import BlockResult
 from lsiq.models.loading import Model
-from lsiq.rotation import Rotation
-from lsiq.settings import build, describe_settings
 from lsiq.track.console import warn
 
 # Streams of more bytes are written while the next block is made: at 7 billion parameters they take as long as an epoch.
@@ -67,11 +63,9 @@ class Streams:
 
 
 class BlockStore:
-    """A folder with one safetensors file per finished block.
+    """A folder with one safetensors file per finished block; `lsiq.block_file` says what stands in it.
 
-    Codes stand as uint8, scales and zero points in float32, folded norms and biases in float32, factors of side
-    branches in float16 or as codes, rotations and learned parameters as they are; the formats stand in the file's
-    metadata. What a method did to the model as a whole has a file of its own, and so has what enters the next block.
+    What a method did to the model as a whole has a file of its own, and so has what enters the next block.
 
     Every file appears whole or not at all and carries a checksum. With a `stamp`, which stands for all that decides
     the blocks, each file names it and the digest of the block before: what another run left is never taken up.
@@ -133,7 +127,7 @@ class BlockStore:
         if stored.metadata["before"] != before:
             warn(f"{file} was made after other blocks than are there now; the block is quantised again")
             return None
-        return Kept(_to_result(file, stored), stored.digest, json.loads(stored.metadata["report"]))
+        return Kept(to_result(file, stored), stored.digest, json.loads(stored.metadata["report"]))
 
     def _check_stamp(self, file: Path, stored: Stored) -> None:
         if self.stamp is not None and stored.metadata["stamp"] != self.stamp:
@@ -153,25 +147,8 @@ class BlockStore:
         Raises:
             OutputError: it cannot be written; what is stored already stays.
         """
-        tensors: dict[str, Tensor] = {}
-        formats: dict[str, dict[str, object]] = {}
-        quantized: dict[str, Factor] = dict(result.weights)
-        for name, branch in result.branches.items():
-            quantized |= {f"{name}:up": branch.up, f"{name}:down": branch.down}
-        for name, weight in quantized.items():
-            if isinstance(weight, Tensor):
-                tensors[name] = weight.cpu().contiguous()
-                continue
-            formats[name] = describe_settings(weight.format)
-            for part, tensor in (("codes", weight.codes), ("scale", weight.scale), ("zero", weight.zero)):
-                tensors[f"{name}:{part}"] = tensor.cpu().contiguous()
-        tensors |= {f"{name}:float": tensor.float().cpu().contiguous() for name, tensor in result.floats.items()}
-        tensors |= {f"{name}:state": tensor.cpu().contiguous() for name, tensor in result.state.items()}
-        for place, rotation in result.rotations.items():
-            tensors |= {f"{place}:rotation.{part}": t.cpu().contiguous() for part, t in rotation.tensors().items()}
-        metadata = {
-            "formats": json.dumps(formats),
-            "metrics": json.dumps(dict(result.metrics)),
+        tensors, metadata = to_tensors(result)
+        metadata |= {
             "report": json.dumps(dict(report or {})),
             "before": self.model_digest() if before is None else before,
         }
@@ -230,9 +207,9 @@ class BlockStore:
         """Store how the quantised model differs from the float one outside its blocks: nothing, for most methods."""
         tensors: dict[str, Tensor] = {}
         if model.residual is not None:
-            tensors["residual"] = model.residual.cpu().contiguous()
+            tensors["residual"] = model.residual
         if model.prefix is not None:
-            tensors["prefix"] = model.prefix.tokens.contiguous()
+            tensors["prefix"] = model.prefix.tokens
         if tensors:
             self._save(self.model_file, tensors, {})
 
@@ -283,54 +260,7 @@ class BlockStore:
         self._check_stamp(file, stored)
         if index == 0 and stored.metadata["before"] != self.model_digest():
             raise InputError(f"{self.model_file}: is missing or changed, and the blocks make no model; {_AGAIN}")
-        return _to_result(file, stored)
+        return to_result(file, stored)
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block_{index:03d}.safetensors"
-
-
-def _to_result(file: Path, stored: Stored) -> BlockResult:
-    tensors = stored.tensors
-    try:
-        formats = {name: _format(node) for name, node in json.loads(stored.metadata["formats"]).items()}
-        weights = {
-            name: QuantizedTensor(tensors[f"{name}:codes"], tensors[f"{name}:scale"], tensors[f"{name}:zero"], fmt)
-            for name, fmt in formats.items()
-        }
-        factors: dict[str, Factor] = {**tensors, **weights}
-        branches = {
-            name: SideBranch(factors[f"{name}:up"], factors[f"{name}:down"])
-            for name in weights
-            if f"{name}:up" in factors
-        }
-        return BlockResult(
-            {name: weight for name, weight in weights.items() if not name.endswith((":up", ":down"))},
-            _named(tensors, ":float"),
-            json.loads(stored.metadata["metrics"]),
-            _named(tensors, ":state"),
-            branches=branches,
-            rotations=_rotations(tensors),
-        )
-    except (KeyError, ValueError, TypeError, AttributeError, LsiqError) as error:
-        raise InputError(f"{file}: does not hold a block ({error}); run again with force=true") from error
-
-
-def _named(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
-    return {name.removesuffix(ending): tensor for name, tensor in tensors.items() if name.endswith(ending)}
-
-
-def _format(node: Any) -> WeightFormat:
-    """Return the number format that a file describes; ValueError where it names anything else."""
-    fmt = build(node)
-    if not isinstance(fmt, WeightFormat):
-        raise ValueError(f"{node} is no number format")
-    return fmt
-
-
-def _rotations(tensors: Mapping[str, Tensor]) -> dict[str, Rotation]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        place, found, part = name.partition(":rotation.")
-        if found:
-            parts.setdefault(place, {})[part] = tensor
-    return {place: Rotation.from_tensors(found) for place, found in parts.items()}

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import CONF, compose_run
 
-from lsiq.config import parse, plain_config, run_id
+from lsiq.composed import plain_config
+from lsiq.config import parse
 from lsiq.errors import ConfigError
+from lsiq.identity import run_id
 
 FILES = sorted(
     (file.parent.name, file.stem) for group in CONF.iterdir() if group.is_dir() for file in group.glob("*.yaml")

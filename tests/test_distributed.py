@@ -15,10 +15,10 @@ from conftest import compose_run
 from omegaconf import DictConfig
 
 from lsiq import distributed
+from lsiq.checks import check_processes
 from lsiq.config import parse
 from lsiq.errors import ConfigError
 from lsiq.exchange import part_of
-from lsiq.experiment import check_processes
 from lsiq.results import Record, read_record
 from lsiq.run import run
 from lsiq.store import BlockStore

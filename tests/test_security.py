@@ -24,10 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 from test_bad_inputs import assert_one_line, call
 from test_block import load_small
 
-from lsiq.config import ModelSettings, parse, plain_config, run_id
+from lsiq.composed import plain_config
+from lsiq.config import ModelSettings, parse
 from lsiq.durable import read_tensors, write_tensors
 from lsiq.errors import ConfigError, InputError, LsiqError, explain_hydra
 from lsiq.guard import check_hydra, guarded
+from lsiq.identity import run_id
 from lsiq.models.folder import weight_files
 from lsiq.models.loading import load
 from lsiq.results import read_record

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import compose_run
 from omegaconf import DictConfig
+from test_block import load_small
 
 from lsiq import streams
+from lsiq.config import parse
 from lsiq.errors import OutputError
+from lsiq.quantize import quantize
 from lsiq.run import run
+from lsiq.store import BlockStore
 
 SmallRun = Callable[..., DictConfig]
 
@@ -44,6 +50,22 @@ def test_a_run_with_streams_on_disk_gives_the_same_numbers(
     assert [block["error"] for block in disk.blocks] == [block["error"] for block in memory.blocks]
     names = {file.name for file in (tmp_path / "disk" / disk.run_id).iterdir()}
     assert names == {file.name for file in (tmp_path / "runs" / disk.run_id).iterdir()}
+
+
+def test_between_two_blocks_only_what_enters_the_next_one_is_held(checkpoint: Path, tmp_path: Path) -> None:
+    config = parse(compose_run("method=gptq", "quant.weight.group=32", f"model.path={checkpoint}"))
+    model = load_small(checkpoint)
+    store = BlockStore(tmp_path / "blocks")
+    store.open()
+    tokens = torch.randint(0, 4096, (6, 33), generator=torch.Generator().manual_seed(0))
+
+    def held() -> int:
+        alive = (o for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (6, 33, 96))
+        return len({stream.untyped_storage().data_ptr() for stream in alive})
+
+    loop = quantize(model, config.method, config.quant, tokens, 2, 0, store, lambda values: None)
+    assert [held() for _ in loop] == [2, 2]
+    assert held() == 0
 
 
 def test_a_disk_that_is_too_small_says_so_before_anything_is_written(tmp_path: Path) -> None:

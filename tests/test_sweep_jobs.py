@@ -21,7 +21,7 @@ from conftest import CONF
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from lsiq.config import run_id
+from lsiq.identity import run_id
 from lsiq.results import read_record, write_record
 from lsiq.run import prepare, run
 from lsiq.sweeps.ledger import Ledger

@@ -17,7 +17,8 @@ import yaml
 from conftest import CONF, SHARED, compose_run
 from omegaconf import DictConfig
 
-from lsiq.config import parse, plain_config
+from lsiq.composed import plain_config
+from lsiq.config import parse
 from lsiq.errors import InputError
 from lsiq.results import Record, write_record
 from lsiq.run import run

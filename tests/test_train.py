@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lsiq.assets.model import build_model, hidden_states
 from lsiq.assets.tokenizer import Source, encode_documents, load_tokenizer, token_stream
-from lsiq.assets.train import Plan, Run, Windows, build_model, hidden_states, main, train
+from lsiq.assets.train import main
+from lsiq.assets.training import Plan, Run, Windows, train
 from lsiq.errors import InputError
 
 TEXT = "the a small river runs past old stone houses where people read long books about stars and salt"

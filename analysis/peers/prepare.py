@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lsiq.assets import bundled_model
+from lsiq.calib.sequences import calibration_tokens
 from lsiq.config import parse
 from lsiq.evals.cache import EvaluationCache
-from lsiq.experiment import calibration_tokens
 from lsiq.models.loading import load
 
 name, folder = sys.argv[1], Path(sys.argv[2])

@@ -5,23 +5,18 @@ run in bfloat16 on a GPU; the result is a bfloat16 checkpoint. An interrupted ru
 """
 
 import argparse
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
+from lsiq.assets.model import POSITIONS, save_checkpoint
 from lsiq.assets.tokenizer import (
     Source,
     first_characters,
@@ -30,257 +25,11 @@ from lsiq.assets.tokenizer import (
     token_stream,
     train_tokenizer,
 )
-from lsiq.errors import InputError, LsiqError, NumericalError
+from lsiq.assets.training import Plan, Run, Windows, train
+from lsiq.errors import LsiqError
 
-# 384 channels are six heads of 64, the head size of the large models; six such layers and 4096 pieces make 11 million
-# parameters, 22 MB in bfloat16: small enough to ship in a repository, large enough to write English.
-HIDDEN, LAYERS, HEADS, POSITIONS = 384, 6, 6, 1024
-# Two key-value heads, so that grouped-query attention is exercised; 1024 is 8/3 of the width, the usual gated ratio.
-LLAMA_KV_HEADS, LLAMA_FFN = 2, 1024
-# OPT's own ratio of 4 (1536) would exceed the 24 MB; with 1280 both families weigh the same.
-OPT_FFN = 1280
 # Stable peak rates for batches of 65,000 tokens at this width; OPT, without gates and RMSNorm, takes less.
 LEARNING_RATE = {"llama": 3e-3, "opt": 2e-3}
-
-LOG_EVERY = 50  # steps; reading the loss waits for the GPU, which costs nothing measurable this rarely
-STARTED = time.monotonic()  # of the process, for --job-minutes
-SAVE_SECONDS = 60  # at most this much work is lost when the process is killed
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a training run does; `tokens`, `minutes` and `job_minutes` end it, whichever comes first."""
-
-    family: str
-    tokens: int
-    minutes: float
-    job_minutes: float
-    batch: int
-    seqlen: int
-    lr: float
-    warmup: float
-    seed: int
-    valid_every: int
-
-    def factor(self, progress: float) -> float:
-        """The learning rate over its peak: linear warm-up, then a cosine that reaches 0 at `progress` 1."""
-        if progress < self.warmup:
-            return progress / self.warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - self.warmup) / (1 - self.warmup))))
-
-
-def build_model(family: str, vocab: int) -> PreTrainedModel:
-    """Return a freshly initialised float32 model of the family, dropout off, with tied embeddings.
-
-    No padding id is configured: the embedding would never train the row of a padding token, which here also ends texts.
-    """
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "tie_word_embeddings": True}
-    shape = {"vocab_size": vocab, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    if family == "llama":
-        sizes = {"intermediate_size": LLAMA_FFN, "num_key_value_heads": LLAMA_KV_HEADS, "head_dim": HIDDEN // HEADS}
-        model = LlamaForCausalLM(LlamaConfig(**shape, **sizes, **special, max_position_embeddings=POSITIONS))
-    else:
-        sizes = {"ffn_dim": OPT_FFN, "word_embed_proj_dim": HIDDEN, "max_position_embeddings": POSITIONS}
-        rates = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0, "do_layer_norm_before": True}
-        model = OPTForCausalLM(OPTConfig(**shape, **sizes, **rates, **special))
-    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    return model.train()
-
-
-def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return the final normed hidden states `(batch, T, hidden)` of unpadded sequences `(batch, T)`.
-
-    Calls the decoder layers itself: under torch.compile, transformers before torch 2.14 always builds a dense causal
-    mask (huggingface/transformers, `_ignore_causal_mask_sdpa`), which rules out the flash kernel.
-    """
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    if isinstance(model, LlamaForCausalLM):
-        decoder = model.model
-        x = decoder.embed_tokens(ids)
-        rotary = decoder.rotary_emb(x, position_ids=positions)
-        for layer in decoder.layers:
-            x = layer(x, attention_mask=None, position_embeddings=rotary, position_ids=positions, use_cache=False)
-        return decoder.norm(x)
-    decoder = model.model.decoder
-    x = decoder.embed_tokens(ids) + decoder.embed_positions(None, position_ids=positions)
-    for layer in decoder.layers:
-        x = layer(x, attention_mask=None, position_ids=positions, use_cache=False)
-    return decoder.final_layer_norm(x)
-
-
-def token_loss(model: PreTrainedModel, window: Tensor) -> Tensor:
-    """Return the mean next-token loss (nats, float32) of windows `(batch, T + 1)`."""
-    with torch.autocast(window.device.type, torch.bfloat16, enabled=window.is_cuda):
-        logits = model.lm_head(hidden_states(model, window[:, :-1]))
-    return cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
-
-
-class Windows:
-    """Windows `(batch, seqlen + 1)` of a token stream; an epoch, cut at a random offset, takes each window once.
-
-    `at(step)` depends on nothing but the seed and the step, so a resumed run sees what an unbroken one would have seen.
-    """
-
-    def __init__(self, stream: np.ndarray, plan: Plan, device: torch.device):
-        self.plan = plan
-        self.count = len(stream) // plan.seqlen - 1  # one window less, which leaves room for the offset
-        if self.count < plan.batch:
-            need = (plan.batch + 1) * plan.seqlen
-            raise InputError(f"--text holds {len(stream):,} tokens, fewer than {need:,}; lower --batch or --seqlen")
-        # int32 on the device: 4 bytes a token, and CUDA cannot index with 16-bit integers.
-        self.stream = torch.from_numpy(stream.astype(np.int32)).to(device)
-        self.span = torch.arange(plan.seqlen + 1, device=device)
-        self.epoch, self.starts = -1, torch.empty(0, dtype=torch.long)
-
-    def at(self, step: int) -> Tensor:
-        epoch, index = divmod(step, self.count // self.plan.batch)
-        if epoch != self.epoch:
-            random = torch.Generator().manual_seed(self.plan.seed * 100_003 + epoch)
-            offset = torch.randint(self.plan.seqlen, (1,), generator=random)
-            starts = torch.randperm(self.count, generator=random) * self.plan.seqlen + offset
-            self.epoch, self.starts = epoch, starts.to(self.stream.device)
-        start = self.starts[index * self.plan.batch : (index + 1) * self.plan.batch]
-        return self.stream[start[:, None] + self.span].long()
-
-
-@torch.no_grad()
-def validation_loss(model: PreTrainedModel, stream: np.ndarray, plan: Plan) -> float:
-    """Return the mean loss (nats a token) over the stream cut into windows, in at most 64 whole batches.
-
-    Not compiled: it would cost a second compilation, without gradients, for a fraction of a second of work.
-    """
-    size = plan.seqlen + 1
-    windows = torch.from_numpy(stream[: len(stream) // size * size].astype(np.int64)).view(-1, size)
-    batches = [part for part in windows.to(model.device).split(plan.batch) if len(part) == plan.batch][:64]
-    if not batches:
-        raise InputError(f"--valid holds {len(stream):,} tokens, fewer than one batch of {plan.batch * size:,}")
-    return torch.stack([token_loss(model, batch) for batch in batches]).mean().item()
-
-
-def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW in one fused kernel; matrices decay, vectors (norms and biases) do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-
-
-class Run:
-    """A training run in `out`: its model, optimizer, step and seconds, kept in `out/state.pt` and `out/curve.jsonl`."""
-
-    def __init__(self, plan: Plan, vocab: int, out: Path, device: torch.device):
-        torch.manual_seed(plan.seed)
-        self.plan, self.out, self.step, self.seconds = plan, out, 0, 0.0
-        self.limit = 60 * plan.minutes
-        self.model = build_model(plan.family, vocab)
-        nn.Module.to(self.model, device)  # transformers' own `to` is typed for itself only
-        self.optimizer = make_optimizer(self.model, plan.lr)
-        # Only what fixes the data order and the shapes: the budgets and the rate may change between two calls.
-        fixed = {name: getattr(plan, name) for name in ("family", "batch", "seqlen", "seed")}
-        self.identity = {"vocab": vocab, **fixed}
-        out.mkdir(parents=True, exist_ok=True)
-        self.curve = out / "curve.jsonl"
-
-    def resume(self) -> None:
-        """Take up `out/state.pt` if it is there; the curve then ends at the state's step."""
-        path = self.out / "state.pt"
-        state = torch.load(path, map_location=self.model.device, weights_only=True) if path.exists() else None
-        if state is not None and state["identity"] != self.identity:
-            old = ", ".join(f"{key}={value}" for key, value in state["identity"].items())
-            raise InputError(f"{path} was written with {old}; use the same settings or another --out")
-        if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"].cpu())
-            self.step, self.seconds = state["step"], state["seconds"]
-            print(f"resumed at step {self.step}, {self.seconds:.0f} s", flush=True)
-        kept = self.curve.read_text().splitlines() if self.curve.exists() else []
-        kept = [line for line in kept if json.loads(line)["step"] <= self.step]
-        self.curve.write_text("".join(line + "\n" for line in kept))
-
-    def save(self) -> None:
-        """Replace `out/state.pt`; a kill in between leaves the old one."""
-        state = {
-            "identity": self.identity,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-        torch.save(state, self.out / "state.part")
-        os.replace(self.out / "state.part", self.out / "state.pt")
-
-    def progress(self) -> float:
-        """The share of the run that is done, by tokens or by time, whichever is further."""
-        tokens = self.step * self.plan.batch * self.plan.seqlen
-        return max(tokens / self.plan.tokens, self.seconds / self.limit)
-
-    def log(self, train: float, valid: float | None, lr: float, rate: float) -> None:
-        """Append one line to the curve and print it. Raises `NumericalError` if the loss is no number."""
-        if not math.isfinite(train):
-            raise NumericalError(
-                f"the loss is {train} at step {self.step}; start anew with a lower --lr than {self.plan.lr}"
-            )
-        tokens = self.step * self.plan.batch * self.plan.seqlen
-        row = {"step": self.step, "tokens": tokens, "seconds": round(self.seconds, 2), "lr": lr, "train": train}
-        row["valid"] = valid
-        with open(self.curve, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        done = self.progress()
-        left = max(0.0, self.seconds * (1 - done) / done)
-        shown = "" if valid is None else f" valid {valid:.4f} (ppl {math.exp(valid):.2f})"
-        print(f"step {self.step} train {train:.4f}{shown} | {rate / 1e6:.3f} M tokens/s, {left:.0f} s left", flush=True)
-
-
-def train(run: Run, windows: Windows, valid: np.ndarray | None, compiled: bool) -> None:
-    """Train until the budget is used up; `run.model` then holds the final weights and `state.pt` matches it."""
-    plan, model = run.plan, run.model
-    loss_of = torch.compile(token_loss, dynamic=False) if compiled else token_loss
-    for _ in range(2 if compiled else 0):
-        # Compiling takes up to a minute: done here, it neither uses up the minutes nor skips the warm-up of the rate.
-        loss_of(model, windows.at(run.step)).backward()
-        model.zero_grad(set_to_none=True)
-    job_left = 60 * plan.job_minutes - (time.monotonic() - STARTED)
-    run.limit = min(run.limit, run.seconds + max(job_left, 1.0))
-    parameters = list(model.parameters())
-    total, since, last_save = torch.zeros((), device=model.device), 0, time.monotonic()
-    mark = origin = time.monotonic() - run.seconds
-    mark += run.seconds
-    while (progress := run.progress()) < 1:
-        lr = plan.lr * plan.factor(progress)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        loss = loss_of(model, windows.at(run.step))
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        total += loss.detach()
-        run.step, since, run.seconds = run.step + 1, since + 1, time.monotonic() - origin
-        if run.step % LOG_EVERY and run.progress() < 1:
-            continue
-        mean = total.item() / since  # waits for the GPU, so the clock read next is the true one
-        now = time.monotonic()
-        run.seconds, rate = now - origin, since * plan.batch * plan.seqlen / (now - mark)
-        due = run.step % plan.valid_every == 0 or run.progress() >= 1
-        run.log(mean, validation_loss(model, valid, plan) if valid is not None and due else None, lr, rate)
-        if now - last_save > SAVE_SECONDS:
-            run.save()
-            last_save = time.monotonic()
-        total.zero_()
-        since, mark = 0, time.monotonic()
-    run.save()
-
-
-def save_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, out: Path) -> None:
-    """Write model and tokenizer to `out` as `AutoModelForCausalLM.from_pretrained` loads them.
-
-    The model itself becomes bfloat16 too.
-    """
-    nn.Module.to(model, torch.bfloat16).eval()
-    model.save_pretrained(out)
-    save_tokenizer(tokenizer, out)
 
 
 def load_streams(tokenizer: Tokenizer, texts: list[str], cache: Path) -> np.ndarray:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from lsiq.bench.shapes import LLAMA, formats
+from lsiq.bench.timing import FlopsByDtype, measured_rate
 from lsiq.clock import collect_stages
 from lsiq.config import ModelSettings, QuantSettings
-from lsiq.experiment import find_device
-from lsiq.formats import Activation, Integer
+from lsiq.machine import find_device
 from lsiq.memory import peak_bytes, reset_peak
 from lsiq.methods.awq import AWQ
 from lsiq.methods.base import Context, Method
@@ -33,21 +30,6 @@ from lsiq.settings import fill
 SCALES = {"lqer": "none", "l2qer": "magnitude", "qera-approx": "rms", "qera-exact": "covariance"}
 
 
-class FlopsByDtype(TorchDispatchMode):
-    """Counts the floating point operations of matrix products and attention, by the dtype they run in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
-            first = next(arg for arg in args if isinstance(arg, Tensor))
-            self.counts[str(first.dtype).removeprefix("torch.")] += count(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def main() -> None:
     options = parse()
     device = find_device(options.device)
@@ -55,9 +37,7 @@ def main() -> None:
     tokens = torch.randint(0, model.config.vocab_size, (options.samples, options.seqlen))
     hidden, kwargs = model.embed(tokens, options.batch)
     block, method = model.block(0, kwargs), chosen_method(options)
-    quant = QuantSettings(
-        weight=fill(Integer, {"bits": options.bits, "group": options.group}), activation=fill(Activation, {"bits": 16})
-    )
+    quant = formats(options.bits, options.group)
     carry_out(method, block, quant, hidden[:1], options.batch)  # libraries load and kernels compile
     reset_peak()
     start = time.perf_counter()
@@ -84,13 +64,11 @@ def parse() -> argparse.Namespace:
 def shaped_model(options: argparse.Namespace, device: torch.device) -> Model:
     """A LLaMA of one block with random weights."""
     architecture = {
-        "model_type": "llama",
-        "vocab_size": 32000,
+        **LLAMA,
         "hidden_size": options.hidden,
         "intermediate_size": options.intermediate,
         "num_hidden_layers": 1,
         "num_attention_heads": options.heads,
-        "tie_word_embeddings": True,
         "max_position_embeddings": options.seqlen,
     }
     shape = {"name": "block", "weights": "random", "architecture": architecture}
@@ -121,19 +99,6 @@ def count_flops(method: Method, block: Block, quant: QuantSettings, hidden: Tens
     one, two = found
     left = len(hidden) / batch - 1
     return {dtype: one[dtype] + left * (two[dtype] - one[dtype]) for dtype in two}
-
-
-def measured_rate(dtype: str, device: torch.device) -> float:
-    """Operations per second of a large square product."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-    for timed in (False, True):
-        start, repeats = time.perf_counter(), 10
-        for _ in range(repeats if timed else 1):
-            _ = a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return repeats * 2 * size**3 / (time.perf_counter() - start)
 
 
 def report(method: Method, seconds: float, stages: dict[str, float]) -> None:

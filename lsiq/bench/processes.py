@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from lsiq import distributed
 from lsiq.calib.tokens import random_windows
 from lsiq.config import RunConfig, parse
-from lsiq.experiment import find_device
+from lsiq.machine import find_device
 from lsiq.memory import peak_bytes, reset_peak
 from lsiq.models.loading import Model, load
 from lsiq.probe import HeldCheckpoint

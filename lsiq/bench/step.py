@@ -10,44 +10,31 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lsiq.bench.block import FlopsByDtype, measured_rate
-from lsiq.config import ModelSettings, QuantSettings
-from lsiq.experiment import find_device
+from lsiq.bench.shapes import LLAMA, OPT, course, formats, random_model
+from lsiq.bench.timing import FlopsByDtype, Mark, measured_rate, median_ms
+from lsiq.bench.whole import run_whole
 from lsiq.feed import Feed
-from lsiq.formats import Activation, Integer
 from lsiq.kernels.choice import choose, compiles
+from lsiq.machine import find_device
 from lsiq.memory import peak_bytes, reset_peak
 from lsiq.methods.base import Ahead, Context
-from lsiq.methods.learned import Learned, LookAhead, Training
+from lsiq.methods.learned import LookAhead
 from lsiq.models.block import Block, FloatStream
-from lsiq.models.loading import Model, load
 from lsiq.parts.base import Part, PartState
 from lsiq.parts.clip import Clip
 from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.expansion import Expansion
 from lsiq.parts.singular import Singular
-from lsiq.quantize import quantize
 from lsiq.settings import fill
 from lsiq.step import Stepper, Trained, start_parts
-from lsiq.store import BlockStore
 from lsiq.window import look_ahead
 
-LLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-         "num_attention_heads": 32, "max_position_embeddings": 2048, "tie_word_embeddings": True}  # fmt: skip
-OPT = {"model_type": "opt", "vocab_size": 50272, "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384,
-       "num_attention_heads": 32, "max_position_embeddings": 2048}  # fmt: skip
-SMALL = {"hidden_size": 128, "word_embed_proj_dim": 128, "intermediate_size": 256, "ffn_dim": 256,
-         "num_attention_heads": 2}  # fmt: skip
 SAMPLES, DEPTH = 8, 3
 LSI, LET, CLIP = fill(Singular, {}), fill(Equivalent, {}), fill(Clip, {})
 
@@ -121,42 +108,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences per step of the whole model")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
-
-
-class DeviceCheckpoint:
-    """Random half-precision weights, drawn where they are used."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._generator = torch.Generator(device).manual_seed(0)
-
-    def read(self, name: str, shape: torch.Size) -> Tensor:
-        device = self._generator.device
-        if len(shape) == 1:
-            return (torch.ones if "norm" in name and name.endswith("weight") else torch.zeros)(shape, device=device)
-        return torch.empty(shape, dtype=torch.float16, device=device).normal_(0.0, 0.02, generator=self._generator)
-
-    def check_unchanged(self) -> None:
-        """Nothing lies on a disk that could have changed."""
-
-
-def random_model(options: argparse.Namespace, shape: dict[str, Any], depth: int, device: torch.device) -> Model:
-    """A model of the shape with random weights, in half precision on a GPU."""
-    changes = {key: value for key, value in SMALL.items() if key in shape} if options.small else {}
-    architecture = {**shape, "num_hidden_layers": depth, **changes}
-    settings = {"name": "bench", "weights": "random", "architecture": architecture, "seqlen": options.seqlen}
-    dtype = options.precision if device.type == "cuda" else "float32"
-    model = load(fill(ModelSettings, {**settings, "dtype": dtype}), None, device, seed=0)
-    return replace(model, checkpoint=DeviceCheckpoint(device))
-
-
-def formats(bits: int, group: int | None, activation: int = 16) -> QuantSettings:
-    weight = fill(Integer, {"bits": bits, "group": group})
-    return QuantSettings(weight=weight, activation=fill(Activation, {"bits": activation}))
-
-
-def course(epochs: int, batch: int, precision: str, kernels: str, **settings: Any) -> Training:
-    given = {"epochs": epochs, "batch": batch, "precision": precision, "kernels": kernels, "decay": "cosine"}
-    return fill(Training, {**given, **settings})
 
 
 class Bench:
@@ -242,35 +193,6 @@ def part_times(stepper: Stepper, batch: int, device: torch.device, repeats: int 
     return [sorted(column)[repeats // 2] for column in zip(*rows, strict=True)]
 
 
-class Mark:
-    """A point in time, on the GPU or the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        self.seconds = time.perf_counter()
-        if self.event is not None:
-            self.event.record()
-
-    def since(self, earlier: Mark) -> float:
-        """Milliseconds since an earlier mark; waits for the GPU."""
-        if self.event is None or earlier.event is None:
-            return (self.seconds - earlier.seconds) * 1000
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event)
-
-
-def median_ms(action: Callable[[], object], repeats: int, device: torch.device, warm: int = 5) -> float:
-    """Return the median milliseconds of an action, one after the other without pause, after a warm-up."""
-    for _ in range(warm):
-        action()
-    marks = [Mark(device)]
-    for _ in range(repeats):
-        action()
-        marks.append(Mark(device))
-    times = sorted(later.since(earlier) for earlier, later in itertools.pairwise(marks))
-    return times[len(times) // 2]
-
-
 def report_ceilings(options: argparse.Namespace, device: torch.device) -> float:
     """Print what the machine can do at most; return its matrix rate in the training's precision."""
     rate = measured_rate(options.precision, device)
@@ -279,31 +201,6 @@ def report_ceilings(options: argparse.Namespace, device: torch.device) -> float:
     copy = median_ms(lambda: b.copy_(a), 10, device)
     print(f"matrix products: {rate / 1e12:.4g} TFLOP/s ({options.precision}); copy: {2 * size / copy / 1e9:.3g} TB/s")
     return rate
-
-
-def run_whole(options: argparse.Namespace, device: torch.device) -> None:
-    """Quantise a model from its first to its last block; print where the time went and what 20 epochs would take."""
-    model = random_model(options, LLAMA, options.layers, device)
-    training = course(options.whole, options.batch, options.precision, options.kernels)
-    method = Learned(label="lsi", parts=[LSI, CLIP], training=training)
-    quant = formats(4, 32 if options.small else 128)
-    tokens = torch.randint(0, 32000, (options.samples, options.seqlen), generator=torch.Generator().manual_seed(0))
-    reset_peak()
-    start, epochs, blocks = time.perf_counter(), [], []
-    with tempfile.TemporaryDirectory() as folder:
-        store = BlockStore(Path(folder))
-        for report in quantize(model, method, quant, tokens, 4, 0, store, lambda values: None):
-            epochs.append(report.metrics["epoch_seconds"])
-            blocks.append(report.seconds)
-            print(
-                f"block {report.index}: {report.seconds:.2f} s, {epochs[-1]:.3f} s an epoch, {report.kernels}",
-                flush=True,
-            )
-    total, middle = time.perf_counter() - start, sorted(epochs)[len(epochs) // 2]
-    print(f"whole model, {options.whole} epochs: {total:.0f} s; first block {blocks[0]:.1f} s")
-    print(f"an epoch of a block {middle:.3f} s = {1000 * middle / options.samples:.2f} ms/sample")
-    projected = total + (20 - options.whole) * middle * options.layers
-    print(f"projected for 20 epochs: {projected / 60:.2f} min; peak {peak_bytes()}")
 
 
 def _machine(device: torch.device) -> str:

@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas
 
 from lsiq import distributed
 from lsiq.durable import replacing
+from lsiq.environment import variable
 from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.likelihood import Likelihoods, Pair, hash_pairs, measure_pairs
 from lsiq.evals.tasks import Tasks
@@ -166,13 +166,6 @@ def _evaluate(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the harness' bars and remarks off the terminal, and its bootstrap in this process."""
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before
+    shown = io.StringIO()
+    with variable("DISABLE_MULTIPROC", "1"), contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
+        yield

@@ -29,15 +29,7 @@ def write_card(
         "",
         f"{base}, quantised by lsiq and exported as {exporter.name}.",
         "",
-        "| setting | value |",
-        "| --- | --- |",
-        f"| run | `{record.run_id}` |",
-        f"| method | {config.method.name} |",
-        f"| weights | {_weights(config)} |",
-        f"| activations | {_activations(config)} |",
-        f"| average bits, scales and zero points counted | {record.average_bits:.4f} |",
-        f"| calibration | {_calibration(config, record)} |",
-        f"| seed | {record.seed} |",
+        *_settings(config, record),
         "",
         "## Results",
         "",
@@ -60,11 +52,23 @@ def write_card(
         *dict.fromkeys([record.command, command_line()]),
         "```",
         "",
-        f"lsiq {record.versions.get('lsiq', '')}, commit {record.commit or 'unknown'}"
-        + ("" if record.clean in (True, None) else ", with changes that were not committed")
-        + f", torch {record.versions.get('torch', '')}, transformers {record.versions.get('transformers', '')}.",
+        _software(record),
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _settings(config: RunConfig, record: Record) -> list[str]:
+    return [
+        "| setting | value |",
+        "| --- | --- |",
+        f"| run | `{record.run_id}` |",
+        f"| method | {config.method.name} |",
+        f"| weights | {_weights(config)} |",
+        f"| activations | {_activations(config)} |",
+        f"| average bits, scales and zero points counted | {record.average_bits:.4f} |",
+        f"| calibration | {_calibration(config, record)} |",
+        f"| seed | {record.seed} |",
+    ]
 
 
 def _weights(config: RunConfig) -> str:
@@ -102,6 +106,14 @@ def _results(record: Record) -> list[str]:
 def _float(record: Record, key: str) -> str:
     value: float | None = record.metrics.get(f"float/{key}")
     return "—" if value is None else f"{value:.4f}"
+
+
+def _software(record: Record) -> str:
+    commit = record.commit or "unknown"
+    changed = "" if record.clean in (True, None) else ", with changes that were not committed"
+    torch, transformers = (record.versions.get(package, "") for package in ("torch", "transformers"))
+    lsiq = record.versions.get("lsiq", "")
+    return f"lsiq {lsiq}, commit {commit}{changed}, torch {torch}, transformers {transformers}."
 
 
 def _check(check: Mapping[str, Any]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lsiq.config import RunConfig, parse, plain_config
+from lsiq.composed import plain_config
+from lsiq.config import RunConfig, parse
 from lsiq.errors import ConfigError, InputError
 from lsiq.lock import run_lock
 from lsiq.models.folder import find_folder, fingerprint

@@ -131,6 +131,41 @@ def fake_forward(
 
 
 @triton.jit
+def _to_ends(
+    grad, to_w, u, codes, zero, scale, lo, hi, free, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr,
+):  # fmt: skip
+    """Return the gradients of the two ends that scale and zero point are made of; `to_w` is what reaches the weights.
+
+    With u = w / scale, codes = clamp(round(u) + zero) and out = (codes - zero) · scale.
+    """
+    to_scale = tl.sum(grad * (codes - zero[:, None]) - to_w * u, 1)
+    if SYMMETRIC:
+        reach = tl.where(free, to_scale, 0.0) / ((LEVELS + 1) // 2 - 1)
+        share = tl.where(hi > -lo, 1.0, tl.where(hi == -lo, 0.5, 0.0))
+        to_hi, to_lo = reach * share, -reach * (1.0 - share)
+    else:
+        lost = tl.sum(grad - to_w, 1)  # the gradient of the zero point is -scale times this
+        to_scale -= lost * (lo / scale)
+        spread = tl.where(free, to_scale, 0.0) / LEVELS
+        to_hi, to_lo = spread, lost - spread
+    return to_lo, to_hi
+
+
+@triton.jit
+def _to_extremes(
+    w, least, largest, to_lo, to_hi, low, high, mask, MASKED: tl.constexpr, WORK: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient of the extremes as that of the weights that are the extremes, in equal parts."""
+    at_least, at_largest = w == least[:, None], w == largest[:, None]
+    if MASKED:
+        at_least, at_largest = at_least & mask, at_largest & mask
+    counts = tl.sum(tl.where(at_least, 1, 0) + tl.where(at_largest, 1 << 16, 0), 1)
+    to_least = tl.where(least <= 0.0, to_lo * low, 0.0) / tl.maximum((counts & 0xFFFF).to(WORK), 1.0)
+    to_largest = tl.where(largest >= 0.0, to_hi * high, 0.0) / tl.maximum((counts >> 16).to(WORK), 1.0)
+    return tl.where(at_least, to_least[:, None], 0.0) + tl.where(at_largest, to_largest[:, None], 0.0)
+
+
+@triton.jit
 def fake_backward(
     w_ptr, p_ptr, rows_ptr, columns_ptr, low_ptr, high_ptr, grad_ptr,
     inner_ptr, low_grad_ptr, high_grad_ptr, row_sum_ptr, column_sum_ptr, height, width, unscale,
@@ -162,36 +197,19 @@ def fake_backward(
         lo0, hi0 = tl.minimum(least, 0.0), tl.maximum(largest, 0.0)
         lo, hi = low * lo0, high * hi0
         scale, zero, free = _fit(lo, hi, LEVELS, SYMMETRIC, HALF, MAGIC, LEAST, LARGEST)
-        # With u = w / scale, codes = clamp(round(u) + zero) and out = (codes - zero) · scale.
         u = _in_steps(w, scale)
         wide = _round(u, MAGIC) + zero[:, None]
         codes = tl.minimum(tl.maximum(wide, 0.0), LEVELS)
         kept = codes == wide
         to_w = tl.where(kept, grad, 0.0)
-        to_scale = tl.sum(grad * (codes - zero[:, None]) - to_w * u, 1)
-        if SYMMETRIC:
-            reach = tl.where(free, to_scale, 0.0) / ((LEVELS + 1) // 2 - 1)
-            share = tl.where(hi > -lo, 1.0, tl.where(hi == -lo, 0.5, 0.0))
-            to_hi, to_lo = reach * share, -reach * (1.0 - share)
-        else:
-            lost = tl.sum(grad - to_w, 1)  # the gradient of the zero point is -scale times this
-            to_scale -= lost * (lo / scale)
-            spread = tl.where(free, to_scale, 0.0) / LEVELS
-            to_hi, to_lo = spread, lost - spread
+        to_lo, to_hi = _to_ends(grad, to_w, u, codes, zero, scale, lo, hi, free, LEVELS, SYMMETRIC)
         if CLIP:
             to_low, to_high = to_lo * lo0, to_hi * hi0
             if CLIP == 1:
                 to_low, to_high = to_low * low * (1.0 - low), to_high * high * (1.0 - high)
             tl.store(low_grad_ptr + group, to_low, mask=inside)
             tl.store(high_grad_ptr + group, to_high, mask=inside)
-        # The extremes hang on the weights that are the extremes, in equal parts.
-        at_least, at_largest = w == least[:, None], w == largest[:, None]
-        if BLOCK_G > GROUP:
-            at_least, at_largest = at_least & mask, at_largest & mask
-        counts = tl.sum(tl.where(at_least, 1, 0) + tl.where(at_largest, 1 << 16, 0), 1)
-        to_least = tl.where(least <= 0.0, to_lo * low, 0.0) / tl.maximum((counts & 0xFFFF).to(WORK), 1.0)
-        to_largest = tl.where(largest >= 0.0, to_hi * high, 0.0) / tl.maximum((counts >> 16).to(WORK), 1.0)
-        to_w += tl.where(at_least, to_least[:, None], 0.0) + tl.where(at_largest, to_largest[:, None], 0.0)
+        to_w += _to_extremes(w, least, largest, to_lo, to_hi, low, high, mask, BLOCK_G > GROUP, WORK)
         if INNER:
             tl.store(inner_ptr + at, (to_w * rows * columns).to(inner_ptr.dtype.element_ty), mask=mask)
         if ROWS:

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from lsiq.config import ModelSettings, plain_config
+from lsiq.composed import plain_config
+from lsiq.config import ModelSettings
 from lsiq.errors import LsiqError
+from lsiq.identity import hash_file
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.results import Record, read_record
-from lsiq.run import hash_file, prepare
+from lsiq.run import prepare
 from lsiq.settings import fill
 
 if TYPE_CHECKING:

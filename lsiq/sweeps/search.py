@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from pydantic import Field
 
-from lsiq.config import NOT_IDENTITY
 from lsiq.errors import ConfigError
+from lsiq.identity import NOT_IDENTITY
 from lsiq.lock import exclusive
 from lsiq.settings import settings
 from lsiq.sweeps.jobs import Job, Outcome

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lsiq.environment import variable
 from lsiq.track.console import say, warn
 from lsiq.track.panels import Histograms, Lines, Panel
 
@@ -142,18 +143,9 @@ class Wandb:
         if self._run is not None:
             self._run.finish(exit_code=int(failed))
 
-    @contextlib.contextmanager
-    def _staging(self) -> Iterator[None]:
+    def _staging(self) -> AbstractContextManager[None]:
         """Let files wait inside the run's folder until they are sent, so that it can be synced from another place."""
-        before = os.environ.get("WANDB_DATA_DIR")
-        os.environ["WANDB_DATA_DIR"] = str((self._folder / "wandb").resolve())
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["WANDB_DATA_DIR"]
-            else:
-                os.environ["WANDB_DATA_DIR"] = before
+        return variable("WANDB_DATA_DIR", str((self._folder / "wandb").resolve()))
 
 
 def plain_values(node: Any) -> Any:

@@ -1,0 +1,59 @@
+"""Models of true shapes with random weights, and the settings that benchmarks of the learner train them with."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsiq.config import ModelSettings, QuantSettings
+from lsiq.formats import Activation, Integer
+from lsiq.methods.learned import Training
+from lsiq.models.loading import Model, load
+from lsiq.settings import fill
+
+LLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+         "num_attention_heads": 32, "max_position_embeddings": 2048, "tie_word_embeddings": True}  # fmt: skip
+OPT = {"model_type": "opt", "vocab_size": 50272, "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384,
+       "num_attention_heads": 32, "max_position_embeddings": 2048}  # fmt: skip
+SMALL = {"hidden_size": 128, "word_embed_proj_dim": 128, "intermediate_size": 256, "ffn_dim": 256,
+         "num_attention_heads": 2}  # fmt: skip
+
+
+class DeviceCheckpoint:
+    """Random half-precision weights, drawn where they are used."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        device = self._generator.device
+        if len(shape) == 1:
+            return (torch.ones if "norm" in name and name.endswith("weight") else torch.zeros)(shape, device=device)
+        return torch.empty(shape, dtype=torch.float16, device=device).normal_(0.0, 0.02, generator=self._generator)
+
+    def check_unchanged(self) -> None:
+        """Nothing lies on a disk that could have changed."""
+
+
+def random_model(options: argparse.Namespace, shape: dict[str, Any], depth: int, device: torch.device) -> Model:
+    """A model of the shape with random weights, in half precision on a GPU."""
+    changes = {key: value for key, value in SMALL.items() if key in shape} if options.small else {}
+    architecture = {**shape, "num_hidden_layers": depth, **changes}
+    settings = {"name": "bench", "weights": "random", "architecture": architecture, "seqlen": options.seqlen}
+    dtype = options.precision if device.type == "cuda" else "float32"
+    model = load(fill(ModelSettings, {**settings, "dtype": dtype}), None, device, seed=0)
+    return replace(model, checkpoint=DeviceCheckpoint(device))
+
+
+def formats(bits: int, group: int | None, activation: int = 16) -> QuantSettings:
+    weight = fill(Integer, {"bits": bits, "group": group})
+    return QuantSettings(weight=weight, activation=fill(Activation, {"bits": activation}))
+
+
+def course(epochs: int, batch: int, precision: str, kernels: str, **settings: Any) -> Training:
+    given = {"epochs": epochs, "batch": batch, "precision": precision, "kernels": kernels, "decay": "cosine"}
+    return fill(Training, {**given, **settings})

@@ -1,0 +1,46 @@
+"""What is refused once the model is there: formats, lengths and processes that do not fit it."""
+
+from __future__ import annotations
+
+from lsiq import distributed
+from lsiq.config import QuantSettings, RunConfig
+from lsiq.errors import ConfigError
+from lsiq.methods.base import chain
+from lsiq.models.loading import Model
+from lsiq.track.console import warn
+
+
+def check_formats(model: Model, quant: QuantSettings) -> None:
+    """Raise ConfigError before anything long starts if a format does not fit the shape of a linear."""
+    block = model.skeleton.get_submodule(f"{model.spec.blocks}.0")
+    for name in model.spec.linears:
+        quant.weight.check(block.get_submodule(name).in_features, name)  # type: ignore[arg-type]
+
+
+def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:
+    """Raise ConfigError where a window, after `prefix` tokens, is longer than the positions the model knows."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    calibrates = config.calib.corpus is not None or config.calib.written
+    lengths = {"calib.seqlen": config.calib.seqlen} if calibrates else {}
+    lengths |= {"eval.seqlen": config.eval.seqlen} if config.eval.corpora else {}
+    for key, seqlen in lengths.items():
+        if limit is not None and prefix + seqlen > limit:
+            after = f" and the prefix takes {prefix}" if prefix else ""
+            raise ConfigError(f"{key}={seqlen}: the model has {limit} positions{after}; use at most {limit - prefix}")
+
+
+def check_processes(config: RunConfig, samples: int) -> None:
+    """Raise ConfigError where a process would have no sequence; say where one would have none of a step's."""
+    size = distributed.size()
+    if samples < size:
+        raise ConfigError(
+            f"calib.samples={config.calib.samples}: {samples} sequences cannot be shared by {size} processes; "
+            "give more or start fewer"
+        )
+    for link in chain(config.method):
+        training = getattr(link, "training", None)
+        if training is not None and training.batch < size:
+            warn(
+                f"method.training.batch={training.batch} is smaller than the {size} processes: each step is taken by "
+                f"{training.batch} of them; a batch of {size} or more keeps all busy"
+            )

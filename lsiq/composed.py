@@ -1,0 +1,52 @@
+"""What hydra composed, as the plain data that is checked, named and recorded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from lsiq.errors import ConfigError
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """Return `cfg` as plain data, interpolations resolved.
+
+    A local checkpoint takes its folder's name unless it was given one, so that records do not carry the name of the
+    model whose group file happened to be the default. A model with planted outliers says so in its name. Of a method
+    that has a recipe for each family of formats only the one that is carried out remains.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value; give it as {error.full_key}=…") from error
+    assert isinstance(plain, dict)
+    plain.pop("from", None)  # says whose settings these are, and is none of them
+    plain["method"] = recipe_for(plain.get("method"), plain.get("quant"))
+    model = plain.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        model.update(bundled=None, hub=None, published={})
+        model["name"] = (
+            re.sub(r"[^A-Za-z0-9._+-]+", "-", model["path"].rstrip("/").rpartition("/")[2]).lstrip("-._+") or "local"
+        )
+    if isinstance(model, dict) and isinstance(count := model.get("outliers"), int) and count > 0:
+        model["name"] = f"{model.get('name')}+{count}outliersx{model.get('outlier_strength')}"
+    return {str(key): value for key, value in plain.items()}
+
+
+def recipe_for(method: Any, quant: Any) -> Any:
+    """Return the recipe for this format, where a method's file has one for float and one for quantised activations."""
+    family = recipe_family(method, quant)
+    return method if family is None else method[family]
+
+
+def recipe_family(method: Any, quant: Any) -> str | None:
+    """Return which of a method's recipes is for this format; None where its file has but one."""
+    if not isinstance(method, Mapping) or set(method) != {"weight_only", "weight_activation"}:
+        return None
+    activation = quant.get("activation") if isinstance(quant, Mapping) else None
+    bits = activation.get("bits") if isinstance(activation, Mapping) else None
+    return "weight_only" if bits in (None, 16) else "weight_activation"
