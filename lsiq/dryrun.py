@@ -18,10 +18,12 @@ from lsiq.calib.tokens import cut_windows, random_windows
 from lsiq.checks import check_formats, check_lengths
 from lsiq.errors import ConfigError, InputError
 from lsiq.evals.windows import STATES_BYTES
+from lsiq.feed import RESIDENT_SHARE
 from lsiq.machine import find_device
 from lsiq.methods.base import Method, chain
 from lsiq.models.loading import Model
 from lsiq.probe import BlockCost, EvaluationCost, architecture, probe_block, probe_evaluation, probe_model, shortened
+from lsiq.quantize import STREAMS
 from lsiq.quantize_stage import prepare_model
 from lsiq.results import Record
 from lsiq.store import BlockStore
@@ -144,8 +146,9 @@ class _Estimate:
             self.notes.append("the calibration text that the model writes is there; writing it is not estimated")
         batch = max(calib.batch, *(getattr(t, "batch", 1) for t in _trainings(self.config.method)), 1)
         few, more = min(3 * batch, samples), min(6 * batch, samples)
-        probe_block(self.config, model, method, min(batch, samples) or None, store)  # libraries load, kernels compile
-        costs = [probe_block(self.config, model, method, count or None, store) for count in (few, more)]
+        there = self._on_device(model, samples)
+        probe_block(self.config, model, method, min(batch, samples) or None, store, there)  # libraries load
+        costs = [probe_block(self.config, model, method, count or None, store, there) for count in (few, more)]
         epochs = max((training.epochs for training in _trainings(self.config.method)), default=0)
         rest = _line(*((c.samples, c.seconds - c.epochs * c.epoch_seconds) for c in costs))(samples)
         trained = epochs * _line(*((c.samples, c.epoch_seconds) for c in costs))(samples)
@@ -156,21 +159,35 @@ class _Estimate:
 
     def _quantize_peaks(self, model: Model, cost: BlockCost, samples: int) -> dict[str, int]:
         one = self._stream_bytes(model, self.config.calib.seqlen)
-        host = one if self.config.paths.streams == "memory" else 0
         ahead = _ahead(self.config.method)
         later = self.depth > 1  # of the first block both streams are the same one
         # While a method works: both streams, targets and those of later blocks; afterwards one that is being written.
-        learning = cost.learning["host"] + host * ((2 + ahead + later) * samples - (2 + ahead) * cost.samples)
-        running = cost.running["host"] + host * ((3 + later) * samples - 3 * cost.samples)
-        peaks = {"host": max(learning, running) + self.mapped - self.held.bytes}
-        if self.config.paths.streams == "disk":
+        learning = one * ((2 + ahead + later) * samples - (2 + ahead) * cost.samples)
+        running = one * ((3 + later) * samples - 3 * cost.samples)
+        peaks = {"host": self.mapped - self.held.bytes}
+        if self._on_device(model, samples):
+            peaks["host"] += max(cost.learning["host"], cost.running["host"]) + 2 * one * samples  # copies to be stored
+            peaks["device"] = max(cost.learning["device"] + learning, cost.running["device"] + running)
+            return peaks
+        kept = self.config.paths.streams == "memory"
+        peaks["host"] += max(cost.learning["host"] + kept * learning, cost.running["host"] + kept * running)
+        if not kept:
             self.notes.append(f"streams take {4 * one * samples / 2**30:.2f} GiB of the disk")
         if "device" in cost.learning:
-            grown = one * (2 + ahead) * (samples - cost.samples) if _trainings(self.config.method) else 0
-            room = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-            resident = grown if one * (2 + ahead) * samples <= 0.25 * room else 0
+            fed = one * (2 + ahead)  # what is trained on goes there whole if it can
+            grown = fed * (samples - cost.samples) if _trainings(self.config.method) else 0
+            resident = grown if fed * samples <= RESIDENT_SHARE * self._room() else 0
             peaks["device"] = max(cost.learning["device"] + resident, cost.running["device"])
         return peaks
+
+    def _on_device(self, model: Model, samples: int) -> bool:
+        """Whether the streams of so many sequences will lie on a GPU."""
+        size = STREAMS * samples * self._stream_bytes(model, self.config.calib.seqlen)
+        return self.device.type == "cuda" and size <= RESIDENT_SHARE * self._room()
+
+    def _room(self) -> int:
+        """Bytes of the GPU that are free, or held by what was tried out."""
+        return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
 
     def _evaluate(self, model: Model, store: BlockStore) -> Stage:
         batch = self.config.eval.batch

@@ -123,14 +123,21 @@ def shortened(method: Any) -> Any:
     return replace(method, **changes) if changes else method
 
 
-def probe_block(config: RunConfig, model: Model, method: Method, samples: int | None, store: BlockStore) -> BlockCost:
+def probe_block(
+    config: RunConfig, model: Model, method: Method, samples: int | None, store: BlockStore, on_device: bool
+) -> BlockCost:
     """Let the method quantise the first block, with random tokens; None for no tokens at all.
 
     The others are stored as copies of it, so that there is a model to evaluate.
+
+    Args:
+        on_device: whether the streams lie on the model's device.
     """
     batch, device = config.calib.batch, model.device
     drawn = random_windows(model.config.vocab_size, samples or 1, config.calib.seqlen if samples else 1, config.seed)
     hidden, kwargs = model.embed(drawn, batch)
+    if on_device:
+        hidden = hidden.to(device)
     reset_peak()
     start = time.perf_counter()
     block = model.block(0, kwargs)
