@@ -115,11 +115,14 @@ def test_collecting_answers_mistakes_in_one_line(
 
 def test_a_study_that_says_the_same_agrees(committed: tuple[Runs, Literature]) -> None:
     runs = [run for run in committed[0].runs if (run.study, run.setting) == ("learned", "w2a16g128")]
-    worse = [replace(run, metrics={key: 1.1 * value for key, value in run.metrics.items()}) for run in runs]
+    worse = [replace(run, metrics={key: 1.2 * value for key, value in run.metrics.items()}) for run in runs]
     assert len(pairs(runs, runs)) == 8  # two models, methods and texts
     assert all(pair.agrees for pair in pairs(runs, runs))
-    # ln 1.1 = 0.095; the largest deviation there is omniquant's on WikiText-2, 0.032.
+    # ln 1.2 = 0.18; the largest deviation there is omniquant's on WikiText-2, 0.032.
     assert not any(pair.agrees for pair in pairs(runs, worse))
+    # How many sequences pass at once moves a number less than a seed does.
+    otherwise = [replace(run, config=run.config | {"calib": run.config["calib"] | {"batch": 4}}) for run in runs]
+    assert len(pairs(runs, otherwise)) == 8
     with pytest.raises(InputError, match="no configuration in common"):
         pairs(runs, [replace(run, setting="w8a16") for run in runs])
 

@@ -3,21 +3,24 @@
     python -m lsiq.tables.agree analysis/records/study.jsonl again.jsonl
 
 Compares every loss that both files have, the mean over the seeds of a configuration: two means agree if they differ by
-no more than the larger standard deviation over seeds.
+no more than twice the larger standard deviation over seeds. Means over three seeds lie further apart than once that
+deviation in more than a fifth of all cases by chance alone, further than twice in a fourteenth at most.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lsiq.errors import InputError, LsiqError
+from lsiq.tables.protocol import contradiction
 from lsiq.tables.runs import Run, read_runs
 from lsiq.tables.study import SEEDLESS, Sample
 
@@ -40,7 +43,7 @@ class Pair:
 
     @property
     def allowed(self) -> float:
-        return max(self.first.spread or 0.0, self.second.spread or 0.0, ROUNDING)
+        return max(2 * (self.first.spread or 0.0), 2 * (self.second.spread or 0.0), ROUNDING)
 
     @property
     def agrees(self) -> bool:
@@ -48,26 +51,42 @@ class Pair:
 
 
 def pairs(first: Iterable[Run], second: Iterable[Run]) -> list[Pair]:
-    """Return the losses that both collections measured.
+    """Return the losses that both collections measured of configurations that do not contradict each other.
 
     Raises:
         InputError: there are none.
     """
-    one, other = _losses(first), _losses(second)
-    found = [Pair(" ".join(key[:4]), one[key], other[key]) for key in one if key in other]
+    theirs = _configurations(second)
+    found = []
+    for name, groups in _configurations(first).items():
+        for (settings, losses), (other, others) in itertools.product(groups, theirs.get(name, [])):
+            if contradiction(settings, other) is None:
+                for metric in losses.keys() & others.keys():
+                    samples = (Sample(tuple(m[metric].values()), name[2] in SEEDLESS) for m in (losses, others))
+                    found.append(Pair(" ".join((*name, metric)), *samples))
     if not found:
         raise InputError("the files have no configuration in common; collect both from runs of the same sweep files")
-    return found
+    return sorted(found, key=lambda pair: pair.name)
 
 
-def _losses(runs: Iterable[Run]) -> dict[tuple[str, ...], Sample]:
-    by_seed: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
+# By metric and seed, the logarithm of a perplexity.
+_Losses = dict[str, dict[int, float]]
+
+
+def _configurations(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[tuple[dict[str, Any], _Losses]]]:
+    """Return the losses by model, setting and method, for each of their configurations."""
+    found: dict[tuple[str, str, str], list[tuple[dict[str, Any], _Losses]]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.created):
-        settings = json.dumps({key: run.config.get(key) for key in ("calib", "method", "quant")}, sort_keys=True)
+        settings = {key: run.config.get(key) for key in ("calib", "method", "quant")}
+        groups = found[run.model, run.setting, run.method]
+        losses = next((held for known, held in groups if contradiction(known, settings) is None), None)
+        if losses is None:
+            losses = defaultdict(dict)
+            groups.append((settings, losses))
         for metric, value in run.metrics.items():
             if metric.startswith("ppl/"):
-                by_seed[run.model, run.setting, run.method, metric, settings][run.seed] = math.log(value)
-    return {key: Sample(tuple(seeds.values()), key[2] in SEEDLESS) for key, seeds in by_seed.items()}
+                losses[metric][run.seed] = math.log(value)
+    return found
 
 
 def main() -> None:

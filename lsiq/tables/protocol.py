@@ -55,7 +55,7 @@ class Protocol:
         if (unknown := next((key for key in self.stated if run.get(key) is None), None)) is not None:
             return unknown
         wanted = {"calib": expected["calib"], "method": recipe_for(expected["method"], run.config.get("quant"))}
-        return _contradiction(run.config, wanted, "", self.varied)
+        return contradiction(run.config, wanted, "", self.varied)
 
     def same_float(self, run: Run) -> bool:
         """Whether the run began with the same float model: of the same type, and as it was trained."""
@@ -128,8 +128,8 @@ def _composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
     return without_nulls(composed)
 
 
-def _contradiction(found: Any, expected: Any, key: str, varied: tuple[str, ...]) -> str | None:
-    """The first setting below `key` that is another one, or None."""
+def contradiction(found: Any, expected: Any, key: str = "", varied: tuple[str, ...] = ()) -> str | None:
+    """The first setting below `key` that makes another method of it, or None."""
     free = key in varied or key in _SAME or key.rpartition(".")[2] in _SAME
     if free or found is None or expected in (None, "???"):
         return None
@@ -140,5 +140,5 @@ def _contradiction(found: Any, expected: Any, key: str, varied: tuple[str, ...])
         inner = ((index, one, other) for index, (one, other) in enumerate(zip(found, expected, strict=True)))
     else:
         return None if found == expected else key
-    each = (_contradiction(one, other, f"{key}.{name}".lstrip("."), varied) for name, one, other in inner)
+    each = (contradiction(one, other, f"{key}.{name}".lstrip("."), varied) for name, one, other in inner)
     return next((name for name in each if name is not None), None)
