@@ -1,6 +1,6 @@
 """Write what a public package gets: a bundled model in float32 and the calibration tokens that our runs draw.
 
-python analysis/peers/prepare.py tiny-llama DIR
+python analysis/peers/prepare.py tiny-llama 64 DIR
 """
 
 import sys
@@ -12,18 +12,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lsiq.assets import bundled_model
 from lsiq.calib.sequences import calibration_tokens
+from lsiq.calib.tokens import token_hash
 from lsiq.config import parse
 from lsiq.evals.cache import EvaluationCache
 from lsiq.models.loading import load
 
-name, folder = sys.argv[1], Path(sys.argv[2])
+name, samples, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 conf = Path(__file__).resolve().parents[2] / "conf"
 with initialize_config_dir(str(conf), version_base="1.3"):
-    config = parse(compose("config", overrides=[f"model={name}", "method=gptq"]))
+    config = parse(compose("config", overrides=[f"model={name}", "method=gptq", f"calib.samples={samples}"]))
 AutoModelForCausalLM.from_pretrained(bundled_model(name), dtype=torch.float32).save_pretrained(folder)
 AutoTokenizer.from_pretrained(bundled_model(name)).save_pretrained(folder)
 model = load(config.model, bundled_model(name), torch.device("cpu"), config.seed)
 nothing_kept = EvaluationCache(None, {}, {})
 tokens = calibration_tokens(config, model, nothing_kept, nothing_kept)
 torch.save(tokens, folder / "tokens.pt")
-print(f"{folder}: {name} in float32 and {tuple(tokens.shape)} tokens")
+print(f"{folder}: {name} in float32 and {tuple(tokens.shape)} tokens, hash {token_hash(tokens)}")
