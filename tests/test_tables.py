@@ -146,7 +146,7 @@ def test_a_run_with_other_settings_does_not_stand_in_the_studys_tables(committed
     for model in ({"outliers": 4, "dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "auto"}):
         assert not STUDY.holds(replace(found, config={**found.config, "model": model})), model
     assert not STUDY.holds(replace(found, method="a-label-of-my-own"))
-    assert not STUDY.holds(replace(found, method="lsi+gptq")), "lsi has no then"
+    assert not STUDY.holds(replace(found, method="rtn+gptq")), "rtn has no then"
 
 
 def test_a_recipe_by_format_is_compared_with_that_of_the_runs_format(committed: tuple[Runs, Literature]) -> None:

@@ -1,0 +1,53 @@
+"""Runs on a GPU, from the command's settings to the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from lsiq.learn import _power
+from lsiq.machine import find_device
+from lsiq.methods.base import Context
+from lsiq.run import run
+
+SmallRun = Callable[..., DictConfig]
+METHODS = {
+    "rtn": ["method=rtn"],
+    "gptq": ["method=gptq"],
+    "awq": ["method=awq"],
+    "qera": ["method=qera-exact", "method.rank=4"],
+    "lsi": ["method=lsi", "method.training.epochs=2"],
+    "ahead": ["method=sde", "method.training.epochs=1", "method.training.ahead.blocks=1"],
+    "best": ["method=best", "method.weight_only.start.training.epochs=1", "method.weight_only.training.epochs=1"],
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_on_a_gpu_ends_where_one_on_a_cpu_does(
+    name: str, device: str, checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path
+) -> None:
+    there = run(small_run(checkpoints["llama"], *METHODS[name], f"device={device}"))
+    here = run(small_run(checkpoints["llama"], *METHODS[name], "device=cpu", f"paths.runs={tmp_path / 'cpu'}"))
+    assert there.machine["device"] == "cuda"
+    # On a model so small another order of summation flips codes; how far apart the two lie has not been measured.
+    assert [row["error"] for row in there.blocks] == pytest.approx([row["error"] for row in here.blocks], rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_named_without_its_number_gets_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert find_device(name) == torch.device("cuda", 0)  # set_device refuses one without a number
+
+
+def test_the_power_of_a_stream_is_found_where_the_stream_lies() -> None:
+    stream = torch.empty(3, 4, 5, device="meta")  # a device that does not mix with the host's memory
+    context = Context(stream, stream, torch.Generator(), 1, lambda values: None)
+    assert _power(context).device.type == "meta"
