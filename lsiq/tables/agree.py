@@ -4,7 +4,7 @@
 
 Compares every loss that both files have, the mean over the seeds of a configuration: two means agree if they differ by
 no more than twice the larger standard deviation over seeds. Means over three seeds lie further apart than once that
-deviation in more than a fifth of all cases by chance alone, further than twice in a fourteenth at most.
+deviation in a fifth of all cases by chance alone, further than twice in one of twenty-three (normal deviates, drawn).
 """
 
 from __future__ import annotations
