@@ -9,6 +9,8 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from lsiq.formats.activation import Activation
+from lsiq.formats.integer import Integer
 from lsiq.learn import _power
 from lsiq.machine import find_device
 from lsiq.methods.base import Context
@@ -51,3 +53,18 @@ def test_the_power_of_a_stream_is_found_where_the_stream_lies() -> None:
     stream = torch.empty(3, 4, 5, device="meta")  # a device that does not mix with the host's memory
     context = Context(stream, stream, torch.Generator(), 1, lambda values: None)
     assert _power(context).device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_gpu_rounds_as_a_cpu_does(bits: int, symmetric: bool) -> None:
+    x = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    fmt = Integer(bits=bits, group=128, symmetric=symmetric)
+    there = fmt.fit(*fmt.extremes(x.cuda()))
+    here = fmt.fit(*fmt.extremes(x))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(there, here, strict=True))
+    assert torch.equal(fmt.encode(x.cuda(), *there).cpu(), fmt.encode(x, *here))
+    if bits >= 4:
+        tokens = Activation(bits=bits, symmetric=symmetric)
+        assert torch.equal(tokens.fake(x.cuda()).cpu(), tokens.fake(x))

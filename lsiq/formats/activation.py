@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.formats.grid import round_through
+from lsiq.formats.grid import divided, round_through
 from lsiq.formats.integer import MAX_SCALE, MIN_SCALE
 from lsiq.settings import settings
 
@@ -54,13 +54,13 @@ class Activation:
         levels = 2**self.bits - 1
         if self.symmetric:
             half = 2 ** (self.bits - 1)
-            scale = ((-lo).maximum(hi) / (half - 1)).clamp(MIN_SCALE, MAX_SCALE)
+            scale = divided((-lo).maximum(hi), half - 1).clamp(MIN_SCALE, MAX_SCALE)
             return (round_through(wide / scale).clamp(-half, half - 1) * scale).to(x.dtype)
-        scale = ((hi - lo) / levels).clamp(MIN_SCALE, MAX_SCALE)
+        scale = divided(hi - lo, levels).clamp(MIN_SCALE, MAX_SCALE)
         zero = round_through(-lo / scale)
         return (((round_through(wide / scale) + zero).clamp(0, levels) - zero) * scale).to(x.dtype)
 
     def fake_softmax(self, weights: Tensor) -> Tensor:
         """Return attention weights in 0 … 1 on the fixed grid of `bits` bits."""
         levels = 2**self.bits - 1
-        return round_through(weights * levels) / levels
+        return divided(round_through(weights * levels), levels)

@@ -92,3 +92,11 @@ def round_through(x: Tensor) -> Tensor:
     from lsiq.formats.rounding import round_through as differentiable  # torch only once there is something to compute
 
     return differentiable(x)
+
+
+def divided(x: Tensor, number: int) -> Tensor:
+    """Return `x / number`, rounded as the division itself is.
+
+    On a GPU torch divides by a number of the host by multiplying with its inverse, which is off in the last place.
+    """
+    return x / x.new_full((), number)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.formats.grid import Grid, check_divides, round_through
+from lsiq.formats.grid import Grid, check_divides, divided, round_through
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ class Integer(Grid):
         The zero point is whole-numbered, in the dtype of the scale. Gradients reach `lo` and `hi` through the scale
         and, straight through the rounding, through the zero point.
         """
-        scale = (-lo).maximum(hi) / (2 ** (self.bits - 1) - 1) if self.symmetric else (hi - lo) / self.levels
+        if self.symmetric:
+            scale = divided((-lo).maximum(hi), 2 ** (self.bits - 1) - 1)
+        else:
+            scale = divided(hi - lo, self.levels)
         scale = self.storable(scale)
         if self.symmetric:
             return scale, scale.detach().new_full(scale.shape, 2 ** (self.bits - 1))
