@@ -35,19 +35,25 @@ class Part:
 def part_of(samples: Tensor, total: int) -> Part:
     """Return this process's part of the batch `samples (n,)`, indices among `total` sequences.
 
-    Every process knows which sequences each of the others holds and needs, so nothing is asked.
+    Each takes as many as its share of the batch counts, those that it holds first: a batch is a sum, so only what some
+    hold beyond their share has to move. Every process knows what each of the others holds and takes, so nothing is
+    asked. The order in which a part comes in depends on `samples` alone, and so is the same for all streams.
     """
     samples = samples.cpu()
-    n = len(samples)
-    needs = [samples[distributed.share(n, process)] for process in range(distributed.size())]
-    needs = [needed if len(needed) else samples[:1] for needed in needs]
     bounds = [distributed.share(total, process) for process in range(distributed.size())]
-    own = bounds[distributed.rank()]
-    rows = [needed[(needed >= own.start) & (needed < own.stop)] - own.start for needed in needs]
-    mine = needs[distributed.rank()]
-    received = [int(((mine >= held.start) & (mine < held.stop)).sum()) for held in bounds]
-    weight = len(samples[distributed.share(n)]) / n
-    return Part(torch.cat(rows), [len(row) for row in rows], received, weight)
+    held = [samples[(samples >= own.start) & (samples < own.stop)] for own in bounds]
+    shares = [distributed.share(len(samples), process) for process in range(distributed.size())]
+    counts = [share.stop - share.start for share in shares]
+    spare = torch.cat([own[count:] for own, count in zip(held, counts, strict=True)])
+    lacking = [max(0, count - len(own)) for own, count in zip(held, counts, strict=True)]
+    taken = [
+        torch.cat([own[:count], more]) for own, count, more in zip(held, counts, spare.split(lacking), strict=True)
+    ]
+    taken = [some if len(some) else samples[:1] for some in taken]
+    own, mine = bounds[distributed.rank()], taken[distributed.rank()]
+    rows = [some[(some >= own.start) & (some < own.stop)] - own.start for some in taken]
+    received = [int(((mine >= other.start) & (mine < other.stop)).sum()) for other in bounds]
+    return Part(torch.cat(rows), [len(row) for row in rows], received, counts[distributed.rank()] / len(samples))
 
 
 def exchange(part: Part, sent: Tensor, received: Tensor) -> None:

@@ -66,6 +66,7 @@ class Feed:
         self._sent = buffers(most) if distributed.size() > 1 else []
         self._slots = [] if self.resident else [_Pinned(self.streams, most) for _ in range(2)]
         self._turn = 0
+        self._indices = _Indices(most, device) if moved and self.place != device else None
 
     def load(self, samples: Tensor) -> tuple[int, float]:
         """Fill the first places of the buffers `x` and `targets` with this process's part of the batch `samples (n,)`.
@@ -84,7 +85,8 @@ class Feed:
 
     def _fill(self, samples: Tensor, buffers: Sequence[Tensor]) -> None:
         if self.resident:
-            samples = samples.to(self.x.device)
+            if self._indices is not None:
+                samples = self._indices.on_device(samples)
             for stream, buffer in zip(self.streams, buffers, strict=True):
                 if stream.dtype == buffer.dtype:
                     torch.index_select(stream, 0, samples, out=buffer[: len(samples)])
@@ -112,3 +114,21 @@ class _Pinned:
         for place, buffer in zip(self.places, buffers, strict=True):
             buffer[:n].copy_(place[:n], non_blocking=True)
         self.free.record()
+
+
+class _Indices:
+    """Indices that the host makes for the GPU, in pinned memory, so that it need not wait until they are there."""
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        self._device, self._turn = device, 0
+        # Two in turn, each with the event after which it may be overwritten.
+        self._slots = [(torch.empty(most, dtype=torch.long, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+
+    def on_device(self, samples: Tensor) -> Tensor:
+        place, free = self._slots[self._turn]
+        self._turn = 1 - self._turn
+        free.synchronize()
+        place = place[: len(samples)].copy_(samples)
+        moved = place.to(self._device, non_blocking=True)
+        free.record()
+        return moved
