@@ -22,7 +22,16 @@ from lsiq.feed import RESIDENT_SHARE
 from lsiq.machine import find_device
 from lsiq.methods.base import Method, chain
 from lsiq.models.loading import Model
-from lsiq.probe import BlockCost, EvaluationCost, architecture, probe_block, probe_evaluation, probe_model, shortened
+from lsiq.probe import (
+    BlockCost,
+    EvaluationCost,
+    architecture,
+    probe_block,
+    probe_evaluation,
+    probe_model,
+    shortened,
+    widened,
+)
 from lsiq.quantize import STREAMS
 from lsiq.quantize_stage import prepare_model
 from lsiq.results import Record
@@ -95,12 +104,13 @@ class _Estimate:
         config = self.config
         blocks = min(self.depth, max(2, 1 + _ahead(config.method)))
         start = time.perf_counter()
-        self.model, self.held = probe_model(config, self.folder, blocks, self.device)
+        self.model, self.held, drawing = probe_model(config, self.folder, blocks, self.device)
+        loading = time.perf_counter() - start
         check_formats(self.model, config.quant)
         check_lengths(self.model, config)
         self._size()
-        outside = self.outside * self.per_byte
-        loading = time.perf_counter() - start - self.held.seconds + outside
+        if config.model.weights != "random":  # what was drawn is read instead
+            loading += self.outside * self.per_byte - drawing
         stages = [Stage("load", loading, {})]
         with tempfile.TemporaryDirectory() as folder, kept_in(self._stream_folder()):
             store = BlockStore(Path(folder) / "blocks")
@@ -119,7 +129,8 @@ class _Estimate:
 
     def _size(self) -> None:
         """Find out how many bytes the checkpoint has, and how long one takes to be read."""
-        block = self.model.block(0, {})
+        for index in range(self.model.depth):  # from here on all are held, and nothing that is timed draws any
+            block = self.model.block(index, {})
         elements = sum(weight.numel() for weight in block.weights.values())
         blocks = self.model.spec.blocks
         self.outside = 2 * sum(p.numel() for n, p in self.model.skeleton.named_parameters() if not n.startswith(blocks))
@@ -147,15 +158,22 @@ class _Estimate:
         batch = max(calib.batch, *(getattr(t, "batch", 1) for t in _trainings(self.config.method)), 1)
         few, more = min(3 * batch, samples), min(6 * batch, samples)
         there = self._on_device(model, samples)
-        probe_block(self.config, model, method, min(batch, samples) or None, store, there)  # libraries load
-        costs = [probe_block(self.config, model, method, count or None, store, there) for count in (few, more)]
-        epochs = max((training.epochs for training in _trainings(self.config.method)), default=0)
-        rest = _line(*((c.samples, c.seconds - c.epochs * c.epoch_seconds) for c in costs))(samples)
+        # Libraries load and kernels are compiled, once. Where few and more are one, no line says what fewer take.
+        sizes = (batch if few < more else few, few, more)
+        first, *costs = (probe_block(self.config, model, method, count or None, store, there) for count in sizes)
+        once = first.seconds - _line(*((c.samples, c.seconds) for c in costs))(first.samples)
+        epochs, tried = (max((t.epochs for t in _trainings(m)), default=0) for m in (self.config.method, method))
+        rest = _line(*((c.samples, c.seconds - tried * c.epoch_seconds) for c in costs))(samples)
         trained = epochs * _line(*((c.samples, c.epoch_seconds) for c in costs))(samples)
         if limits := [t.seconds for t in _trainings(self.config.method) if getattr(t, "seconds", None) is not None]:
             trained = min(trained, max(limits))
-        seconds = self.depth * (rest + trained + self.block_bytes * self.per_byte)
-        return Stage("quantize", seconds, self._quantize_peaks(model, costs[1], samples))
+        seconds = self.depth * (rest + trained + self.block_bytes * self.per_byte) + max(once, 0.0)
+        peaks = [self._quantize_peaks(model, costs[1], samples)]
+        if (widest := widened(method)) != method:
+            self.notes.append("a block needs float64 where method.precision=auto decides")
+            cost = probe_block(self.config, model, widest, few or None, store, there)
+            peaks.append(self._quantize_peaks(model, cost, samples))
+        return Stage("quantize", seconds, {place: max(peak[place] for peak in peaks) for place in peaks[0]})
 
     def _quantize_peaks(self, model: Model, cost: BlockCost, samples: int) -> dict[str, int]:
         one = self._stream_bytes(model, self.config.calib.seqlen)
@@ -193,13 +211,15 @@ class _Estimate:
         batch = self.config.eval.batch
         windows = self._windows()
         few, more = min(batch, windows), min(3 * batch, windows)
-        probe_evaluation(self.config, self.model, model, few, store)
-        costs = [probe_evaluation(self.config, self.model, model, count, store) for count in (few, more)]
-        per_block = _line(*((c.windows, c.block_seconds / model.depth) for c in costs))(windows)
+        first, *costs = (probe_evaluation(self.config, self.model, model, count, store) for count in (few, few, more))
+        once = max(first.seconds - costs[0].seconds, 0.0)
+        blocks = _line(*((c.windows, c.block_seconds) for c in costs))(windows)
         scoring = _line(*((c.windows, c.score_seconds) for c in costs))(windows)
         reading = self.block_bytes * self.per_byte  # beside the work on a GPU, before it on a CPU
-        per_block = max(per_block, reading) if self.device.type == "cuda" else per_block + reading
-        return Stage("evaluate", self.depth * per_block + scoring, self._evaluate_peaks(model, costs[1], windows))
+        ahead = self.device.type == "cuda"
+        one = costs[1].pass_seconds(blocks, model.depth, self.depth, reading, ahead)
+        seconds = costs[1].passes * one + scoring + once
+        return Stage("evaluate", seconds, self._evaluate_peaks(model, costs[1], windows))
 
     def _evaluate_peaks(self, model: Model, cost: EvaluationCost, windows: int) -> dict[str, int]:
         one = self._stream_bytes(model, self.config.eval.seqlen)

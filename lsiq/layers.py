@@ -22,6 +22,11 @@ BINS = 64
 TOKENS = 512
 
 
+def first_tokens(stream: Tensor | None) -> Tensor | None:
+    """Return the first sequences of a stream `(N, T, d)`, on which outputs are compared; None without one."""
+    return None if stream is None else stream[: max(1, TOKENS // stream.shape[1])]
+
+
 @torch.no_grad()
 def layer_rows(block: Block, result: BlockResult, quant: QuantSettings, inputs: Tensor | None) -> list[dict[str, Any]]:
     """Return one row per linear, comparing what a method made of it with what rounding to nearest makes of it.

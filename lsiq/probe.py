@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from lsiq import streams
 from lsiq.calib.tokens import random_windows
 from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.evaluation import variants_to_measure
-from lsiq.evals.windows import measure_windows
+from lsiq.evals.windows import Variant, by_model, measure_windows
+from lsiq.layers import first_tokens, layer_rows
 from lsiq.memory import peak_bytes, reset_peak
 from lsiq.methods.base import Ahead, Context, Method
 from lsiq.models.block import FloatStream, run_stream
-from lsiq.models.checkpoint import Checkpoint
+from lsiq.models.checkpoint import Checkpoint, RandomCheckpoint
 from lsiq.models.loading import Model, load
 from lsiq.store import BlockStore
 
@@ -64,13 +65,12 @@ class BlockCost:
 
     Attributes:
         seconds: in all, streams and storing included.
-        epochs, epoch_seconds: how many epochs were trained, and what one took; 0 for methods that train nothing.
+        epoch_seconds: what an epoch of training took; 0 for methods that train nothing.
         learning, running: peak bytes while the method worked, and while the stream ran through what it made.
     """
 
     samples: int
     seconds: float
-    epochs: int
     epoch_seconds: float
     learning: Mapping[str, int]
     running: Mapping[str, int]
@@ -78,13 +78,42 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class EvaluationCost:
-    """What measuring some windows of a model of few blocks cost: the blocks, the scores, peak bytes."""
+    """What measuring some windows of a model of few blocks cost.
+
+    Attributes:
+        models: how many were measured, in `passes` over the weights.
+        preparing: seconds in which the functions of one block are made, for all models, its weights at hand.
+        block_seconds, score_seconds: of all blocks, and of what follows them.
+        peaks: bytes, by place.
+    """
 
     windows: int
     models: int
+    passes: int
+    preparing: float
     block_seconds: float
     score_seconds: float
     peaks: Mapping[str, int]
+
+    @property
+    def seconds(self) -> float:
+        return self.block_seconds + self.score_seconds
+
+    def pass_seconds(self, block_seconds: float, tried: int, depth: int, reading: float, ahead: bool) -> float:
+        """Return the seconds of one pass over `depth` blocks, where all passes over the `tried` ones took some.
+
+        Args:
+            reading: seconds in which the weights of one block are read, which they were not.
+            ahead: whether a block is read and prepared while the one before it runs.
+        """
+        took, preparing = block_seconds / self.passes, self.preparing / self.passes
+        if not ahead:
+            return depth * (took / tried + reading)
+        # preparing + (tried - 1) · max(preparing, running) + running, solved for running
+        quick = took <= (tried + 1) * preparing
+        running = max(took - tried * preparing, 0.0) if quick else (took - preparing) / tried
+        before = reading + preparing
+        return before + (depth - 1) * max(before, running) + running
 
 
 def architecture(config: RunConfig, folder: Path | None, depth: int | None = None) -> dict[str, Any]:
@@ -102,13 +131,13 @@ def architecture(config: RunConfig, folder: Path | None, depth: int | None = Non
 
 def probe_model(
     config: RunConfig, folder: Path | None, depth: int, device: torch.device
-) -> tuple[Model, HeldCheckpoint]:
-    """Return the model with few blocks and random weights, and what holds these."""
+) -> tuple[Model, HeldCheckpoint, float]:
+    """Return the model with few blocks and random weights, what holds these, and the seconds that others took."""
     shape = architecture(config, folder, depth)
     settings = replace(config.model, weights="random", architecture=shape, path=None, bundled=None)
-    model = load(settings, None, device, config.seed)
-    held = HeldCheckpoint(model.checkpoint)
-    return replace(model, checkpoint=held), held
+    outside, held = (HeldCheckpoint(RandomCheckpoint(config.seed)) for _ in range(2))
+    model = load(settings, None, device, config.seed, outside)
+    return replace(model, checkpoint=held), held, outside.seconds
 
 
 def shortened(method: Any) -> Any:
@@ -120,6 +149,17 @@ def shortened(method: Any) -> Any:
         changes["training"] = replace(training, epochs=epochs, **late)
     if isinstance(then := getattr(method, "then", None), Method):
         changes["then"] = shortened(then)
+    return replace(method, **changes) if changes else method
+
+
+def widened(method: Any) -> Any:
+    """Return the method in the widest precision that a block may need, where blocks decide, and so what it hands on to.
+
+    Which of them need it depends on what enters them, and is not seen by trying out the first.
+    """
+    changes: dict[str, Any] = {"precision": "float64"} if getattr(method, "precision", None) == "auto" else {}
+    if isinstance(then := getattr(method, "then", None), Method):
+        changes["then"] = widened(then)
     return replace(method, **changes) if changes else method
 
 
@@ -153,6 +193,7 @@ def probe_block(
         ahead=Ahead(model.depth, lambda later: model.block(later, kwargs), model.logits, floats.after),
     )
     result = method.quantize_block(block, config.quant, context)
+    layer_rows(block, result, config.quant, first_tokens(context.inputs))
     learning = peak_bytes()
     reset_peak()
     store.write(0, result)
@@ -167,7 +208,7 @@ def probe_block(
     for index in range(1, model.depth):
         store.write(index, result)
     epoch = float(result.metrics.get("epoch_seconds", 0.0))
-    return BlockCost(samples or 0, seconds, EPOCHS if epoch else 0, epoch, learning, peak_bytes())
+    return BlockCost(samples or 0, seconds, epoch, learning, peak_bytes())
 
 
 def probe_evaluation(
@@ -188,4 +229,20 @@ def probe_evaluation(
         EvaluationCache(None, {}, {}),
         lambda: done.append(time.perf_counter()),
     )
-    return EvaluationCost(windows, len(variants), done[-1] - start, time.perf_counter() - done[-1], peak_bytes())
+    scoring, peaks = time.perf_counter() - done[-1], peak_bytes()
+    groups = by_model(model, variants)
+    preparing = _seconds_to_prepare(groups)
+    return EvaluationCost(windows, len(variants), len(groups), preparing, done[-1] - start, scoring, peaks)
+
+
+@torch.no_grad()
+def _seconds_to_prepare(groups: Sequence[tuple[Model, Mapping[str, Variant]]]) -> float:
+    """Measure how long it takes to make the functions of the first block, of all models."""
+    start = time.perf_counter()
+    for own, group in groups:
+        block = own.block(0, {})
+        for variant in group.values():
+            variant.function_of(block)
+        if own.device.type == "cuda":
+            torch.cuda.synchronize(own.device)
+    return time.perf_counter() - start

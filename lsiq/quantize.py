@@ -15,7 +15,7 @@ from lsiq import distributed, streams
 from lsiq.cost import BlockCost, block_cost
 from lsiq.errors import NumericalError
 from lsiq.feed import fits
-from lsiq.layers import TOKENS, layer_rows
+from lsiq.layers import first_tokens, layer_rows
 from lsiq.methods.base import Ahead, BlockResult, Context, Method, WholeMethod
 from lsiq.models.block import Block, FloatStream, run_stream
 from lsiq.models.loading import Model
@@ -205,8 +205,8 @@ class _Loop:
 
     def _with_rows(self, report: BlockReport, block: Block, result: BlockResult) -> BlockReport:
         """Return the report with a row for each linear, looked at on the first sequences that enter the block."""
-        fed = None if self.quantised is None else self.quantised[: max(1, TOKENS // self.quantised.shape[1])]
-        return replace(report, trace=[*report.trace, *layer_rows(block, result, self.quant, fed)])
+        rows = layer_rows(block, result, self.quant, first_tokens(self.quantised))
+        return replace(report, trace=[*report.trace, *rows])
 
     def _restored(self, index: int) -> Kept | None:
         """Return a block that is stored already; of several processes all find it or none."""

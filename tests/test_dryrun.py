@@ -12,7 +12,9 @@ import pytest
 from conftest import SHAPES, compose_run, save_model
 from omegaconf import DictConfig
 
+from lsiq.config import parse
 from lsiq.errors import ConfigError, InputError
+from lsiq.probe import EvaluationCost, widened
 from lsiq.run import run
 
 SmallRun = Callable[..., DictConfig]
@@ -73,3 +75,19 @@ def test_what_cannot_be_estimated_says_so(checkpoint: Path, small_run: SmallRun)
         run(small_run(checkpoint, "method=best", "dry_run=true"))
     with pytest.raises(InputError, match=r"the shape of .* is not known here; give model\.path"):
         run(compose_run("model=llama-2-7b", "model.architecture=null", "dry_run=true"))
+
+
+def test_reading_ahead_hides_what_runs_beside_it() -> None:
+    cost = EvaluationCost(8, models=2, passes=1, preparing=0.3, block_seconds=0, score_seconds=0, peaks={})
+    # Two blocks were tried: each prepared in 0.3 s, the last one then run in 0.1.
+    assert cost.pass_seconds(0.7, 2, depth=3, reading=1.0, ahead=True) == pytest.approx(3 * 1.3 + 0.1)
+    # The first prepared, then both run in 0.5 s each.
+    assert cost.pass_seconds(1.3, 2, depth=3, reading=0.0, ahead=True) == pytest.approx(0.3 + 3 * 0.5)
+    assert cost.pass_seconds(0.7, 2, depth=3, reading=1.0, ahead=False) == pytest.approx(3 * (0.35 + 1.0))
+
+
+def test_peaks_are_those_of_the_widest_precision_that_blocks_may_need() -> None:
+    widest = widened(parse(compose_run("method=lsi", "method@method.then=gptq")).method)
+    assert widest.then.precision == "float64"
+    chosen = parse(compose_run("method=gptq", "method.precision=float32")).method
+    assert widened(chosen) == chosen

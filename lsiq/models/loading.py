@@ -165,8 +165,17 @@ class Model:
         return self.skeleton.get_output_embeddings()(hidden).float()  # type: ignore[operator]
 
 
-def load(settings: ModelSettings, folder: Path | None, device: torch.device, seed: int) -> Model:
+def load(
+    settings: ModelSettings,
+    folder: Path | None,
+    device: torch.device,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+) -> Model:
     """Return the model of `settings` with its blocks still on disk.
+
+    Args:
+        checkpoint: where weights are read from; None for what the settings name.
 
     Raises:
         InputError: an unsupported family, a damaged or incomplete checkpoint, a tokenizer that does not load.
@@ -175,11 +184,11 @@ def load(settings: ModelSettings, folder: Path | None, device: torch.device, see
     where = str(folder or settings.name)
     spec = find_spec(config.model_type, where)
     check_supported(config, spec, where)
-    checkpoint: Checkpoint
-    if settings.weights == "random" or folder is None:
-        checkpoint = RandomCheckpoint(seed)
-    else:
-        checkpoint = open_checkpoint(folder, settings.allow_pickle)
+    if checkpoint is None:
+        if settings.weights == "random" or folder is None:
+            checkpoint = RandomCheckpoint(seed)
+        else:
+            checkpoint = open_checkpoint(folder, settings.allow_pickle)
     dtype = _dtype(settings.dtype, device, config)
     planting = _planting(settings, config, spec)
     try:
