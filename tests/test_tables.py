@@ -149,6 +149,13 @@ def test_a_run_with_other_settings_does_not_stand_in_the_studys_tables(committed
     assert not STUDY.holds(replace(found, method="rtn+gptq")), "rtn has no then"
 
 
+def test_the_precision_of_training_a_whole_model_makes_another_method(committed: tuple[Runs, Literature]) -> None:
+    found = next(r for r in committed[0].runs if (r.method, r.setting) == ("best", "w4a16g128") and STUDY.holds(r))
+    training = {**found.config["method"]["training"], "precision": "bfloat16"}
+    other = replace(found, config={**found.config, "method": {**found.config["method"], "training": training}})
+    assert STUDY.contradiction(other) == "method.training.precision"
+
+
 def test_a_recipe_by_format_is_compared_with_that_of_the_runs_format(committed: tuple[Runs, Literature]) -> None:
     any_run = next(run for run in committed[0].runs if run.get("model.dtype") == "float32")
     for setting, other in (("w2a16g128", "w4a4"), ("w4a4", "w2a16g128")):
