@@ -207,6 +207,7 @@ def probe_block(
     seconds = time.perf_counter() - start
     for index in range(1, model.depth):
         store.write(index, result)
+    store.wait()
     epoch = float(result.metrics.get("epoch_seconds", 0.0))
     return BlockCost(samples or 0, seconds, epoch, learning, peak_bytes())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from lsiq.methods.base import Ahead, BlockResult, Context, Method, WholeMethod
 from lsiq.models.block import Block, FloatStream, run_stream
 from lsiq.models.loading import Model
 from lsiq.rotation import online_multiplications
-from lsiq.store import BlockStore, Kept, Streams
+from lsiq.store import BlockStore, Digest, Kept, Streams
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
@@ -69,7 +69,7 @@ def quantize(
     store: BlockStore,
     log: Callable[[Mapping[str, float]], None],
     cache: Path | None = None,
-) -> Iterator[BlockReport]:
+) -> Generator[BlockReport]:
     """Quantise the model block by block into `store`, yielding a report after each.
 
     Two streams run along: the float stream is what the float model feeds each block, the quantised stream what the
@@ -83,9 +83,12 @@ def quantize(
         cache: the folder of what methods may keep from run to run.
     """
     loop = _Loop(model, method, quant, tokens, batch, seed, store, log, cache)
-    yield from loop.take_up()
-    while loop.done < model.depth:
-        yield loop.next_block()
+    try:
+        yield from loop.take_up()
+        while loop.done < model.depth:
+            yield loop.next_block()
+    finally:
+        store.wait()
 
 
 @dataclass(eq=False)
@@ -118,7 +121,8 @@ class _Loop:
         self.resident = fits(STREAMS * hidden.nbytes, self.model.device)
         if self.resident:
             hidden = hidden.to(self.model.device)
-        self.done, self.before = 0, ""
+        self.done = 0
+        self.before: Digest = ""
         self.errors: list[float | None] = []
         self.blocks = _Blocks(self.model, kwargs)
         self.floats = FloatStream(self.blocks, hidden, self.batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -84,13 +85,15 @@ class QuantizeStage:
                 tracker.log(values)
                 table.log(values)
 
-            for report in quantize(model, method, config.quant, self.tokens, batch, seed, store, log, cache):
-                reports.append(report)
-                record.blocks.append(block_row(report, before))
-                record.seconds[name] = earlier + time.perf_counter() - start
-                write_record(record, self.folder)
-                self._tell(record.blocks[-1])
-                table.done(record.blocks[-1])
+            loop = quantize(model, method, config.quant, self.tokens, batch, seed, store, log, cache)
+            with contextlib.closing(loop):  # a run that stops here leaves no block half way to the disk
+                for report in loop:
+                    reports.append(report)
+                    record.blocks.append(block_row(report, before))
+                    record.seconds[name] = earlier + time.perf_counter() - start
+                    write_record(record, self.folder)
+                    self._tell(record.blocks[-1])
+                    table.done(record.blocks[-1])
         self._tell_trajectory([row for report in reports for row in report.trace], store)
         record.cost = model_cost(model, (report.cost for report in reports))
         record.average_bits = record.cost["average_bits"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsiq import distributed
 from lsiq.background import Background
 from lsiq.block_file import to_result, to_tensors
 from lsiq.durable import DamagedError, Stored, read_tensors, remove_partial, write_tensors
@@ -20,8 +22,11 @@ from lsiq.methods.base import BlockResult
 from lsiq.models.loading import Model
 from lsiq.track.console import warn
 
-# Streams of more bytes are written while the next block is made: at 7 billion parameters they take as long as an epoch.
-LARGE_STREAMS = 2**26
+# What has as many bytes is written while the next block is made: at 7 billion parameters the streams take as long as an
+# epoch.
+LARGE = 2**26
+# Of a block that is still being written it is not known yet.
+Digest = str | Future[str]
 # The digest of a file that cannot be read.
 DAMAGED = "damaged"
 _AGAIN = "give the run's command again (with force=true where it is finished), and it is made anew"
@@ -69,12 +74,15 @@ class BlockStore:
 
     Every file appears whole or not at all and carries a checksum. With a `stamp`, which stands for all that decides
     the blocks, each file names it and the digest of the block before: what another run left is never taken up.
+
+    What is large is written in the background: a block once the one before it is on the disk, streams once the block
+    that they leave is. What could not be written is raised by the next block's `write`, or else by `wait`.
     """
 
     def __init__(self, folder: Path, stamp: str | None = None) -> None:
         self.folder, self.stamp = folder, stamp
-        self._background = Background()
-        self._staged: dict[str, Tensor] = {}
+        # Two, so that streams that are being written never hold up a block.
+        self._blocks, self._streams = Background(), Background()
 
     def clear(self) -> None:
         """Leave nothing behind."""
@@ -97,8 +105,16 @@ class BlockStore:
         """Whether the folder holds `depth` blocks of this run, all of them as they were written."""
         return len(self.kept(depth)) == depth
 
+    def wait(self) -> None:
+        """Return when all that was to be written is on the disk; OutputError where something could not be."""
+        try:
+            self._blocks.wait()
+        finally:
+            self._streams.wait()
+
     def kept(self, depth: int) -> list[Kept]:
         """Return the finished blocks from the first on, up to where one is missing or damaged; tensors left out."""
+        self._blocks.wait()
         found: list[Kept] = []
         before = self.model_digest()
         while len(found) < depth and (one := self.restore(len(found), before)) is not None:
@@ -106,8 +122,10 @@ class BlockStore:
             before = one.digest
         return found
 
-    def restore(self, index: int, before: str) -> Kept | None:
+    def restore(self, index: int, before: Digest) -> Kept | None:
         """Return a block if it is there; None, and a warning, where it is damaged or made after another state.
+
+        Where it is not there this does not wait for what is being written.
 
         Args:
             before: the digest of the block before it; for the first, `model_digest()`.
@@ -124,7 +142,7 @@ class BlockStore:
             warn(f"{error}; the block is quantised again")
             return None
         self._check_stamp(file, stored)
-        if stored.metadata["before"] != before:
+        if stored.metadata["before"] != _known(before):
             warn(f"{file} was made after other blocks than are there now; the block is quantised again")
             return None
         return Kept(to_result(file, stored), stored.digest, json.loads(stored.metadata["report"]))
@@ -137,50 +155,53 @@ class BlockStore:
             )
 
     def write(
-        self, index: int, result: BlockResult, before: str | None = None, report: Mapping[str, Any] | None = None
-    ) -> str:
+        self, index: int, result: BlockResult, before: Digest | None = None, report: Mapping[str, Any] | None = None
+    ) -> Digest:
         """Store a block, with a `report` that is plain data, and return its digest.
+
+        A large one, unless other processes wait to read it, is written in the background: tensors in memory must stay
+        as they are until then.
 
         Args:
             before: the digest of the block before it; for the first, `model_digest()`, which is also the default.
 
         Raises:
-            OutputError: it cannot be written; what is stored already stays.
+            OutputError: it or the block before it cannot be written; what is stored already stays.
         """
+        self._blocks.wait()
         tensors, metadata = to_tensors(result)
         metadata |= {
             "report": json.dumps(dict(report or {})),
-            "before": self.model_digest() if before is None else before,
+            "before": self.model_digest() if before is None else _known(before),
         }
-        return self._save(self._file(index), tensors, metadata)
+        if _bytes(tensors) < LARGE or distributed.size() > 1:
+            return self._save(self._file(index), tensors, metadata)
+        held = self._blocks.in_memory(tensors)
+        return self._blocks.start(lambda: self._save(self._file(index), held, metadata))
 
     @property
     def _streams_file(self) -> Path:
         return self.folder.with_name("streams.safetensors")
 
-    def write_streams(self, streams: Streams, before: str) -> None:
+    def write_streams(self, streams: Streams, before: Digest) -> None:
         """Store what enters the next block in place of what entered the last one; `before` as in `write`.
 
-        Large streams are written in the background; where blocks come faster than the disk takes these, those of some
-        blocks are left out.
+        Large streams, and all that leave a block which is still being written, are written in the background; where
+        blocks come faster than the disk takes these, those of some blocks are left out.
         """
         tensors = {"floats": streams.floats, "quantised": streams.quantised}
         held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        metadata = {"done": str(streams.done), "errors": json.dumps(list(streams.errors)), "before": before}
-        if sum(tensor.nbytes for tensor in held.values()) < LARGE_STREAMS:
-            self._background.wait()
-            self._save(self._streams_file, held, metadata)
-        elif not self._background.busy:
-            held = {name: self._on_host(name, tensor) for name, tensor in held.items()}
-            self._background.start(lambda: self._save(self._streams_file, held, metadata))
+        metadata = {"done": str(streams.done), "errors": json.dumps(list(streams.errors))}
 
-    def _on_host(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a stream in memory; of one that lies on a GPU, a copy that lasts until the next is asked for."""
-        if tensor.device.type == "cpu":
-            return tensor
-        if name not in self._staged:
-            self._staged[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return self._staged[name].copy_(tensor)
+        def save(tensors: Mapping[str, Tensor]) -> None:
+            self._save(self._streams_file, tensors, metadata | {"before": _known(before)})
+
+        if not held or (_bytes(held) < LARGE and not self._blocks.busy):  # what stands at the end is never left out
+            self._streams.wait()
+            save(held)
+        elif not self._streams.busy:
+            copied = self._streams.in_memory(held)
+            self._streams.start(lambda: save(copied))
 
     def read_streams(self, kept: Sequence[Kept]) -> Streams | None:
         """Return what enters the next block after some of `kept`; None where that is not known any more."""
@@ -252,6 +273,7 @@ class BlockStore:
 
     def read(self, index: int) -> BlockResult:
         """Return a stored block, on the CPU; InputError when it is missing or damaged."""
+        self._blocks.wait()
         file = self._file(index)
         try:
             stored = read_tensors(file)
@@ -264,3 +286,12 @@ class BlockStore:
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block_{index:03d}.safetensors"
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _known(digest: Digest) -> str:
+    """Return a digest, once the block is on the disk; raises what kept it from getting there."""
+    return digest if isinstance(digest, str) else digest.result()

@@ -27,23 +27,33 @@ sys.addaudithook(_hook)
 
 
 @contextlib.contextmanager
-def at_rename(number: int, action: Callable[[], None]) -> Iterator[None]:
-    """Do `action` just before the file number `number` (from 1) of those in the folder of a run gets its name."""
-    seen = 0
+def before_rename(watch: Callable[[Path, str], None]) -> Iterator[None]:
+    """Hand `watch` each file of the folder of a run just before it gets its name, and that name."""
 
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        name = str(arguments[0]) if event == "os.rename" else ""
-        if name.endswith(".partial") and "/cache/" not in name:
-            seen += 1
-            if seen == number:
-                action()
+    def renamed(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and str(arguments[0]).endswith(".partial") and "/cache/" not in str(arguments[0]):
+            watch(Path(arguments[0]), Path(arguments[1]).name)
 
-    _watch.append(watch)
+    _watch.append(renamed)
     try:
         yield
     finally:
-        _watch.remove(watch)
+        _watch.remove(renamed)
+
+
+@contextlib.contextmanager
+def at_rename(file: int | str, action: Callable[[], None]) -> Iterator[None]:
+    """Do `action` just before a file gets its name: one so called, or number `file` (from 1) of those of a run."""
+    seen = 0
+
+    def watch(partial: Path, name: str) -> None:
+        nonlocal seen
+        seen += 1
+        if file in (seen, name):
+            action()
+
+    with before_rename(watch):
+        yield
 
 
 def interrupt() -> None:

@@ -28,28 +28,37 @@ FRESH.set_forkserver_preload(["lsiq.experiment", "interruption"])
 MOMENTS = 30
 
 
-def carry_out(cfg: str, rename: int | None) -> None:
-    """In a process of its own: the run, killed where the file number `rename` would get its name."""
+def carry_out(cfg: str, rename: int | str | None, background: bool) -> None:
+    """In a process of its own: the run, killed where the file `rename` would get its name.
+
+    Args:
+        background: whether its small blocks are written beside the next one, as large ones are.
+    """
     import contextlib
 
     import torch
 
+    import lsiq.store
     from lsiq.run import run
 
     torch.set_num_threads(1)
+    if background:
+        lsiq.store.LARGE = 0
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     with contextlib.nullcontext() if rename is None else at_rename(rename, kill):
         run(OmegaConf.create(cfg))
 
 
-def process(cfg: DictConfig, rename: int | None = None) -> multiprocessing.process.BaseProcess:
-    started = FRESH.Process(target=carry_out, args=(OmegaConf.to_yaml(cfg, resolve=True), rename))
+def process(
+    cfg: DictConfig, rename: int | str | None = None, background: bool = False
+) -> multiprocessing.process.BaseProcess:
+    started = FRESH.Process(target=carry_out, args=(OmegaConf.to_yaml(cfg, resolve=True), rename, background))
     started.start()
     return started
 
 
-def finish(cfg: DictConfig) -> None:
-    again = process(cfg)
+def finish(cfg: DictConfig, background: bool = False) -> None:
+    again = process(cfg, background=background)
     again.join(120)
     assert again.exitcode == 0
 
@@ -117,6 +126,22 @@ def test_killed_while_a_file_is_written_the_result_is_bit_identical(
     (folder,) = (tmp_path / "runs").glob("*_*")
     assert list((tmp_path / "runs").glob("**/.*.partial"))
     finish(cfg)
+    assert outcome(folder) == outcome(tmp_path / "undisturbed" / folder.name)
+    assert not list(folder.glob("**/.*.partial"))
+
+
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_killed_while_a_block_is_written_beside_the_next_the_result_is_bit_identical(
+    deep_model: Path, small_run: SmallRun, tmp_path: Path, block: int
+) -> None:
+    finish(small_run(deep_model, *LEARNED, f"paths.runs={tmp_path / 'undisturbed'}"))
+    cfg = small_run(deep_model, *LEARNED)
+    victim = process(cfg, f"block_{block:03d}.safetensors", background=True)
+    victim.join(120)
+    assert victim.exitcode == -9
+    (folder,) = (tmp_path / "runs").glob("*_*")
+    assert len(list(folder.glob("blocks/block_*.safetensors"))) == block
+    finish(cfg, background=True)
     assert outcome(folder) == outcome(tmp_path / "undisturbed" / folder.name)
     assert not list(folder.glob("**/.*.partial"))
 

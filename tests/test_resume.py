@@ -237,7 +237,7 @@ def test_large_streams_are_written_beside_the_next_block(
 ) -> None:
     run(small_run(model, "method=gptq", f"paths.runs={tmp_path / 'other'}"))
     _, alone = only_run(tmp_path / "other")
-    monkeypatch.setattr("lsiq.store.LARGE_STREAMS", 1)
+    monkeypatch.setattr("lsiq.store.LARGE", 1)
     run(small_run(model, "method=gptq"))
     _, folder = only_run(tmp_path / "runs")
     assert outcome(folder) == outcome(alone)
@@ -245,22 +245,22 @@ def test_large_streams_are_written_beside_the_next_block(
 
 
 def test_streams_make_way_while_others_are_still_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsiq.store.LARGE_STREAMS", 1)
+    monkeypatch.setattr("lsiq.store.LARGE", 1)
     store, gate, stream = BlockStore(tmp_path / "blocks"), threading.Event(), torch.ones(2, 3, 4)
-    store._background.start(gate.wait)
+    store._streams.start(gate.wait)
     store.write_streams(Streams(1, [0.1], stream, stream + 1), "first")
     gate.set()
-    store._background.wait()
+    store._streams.wait()
     assert not (tmp_path / "streams.safetensors").exists()
     store.write_streams(Streams(2, [0.1, 0.2], stream, stream + 1), "second")
-    store._background.wait()
+    store._streams.wait()
     assert read_tensors(tmp_path / "streams.safetensors").metadata["done"] == "2"
 
 
 def test_a_disk_that_refuses_large_streams_is_named_at_the_next_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lsiq.store.LARGE_STREAMS", 1)
+    monkeypatch.setattr("lsiq.store.LARGE", 1)
     store, stream = BlockStore(tmp_path / "nowhere" / "blocks"), torch.ones(2, 3, 4)
     store.write_streams(Streams(1, [0.1], stream, stream + 1), "first")
     with pytest.raises(OutputError, match=r"streams\.safetensors: cannot be written"):
