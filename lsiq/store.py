@@ -22,10 +22,9 @@ from lsiq.methods.base import BlockResult
 from lsiq.models.loading import Model
 from lsiq.track.console import warn
 
-# What has as many bytes is written while the next block is made: at 7 billion parameters the streams take as long as an
-# epoch.
+# So many bytes or more are written beside the next block: streams of 7 billion parameters take as long as an epoch.
 LARGE = 2**26
-# Of a block that is still being written it is not known yet.
+# Of a block; not known yet of one that is still being written.
 Digest = str | Future[str]
 # The digest of a file that cannot be read.
 DAMAGED = "damaged"
@@ -196,7 +195,7 @@ class BlockStore:
         def save(tensors: Mapping[str, Tensor]) -> None:
             self._save(self._streams_file, tensors, metadata | {"before": _known(before)})
 
-        if not held or (_bytes(held) < LARGE and not self._blocks.busy):  # what stands at the end is never left out
+        if not held or (_bytes(held) < LARGE and not self._blocks.busy):  # after the last block nothing is held
             self._streams.wait()
             save(held)
         elif not self._streams.busy:

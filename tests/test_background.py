@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import resource
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -189,6 +190,20 @@ def test_small_streams_of_a_large_block_are_not_waited_for(tmp_path: Path, monke
         gate.set()
         store.wait()
     assert read_tensors(tmp_path / "streams.safetensors").metadata["before"] == store.kept(1)[0].digest
+
+
+def test_who_is_interrupted_while_waiting_for_a_block_can_wait_again(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path / "blocks")
+    store.open()
+    with held_up("block_000.safetensors") as gate:
+        before = store.write(0, result(0.0))
+        stop = partial(signal.pthread_kill, threading.get_ident(), signal.SIGINT)
+        threading.Timer(0.2, stop).start()
+        with pytest.raises(KeyboardInterrupt):
+            store.write(1, result(1.0), before)
+        gate.set()
+        store.wait()
+    assert [file.name for file in (tmp_path / "blocks").iterdir()] == ["block_000.safetensors"]
 
 
 def test_several_processes_wait_for_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
 from lsiq.learn import _power
 from lsiq.machine import find_device
-from lsiq.methods.base import Context
+from lsiq.methods.base import BlockResult, Context
 from lsiq.run import run
+from lsiq.store import BlockStore
 
 SmallRun = Callable[..., DictConfig]
 METHODS = {
@@ -53,6 +54,19 @@ def test_the_power_of_a_stream_is_found_where_the_stream_lies() -> None:
     stream = torch.empty(3, 4, 5, device="meta")  # a device that does not mix with the host's memory
     context = Context(stream, stream, torch.Generator(), 1, lambda values: None)
     assert _power(context).device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_block_on_a_gpu_is_stored_as_it_was_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsiq.store.LARGE", 0)
+    store, before = BlockStore(tmp_path / "blocks"), None
+    store.open()
+    for index, width in enumerate([2**20, 2**20, 2**19]):  # the copies' memory is taken again where it fits
+        norm = torch.full((width,), float(index), device="cuda")
+        before = store.write(index, BlockResult({}, {"norm.weight": norm}), before)
+        norm.fill_(-1)
+    for index, width in enumerate([2**20, 2**20, 2**19]):
+        assert torch.equal(store.read(index).floats["norm.weight"], torch.full((width,), float(index)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -22,8 +22,8 @@ from lsiq.results import Record
 from lsiq.run import run
 
 SmallRun = Callable[..., DictConfig]
-# When so many files have their names, the first of two blocks, the streams after it and the record of it are there.
-FIRST_BLOCK_DONE = 5
+# When this one comes, the first of two blocks, the streams after it and the record of it are there.
+SECOND_BLOCK = "block_001.safetensors"
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def stopped(model: Path, small_run: SmallRun, tmp_path: Path) -> tuple[Callable[
     undisturbed = run(small_run(model, "method=gptq", f"paths.runs={tmp_path / 'other'}"))
     expected = outcome(tmp_path / "other" / undisturbed.run_id)
     go_on = partial(run, small_run(model, "method=gptq"))
-    with at_rename(FIRST_BLOCK_DONE, interrupt), pytest.raises(KeyboardInterrupt):
+    with at_rename(SECOND_BLOCK, interrupt), pytest.raises(KeyboardInterrupt):
         go_on()
     _, folder = only_run(tmp_path / "runs")
     first = folder / "blocks" / "block_000.safetensors"
