@@ -13,6 +13,7 @@ from lsiq.interrupt import terminable
 from lsiq.run import run
 from lsiq.sweeps.jobs import refuse_engines
 from lsiq.sweeps.ledger import Ledger
+from lsiq.track.console import be_brief
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
@@ -22,6 +23,8 @@ def main(cfg: DictConfig) -> float | None:
     with terminable(), one_line(multirun), together(cfg.device, multirun):
         if not multirun:
             refuse_engines(hydra_config.runtime.choices)
+        elif hydra_config.runtime.choices["hydra/launcher"] == "processes":
+            be_brief()
         record = run(cfg, job)
         if multirun:
             Ledger(hydra_config, cfg.paths.cache).remember(job, cfg, record)

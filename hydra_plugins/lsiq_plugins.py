@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Grid(BasicSweeper):
     """Deals out every combination of the lists; what is finished already comes back from its record.
 
-    Where a study names `variants`, sets of overrides, each of them goes through all combinations.
+    Where a study names `variants`, sets of overrides, each of them goes through all combinations. A variant may have
+    lists of its own.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Grid(BasicSweeper):
         except RuntimeError as error:
             if not str(error).startswith("Unknown plugin class"):
                 raise
-            extra = choice.partition("-")[0]
+            extra = "joblib" if choice == "processes" else choice.partition("-")[0]
             raise ConfigError(
                 f"hydra/launcher={choice}: what it needs is not installed; pip install 'lsiq[{extra}]'"
             ) from error
@@ -72,7 +73,7 @@ class Grid(BasicSweeper):
         return outcomes
 
     def jobs(self, arguments: Sequence[str]) -> list[list[str]]:
-        """The overrides of each job, those of one variant after the other.
+        """The overrides of each job, those of one variant after the other; what several variants ask for comes once.
 
         Raises:
             ConfigError: a variant is asked for that the study does not have.
@@ -85,7 +86,8 @@ class Grid(BasicSweeper):
                 raise ConfigError(f"hydra.sweeper.only={name}: the study has no such variant; {there}")
         chosen = [words for name, words in self._variants.items() if self._only is None or name in self._only]
         swept = [self.swept([*words, *arguments]) for words in chosen or [()]]
-        return [job for overrides in swept for job in self.split_arguments(overrides, max_batch_size=None)[0]]
+        jobs = [job for overrides in swept for job in self.split_arguments(overrides, max_batch_size=None)[0]]
+        return list({frozenset(job): job for job in jobs}.values())
 
     def swept(self, arguments: Sequence[str]) -> list[Override]:
         """The study's lists and `arguments`, parsed; a later one of the same key wins."""
@@ -99,7 +101,7 @@ class Grid(BasicSweeper):
         from lsiq.sweeps.ledger import Ledger
 
         assert self.config is not None
-        ledger = Ledger(self.config.hydra, self.config.paths.cache)
+        ledger = Ledger(self.config.hydra, self.config.paths.cache, self.config.paths.runs)
         return carry_out(jobs, lambda job: ledger.recognise(job, self._compose), self._launch)
 
     def _compose(self, job: Sequence[str]) -> DictConfig:

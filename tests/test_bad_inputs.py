@@ -56,7 +56,7 @@ CONFIG_ERRORS = {
     "negative-rank": (["method=lqer", "method.rank=-1"], ["method.rank=-1", "at least 0"]),
     "two-low-ranks": (["method=lqer", "method@method.then=l2qer"], ["method.then", "low-rank"]),
     "low-rank-inside-clipping": (["method=awq", "method@method.then=lqer"], ["method.then", "method.clip=false"]),
-    "unknown-launcher": (["-m", "hydra/launcher=rya"], ["hydra/launcher=rya", "joblib, ray, slurm"]),
+    "unknown-launcher": (["-m", "hydra/launcher=rya"], ["hydra/launcher=rya", "processes, ray, slurm"]),
     "launcher-of-one-run": (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "-m", "sweep="]),
     "search-of-one-run": (["hydra/sweeper=tpe"], ["hydra/sweeper=tpe", "-m", "sweep="]),
     "ray-retries": (["-m", "hydra/launcher=ray", "hydra.launcher.retries=-1"], ["hydra.launcher.retries=-1", "from 0"]),

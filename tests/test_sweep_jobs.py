@@ -106,6 +106,11 @@ def test_a_thousand_finished_runs_are_recognised_in_five_seconds(
         raise AssertionError("composed although it was noted")
 
     assert Ledger(whole.hydra, cfg.paths.cache).recognise(last, unknown) == record
+    # Among runs without a record nothing is finished, unless the job itself says where they are.
+    empty = Ledger(whole.hydra, None, str(tmp_path / "nothing"))
+    assert empty.recognise(job, unknown) is None
+    with pytest.raises(AssertionError, match="composed although"):
+        empty.recognise([*job, "paths.runs=elsewhere"], unknown)
     for note in (tmp_path / "runs" / "cache" / "jobs").iterdir():
         note.unlink()
     assert Ledger(whole.hydra, cfg.paths.cache).recognise(last, composed) == record
@@ -119,7 +124,7 @@ def test_a_thousand_finished_runs_are_recognised_in_five_seconds(
 
 
 LAUNCHERS = {
-    "joblib": ("hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"]),
+    "processes": ("hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"]),
     "slurm-local": ("hydra_plugins.hydra_submitit_launcher", []),
 }
 
@@ -163,11 +168,12 @@ def test_ray_starts_a_job_again_whose_worker_died(sweep: Sweep, job: list[str], 
 
 
 def test_without_its_package_a_launcher_says_what_to_install(sweep: Sweep, job: list[str]) -> None:
-    missing = {"joblib": "hydra_plugins.hydra_joblib_launcher", "slurm-local": "submitit", "ray": "ray"}
+    missing = {"processes": "hydra_plugins.hydra_joblib_launcher", "slurm-local": "submitit", "ray": "ray"}
     for launcher, package in missing.items():
         if importlib.util.find_spec(package) is None:
             last = sweep("-m", *job, f"hydra/launcher={launcher}").stderr.splitlines()[-1]
             assert last.startswith(f"error: hydra/launcher={launcher}: ")
-            assert f"pip install 'lsiq[{launcher.partition('-')[0]}]'" in last
+            extra = {"processes": "joblib", "slurm-local": "slurm"}.get(launcher, launcher)
+            assert f"pip install 'lsiq[{extra}]'" in last
     if shutil.which("srun") is None:
         assert "there is no srun here" in sweep("-m", *job, "hydra/launcher=slurm").stderr

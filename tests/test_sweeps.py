@@ -75,8 +75,27 @@ def test_every_variant_goes_through_all_combinations_and_the_command_line_wins()
     ]
     chosen = instantiate(study, only=["fed-back"])
     assert chosen.jobs(["seed=3", "method.damping=0.2"]) == [["seed=3", "method=gptq", "method.damping=0.2"]]
+    # What several variants ask for is carried out once.
+    assert instantiate(study).jobs(["method=rtn", "method.damping=0.1"]) == [
+        ["seed=0", "method=rtn", "method.damping=0.1"],
+        ["seed=1", "method=rtn", "method.damping=0.1"],
+    ]
     with pytest.raises(ConfigError, match=r"hydra\.sweeper\.only=best: .*no such variant; it has plain, fed-back"):
         instantiate(study, only=["best"]).jobs([])
+
+
+def test_a_variant_may_have_lists_of_its_own() -> None:
+    study = {
+        "_target_": "hydra_plugins.lsiq_plugins.Grid",
+        "params": {"seed": "0"},
+        "variants": {"rounded": ["method=rtn,gptq"], "learned": ["method=lsi", "quant=w4a4,w6a6"]},
+    }
+    assert instantiate(study).jobs([]) == [
+        ["seed=0", "method=rtn"],
+        ["seed=0", "method=gptq"],
+        ["seed=0", "method=lsi", "quant=w4a4"],
+        ["seed=0", "method=lsi", "quant=w6a6"],
+    ]
 
 
 def test_the_folder_of_studies_is_the_config_group() -> None:

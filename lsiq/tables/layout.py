@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
-import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from lsiq.tables.protocol import ROOT, Job
 
@@ -35,13 +36,11 @@ CORPORA = {"bundled": "bundled", "wikitext2": "WikiText-2", "ptb": "PTB", "c4": 
 
 @cache
 def study_jobs() -> frozenset[Job]:
-    """The jobs of the files sweeps/study*.yaml: model, setting and method."""
-    jobs: set[Job] = set()
-    for file in sorted((ROOT / "sweeps").glob("study*.yaml")):
-        params = yaml.safe_load(file.read_text(encoding="utf-8"))["hydra"]["sweeper"]["params"]
-        models, settings, methods = (str(params[key]).split(",") for key in ("model", "quant", "method"))
-        jobs |= {(model, setting, method) for model in models for setting in settings for method in methods}
-    return frozenset(jobs)
+    """The jobs of sweeps/study.yaml: model, setting and method."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        sweeper = compose("config", overrides=["sweep=study"], return_hydra_config=True).hydra.sweeper
+    jobs = (dict(word.split("=", 1) for word in job) for job in instantiate(sweeper).jobs([]))
+    return frozenset((job["model"], job["quant"], job["method"]) for job in jobs)
 
 
 def study_methods(settings: Iterable[str]) -> list[str]:

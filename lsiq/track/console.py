@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 # Results go to stdout, the story to stderr, so that a table can be piped.
 OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 STORY = Console(stderr=True, highlight=False)
+_BRIEF = False
+
+
+def be_brief() -> None:
+    """Tell of a run in one line, when it is done, beside warnings: several runs share the terminal."""
+    global _BRIEF
+    _BRIEF = True
 
 
 def hush() -> None:
@@ -42,6 +49,8 @@ def warn(message: str) -> None:
 
 
 def say(message: str) -> None:
+    if _BRIEF:
+        return
     STORY.print(redacted(message), soft_wrap=True)
 
 
@@ -60,7 +69,7 @@ class Stage:
         self._progress.update(self._task, advance=1, note=peak if self._brief else note)
         now = time.perf_counter()
         # Logs of batch jobs: the first and last step, and at most one line in ten seconds between.
-        if not STORY.is_terminal and (self._done in (1, self._total) or now - self._said > 10):
+        if not (STORY.is_terminal or _BRIEF) and (self._done in (1, self._total) or now - self._said > 10):
             self._said = now
             left = (now - self._start) / self._done * (self._total - self._done)
             STORY.print(f"{self._name} {self._done}/{self._total}  {note}  {left:.0f} s left", soft_wrap=True)
@@ -71,7 +80,7 @@ class _Shown(Progress):
 
     def __init__(self, *columns: ProgressColumn, above: Callable[[], RenderableType] | None) -> None:
         self._above = above
-        super().__init__(*columns, console=STORY, transient=False, disable=not STORY.is_terminal)
+        super().__init__(*columns, console=STORY, transient=False, disable=_BRIEF or not STORY.is_terminal)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         if self._above is not None:
@@ -98,9 +107,16 @@ def gib(size: float) -> str:
 
 
 def show_record(record: Record) -> None:
-    """Print the tables a run ends with: perplexities with bits, seconds and peak memory, and accuracies."""
+    """Print the tables a run ends with: perplexities with bits, seconds and peak memory, and accuracies.
+
+    One line of it after `be_brief`.
+    """
     model, method = record.model, record.method
     title = f"{model}  {record.setting}  {method}  seed {record.seed}"
+    if _BRIEF:
+        found = "".join(f"  {key} {number(record.metrics[key])}" for key in record.metrics if key.startswith("excess/"))
+        OUT.print(f"{title}{found}  {record.seconds['total']:.0f} s", soft_wrap=True)
+        return
     prefixes = {"float/": "float", "rtn/": "rtn", "": method}
     if not any(key.startswith("rtn/") for key in record.metrics):
         del prefixes["rtn/"]
