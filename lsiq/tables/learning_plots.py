@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
 
-from lsiq.tables.ablations import AXES, MODEL, SETTING, along
-from lsiq.tables.figure import BLUE, Figure, empty, legend_below, look, panels, plain_numbers
-from lsiq.tables.layout import BUNDLED
+from lsiq.tables.ablations import AXES, MODEL, SETTING, Axis, along
+from lsiq.tables.figure import BLUE, RED, Figure, empty, legend_below, look, panels, plain_numbers
+from lsiq.tables.layout import BUNDLED, CORPORA
 from lsiq.tables.protocol import STUDY
 from lsiq.tables.study import Runs
 from lsiq.tables.traces import Trace
@@ -55,18 +55,15 @@ def training_details(runs: Runs, traces: Sequence[Trace]) -> Figure:
         (axes[0], epochs, "epochs"),
         (axes[1], samples, "calibration sequences (of 512 tokens)"),
     ):
-        points = along(runs, axis, "ppl/bundled@512")
-        if not points:
+        drawn = [
+            _along(place, runs, axis, corpus, colour) for corpus, colour in (("bundled", BLUE), ("wikitext2", RED))
+        ]
+        if not any(drawn):
             empty(place, f"python run.py sweep={axis.sweep}")
             continue
-        where = [value for value, _ in points]
-        means = [statistics.fmean(values) for _, values in points]
-        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-        place.errorbar(where, means, spread, color=BLUE, marker="o", capsize=2)
-        place.set_xscale("log", base=2)
-        place.set_xticks(where, [str(value) for value in where])
         place.set_xlabel(label)
-        place.set_ylabel("perplexity, bundled text")
+        place.set_ylabel("perplexity")
+        place.legend(fontsize=7)
     learned = [t for t in traces if (t.model, t.setting, t.method) == (MODEL, SETTING, "lsi")]
     if learned:
         longest = max(learned, key=_training)
@@ -77,6 +74,19 @@ def training_details(runs: Runs, traces: Sequence[Trace]) -> Figure:
         for place in axes[2:]:
             empty(place, "python run.py sweep=ablation-epochs")
     return Figure("training-details", f"What lsi learns from: {MODEL} {SETTING}", canvas)
+
+
+def _along(place: Axes, runs: Runs, axis: Axis, corpus: str, colour: str) -> bool:
+    """Draw the perplexity of a corpus along an axis of the ablations; False where it was not measured."""
+    points = along(runs, axis, f"ppl/{corpus}@512")
+    if points:
+        where = [value for value, _ in points]
+        means = [statistics.fmean(values) for _, values in points]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+        place.errorbar(where, means, spread, color=colour, marker="o", capsize=2, label=CORPORA[corpus])
+        place.set_xscale("log", base=2)
+        place.set_xticks(where, [str(value) for value in where])
+    return bool(points)
 
 
 def _losses_by_block(axis: Axes, trace: Trace) -> None:
