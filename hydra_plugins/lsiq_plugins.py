@@ -55,7 +55,7 @@ class Grid(BasicSweeper):
         except RuntimeError as error:
             if not str(error).startswith("Unknown plugin class"):
                 raise
-            extra = "joblib" if choice == "processes" else choice.partition("-")[0]
+            extra = choice.partition("-")[0]
             raise ConfigError(
                 f"hydra/launcher={choice}: what it needs is not installed; pip install 'lsiq[{extra}]'"
             ) from error
@@ -149,6 +149,22 @@ class Search(Grid):
         outcomes = search(settings, list(swept.values()), identity, name, self.carry_out)
         raise_failures(outcomes)
         return outcomes
+
+
+class ProcessLauncher(Launcher):
+    """Runs jobs in processes of this machine; see `lsiq.sweeps.on_processes`."""
+
+    def __init__(self, **values: Any) -> None:
+        self._values = values
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context, self._function, self._config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Return what came of the jobs, in their order, when all of them have ended."""
+        from lsiq.sweeps.on_processes import launch
+
+        return launch(self._values, job_overrides, initial_job_idx, self._context, self._config, self._function)
 
 
 class RayLauncher(Launcher):

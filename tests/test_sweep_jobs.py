@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -145,6 +146,61 @@ def test_every_launcher_carries_out_the_jobs_and_names_the_one_that_fails(
         command = json.loads(file.read_text())["command"]
         assert command.startswith("python run.py tracker=none method=rtn ")
         assert command.count("quant.weight.group=") == 1
+
+
+@pytest.mark.parametrize("killed", ["the sweep", "one of its processes"])
+def test_when_a_sweep_in_processes_ends_early_all_of_them_do_and_the_same_command_goes_on(
+    killed: str, sweep: Sweep, job: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    arguments = ["-m", *job, "seed=range(30)", "hydra/launcher=processes", "hydra.launcher.n_jobs=2"]
+    command = [sys.executable, str(CONF.parent / "run.py"), *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as whole:
+        pids = set[int]()
+        while len(pids) < 2 or "finished" not in statuses(tmp_path):
+            assert whole.poll() is None
+            pids |= holders(tmp_path)
+            time.sleep(0.02)
+        if killed == "the sweep":
+            whole.terminate()
+        else:
+            os.kill(max(pids), signal.SIGKILL)
+        last = whole.communicate(timeout=60)[1].splitlines()[-1]
+    if killed == "the sweep":
+        assert whole.returncode == 128 + signal.SIGTERM
+        assert last.startswith("interrupted: go on with: python run.py -m ")
+    else:
+        assert whole.returncode == 1
+        assert last.startswith("error: hydra/launcher=processes: a process was killed")
+    for pid in pids:
+        assert gone(pid)
+    again = sweep(*arguments)
+    assert again.returncode == 0
+    assert "of 30 jobs are finished" in again.stderr
+    assert statuses(tmp_path) == ["finished"] * 30
+
+
+def holders(folder: Path) -> set[int]:
+    """The processes that hold or held a run's lock."""
+    found = set[int]()
+    for file in folder.glob("runs/locks/*.lock"):
+        with contextlib.suppress(ValueError):  # just being written
+            found.add(json.loads(file.read_text())["pid"])
+    return found
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within ten seconds; what only waits to be asked for its status has ended."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_ray_starts_a_job_again_whose_worker_died(sweep: Sweep, job: list[str], tmp_path: Path) -> None:
