@@ -151,39 +151,44 @@ class Search(Grid):
         return outcomes
 
 
-class ProcessLauncher(Launcher):
-    """Runs jobs in processes of this machine; see `lsiq.sweeps.on_processes`."""
+class _Launcher(Launcher):
+    """Has its jobs carried out by a module of `lsiq.sweeps`."""
 
     def __init__(self, **values: Any) -> None:
         self._values = values
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._context, self._function, self._config = hydra_context, task_function, config
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Return what came of the jobs, in their order, when all of them have ended."""
-        from lsiq.sweeps.on_processes import launch
-
-        return launch(self._values, job_overrides, initial_job_idx, self._context, self._config, self._function)
-
-
-class RayLauncher(Launcher):
-    """Runs jobs as tasks of Ray; see `lsiq.sweeps.on_ray`."""
-
-    def __init__(self, **values: Any) -> None:
-        self._values = values
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what there is to launch; ConfigError where a setting is wrong."""
         from lsiq.settings import fill
-        from lsiq.sweeps.on_ray import RaySettings
 
         plain = OmegaConf.to_container(OmegaConf.create(self._values), resolve=True)
         assert isinstance(plain, dict)
-        self._settings = fill(RaySettings, {str(key): value for key, value in plain.items()}, "hydra.launcher")
+        kind = self._module().LauncherSettings
+        self._settings = fill(kind, {str(key): value for key, value in plain.items()}, "hydra.launcher")
         self._context, self._function, self._config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Return what came of the jobs, in their order, when all of them have ended."""
-        from lsiq.sweeps.on_ray import launch
-
+        launch = self._module().launch
         return launch(self._settings, job_overrides, initial_job_idx, self._context, self._config, self._function)
+
+    def _module(self) -> Any:
+        raise NotImplementedError
+
+
+class ProcessLauncher(_Launcher):
+    """Runs jobs in processes of this machine; see `lsiq.sweeps.on_processes`."""
+
+    def _module(self) -> Any:
+        from lsiq.sweeps import on_processes
+
+        return on_processes
+
+
+class RayLauncher(_Launcher):
+    """Runs jobs as tasks of Ray; see `lsiq.sweeps.on_ray`."""
+
+    def _module(self) -> Any:
+        from lsiq.sweeps import on_ray
+
+        return on_ray

@@ -56,6 +56,10 @@ CONFIG_ERRORS = {
     "negative-rank": (["method=lqer", "method.rank=-1"], ["method.rank=-1", "at least 0"]),
     "two-low-ranks": (["method=lqer", "method@method.then=l2qer"], ["method.then", "low-rank"]),
     "low-rank-inside-clipping": (["method=awq", "method@method.then=lqer"], ["method.then", "method.clip=false"]),
+    "no-process": (
+        ["-m", "seed=0,1", "hydra/launcher=processes", "hydra.launcher.n_jobs=0"],
+        ["hydra.launcher.n_jobs=0", "1 or more"],
+    ),
     "unknown-launcher": (["-m", "hydra/launcher=rya"], ["hydra/launcher=rya", "processes, ray, slurm"]),
     "launcher-of-one-run": (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "-m", "sweep="]),
     "search-of-one-run": (["hydra/sweeper=tpe"], ["hydra/sweeper=tpe", "-m", "sweep="]),

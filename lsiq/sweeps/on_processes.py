@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+from pydantic import Field
 
 from lsiq.errors import ConfigError, ResourceError
 from lsiq.interrupt import terminable
+from lsiq.settings import settings
+
+REPORTS = 50  # about how often it is said how many jobs are done
+
+
+@settings
+class LauncherSettings:
+    """How many processes there are."""
+
+    n_jobs: int = Field(2, description="processes, from 1, or -1 for as many as there are processors")
+
+    def __post_init__(self) -> None:
+        if self.n_jobs != -1 and self.n_jobs < 1:
+            raise ValueError(f"n_jobs={self.n_jobs}: use 1 or more, or -1 for as many as there are processors")
 
 
 def launch(
-    settings: Mapping[str, Any],
+    chosen: LauncherSettings,
     jobs: Sequence[Sequence[str]],
     first: int,
     hydra_context: HydraContext,
@@ -26,7 +40,6 @@ def launch(
     If this process is asked to end, the others end at once; what they were at goes on with the next call.
 
     Args:
-        settings: those of `joblib.Parallel`.
         first: the number of the first job.
 
     Raises:
@@ -42,15 +55,17 @@ def launch(
             "hydra/launcher=processes: what it needs is not installed; pip install 'lsiq[joblib]'"
         ) from error
 
-    launcher = JoblibLauncher(**settings)
+    n_jobs = chosen.n_jobs
+    # All jobs at once, so that joblib knows how many there are when it says how long the others will take.
+    launcher = JoblibLauncher(n_jobs=n_jobs, pre_dispatch="all", verbose=REPORTS)
     launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
     with terminable():
         try:
             return launcher.launch(jobs, first)
         except TerminatedWorkerError as error:
             raise ResourceError(
-                f"hydra/launcher=processes: a process was killed, as a full memory does, and the others were ended; "
-                f"the same command goes on, perhaps with hydra.launcher.n_jobs below {settings.get('n_jobs')}"
+                "hydra/launcher=processes: a process was killed, as a full memory does, and the others were ended; "
+                f"the same command goes on, perhaps with fewer than hydra.launcher.n_jobs={n_jobs}"
             ) from error
         except BaseException:
             # Left to themselves they would finish what they have, and hold the GPU until then.

@@ -20,7 +20,7 @@ from lsiq.settings import settings
 
 
 @settings
-class RaySettings:
+class LauncherSettings:
     """Where Ray runs and what a job gets of it."""
 
     address: str | None = Field(
@@ -34,7 +34,7 @@ class RaySettings:
 
 
 def launch(
-    ray_settings: RaySettings,
+    chosen: LauncherSettings,
     jobs: Sequence[Sequence[str]],
     first: int,
     hydra_context: HydraContext,
@@ -57,18 +57,18 @@ def launch(
     except ModuleNotFoundError as error:
         raise ConfigError("hydra/launcher=ray: Ray is not installed; pip install 'lsiq[ray]'") from error
 
-    own: dict[str, Any] = {"include_dashboard": False} if ray_settings.address is None else {}
+    own: dict[str, Any] = {"include_dashboard": False} if chosen.address is None else {}
     try:
-        ray.init(address=ray_settings.address or "local", **own | ray_settings.init)
+        ray.init(address=chosen.address or "local", **own | chosen.init)
     except (ConnectionError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(
-            f"hydra.launcher.address={ray_settings.address}: Ray cannot be started or joined ({error}); "
+            f"hydra.launcher.address={chosen.address}: Ray cannot be started or joined ({error}); "
             "start a cluster with `ray start --head`, or leave the address out"
         ) from error
     try:
-        memory = None if ray_settings.memory_gib is None else int(ray_settings.memory_gib * 2**30)
-        wanted: dict[str, Any] = {"num_cpus": ray_settings.cpus, "num_gpus": ray_settings.gpus, "memory": memory}
-        task = ray.remote(max_retries=ray_settings.retries, **wanted)(_run)
+        memory = None if chosen.memory_gib is None else int(chosen.memory_gib * 2**30)
+        wanted: dict[str, Any] = {"num_cpus": chosen.cpus, "num_gpus": chosen.gpus, "memory": memory}
+        task = ray.remote(max_retries=chosen.retries, **wanted)(_run)
         shared: list[Any] = [ray.put(it) for it in (hydra_context, config, task_function, Singleton.get_state())]
         started = [task.remote(list(job), first + index, os.getcwd(), *shared) for index, job in enumerate(jobs)]
         return [_returned(ray, reference, job) for reference, job in zip(started, jobs, strict=True)]
