@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -176,7 +177,12 @@ def test_when_a_sweep_in_processes_ends_early_all_of_them_do_and_the_same_comman
         assert gone(pid)
     again = sweep(*arguments)
     assert again.returncode == 0
-    assert "of 30 jobs are finished" in again.stderr
+    found = again.stderr.count("found ")
+    assert f"{found} of 30 jobs are finished" in again.stderr
+    # Each job says one line and nothing else, and joblib how far all of them are.
+    assert again.stdout.count("  excess/") == 30 - found
+    assert "quantize 1/" not in again.stderr
+    assert re.search(rf"Done +\d+ out of +{30 - found}", again.stderr)
     assert statuses(tmp_path) == ["finished"] * 30
 
 

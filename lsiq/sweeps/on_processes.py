@@ -13,7 +13,8 @@ from lsiq.errors import ConfigError, ResourceError
 from lsiq.interrupt import terminable
 from lsiq.settings import settings
 
-REPORTS = 50  # about how often it is said how many jobs are done
+# About how often it is said how many jobs are done; from 50 on joblib says so on stdout, among the results.
+REPORTS = 49
 
 
 @settings
