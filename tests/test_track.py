@@ -22,6 +22,7 @@ from lsiq.config import TrackerSettings
 from lsiq.errors import NumericalError
 from lsiq.results import Record
 from lsiq.run import run
+from lsiq.track import console
 from lsiq.track.live import block_table
 from lsiq.track.mirror import Mirror
 from lsiq.track.panels import Lines, Table, markdown, spread
@@ -343,6 +344,26 @@ def test_without_a_login_runs_are_offline_and_say_so(
     assert len(said) == 1
     assert f"wandb sync {tmp_path / 'runs' / record.run_id}/wandb/offline-run-*" in said[0]
     assert len(offline_files(tmp_path / "runs" / record.run_id)) == 1
+
+
+def test_where_runs_share_the_terminal_it_is_said_once_that_they_are_offline(
+    model: Path,
+    small_run: SmallRun,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(console, "_BRIEF", True)
+    monkeypatch.setattr(console, "_TOLD", set())
+    for seed in (0, 1):
+        run(small_run(model, "tracker=wandb", f"seed={seed}"))
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert line.endswith(f"send them later with: wandb sync {tmp_path / 'runs'}/*/wandb/offline-run-*")
+    assert ["  excess/file@64" in found for found in told.out.splitlines()] == [True, True]
 
 
 def test_a_disabled_tracker_leaves_nothing(model: Path, small_run: SmallRun, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 STORY = Console(stderr=True, highlight=False)
 _BRIEF = False
+_TOLD: set[str] = set()
 
 
 def be_brief() -> None:
@@ -48,9 +49,17 @@ def warn(message: str) -> None:
     STORY.print(f"[yellow]warning:[/] {redacted(message)}", soft_wrap=True)
 
 
-def say(message: str) -> None:
+def say(message: str, of_all: str | None = None) -> None:
+    """Tell something of the run.
+
+    Args:
+        of_all: what is told in its place where several runs share the terminal, once by each process; None: nothing is.
+    """
     if _BRIEF:
-        return
+        if of_all is None or of_all in _TOLD:
+            return
+        _TOLD.add(of_all)
+        message = of_all
     STORY.print(redacted(message), soft_wrap=True)
 
 

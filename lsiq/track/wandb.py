@@ -46,11 +46,17 @@ class Wandb:
         import wandb
         from wandb.errors import AuthenticationError
 
-        way_to_send = f"send it later with: wandb sync {self._folder}/wandb/offline-run-*"
+        offline = "wandb/offline-run-*"
+        way_to_send = f"send it later with: wandb sync {self._folder}/{offline}"
         try:
             if wandb.login(prompt=False):
                 return "online"
-            say(f"tracker=wandb: nobody is logged in, so the run is tracked offline; {way_to_send}")
+            why = "tracker=wandb: nobody is logged in"
+            all_of_them = f"wandb sync {self._folder.parent}/*/{offline}"
+            say(
+                f"{why}, so the run is tracked offline; {way_to_send}",
+                of_all=f"{why}, so runs are tracked offline; send them later with: {all_of_them}",
+            )
         except AuthenticationError as error:  # also where the server is out of reach
             why = " ".join(str(error).split())
             warn(f"tracker=wandb: {why}; the run is tracked offline; {way_to_send}")
