@@ -154,7 +154,7 @@ def test_when_a_sweep_in_processes_ends_early_all_of_them_do_and_the_same_comman
     killed: str, sweep: Sweep, job: list[str], tmp_path: Path
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    arguments = ["-m", *job, "seed=range(30)", "hydra/launcher=processes", "hydra.launcher.n_jobs=2"]
+    arguments = ["-m", *job, "seed=range(10)", "hydra/launcher=processes", "hydra.launcher.n_jobs=2"]
     command = [sys.executable, str(CONF.parent / "run.py"), *arguments]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as whole:
         pids = set[int]()
@@ -175,15 +175,16 @@ def test_when_a_sweep_in_processes_ends_early_all_of_them_do_and_the_same_comman
         assert last.startswith("error: hydra/launcher=processes: a process was killed")
     for pid in pids:
         assert gone(pid)
-    again = sweep(*arguments)
-    assert again.returncode == 0
-    found = again.stderr.count("found ")
-    assert f"{found} of 30 jobs are finished" in again.stderr
-    # Each job says one line and nothing else, and joblib how far all of them are.
-    assert again.stdout.count("  excess/") == 30 - found
-    assert "quantize 1/" not in again.stderr
-    assert re.search(rf"Done +\d+ out of +{30 - found}", again.stderr)
-    assert statuses(tmp_path) == ["finished"] * 30
+    if killed == "the sweep":
+        again = sweep(*arguments)
+        assert again.returncode == 0
+        found = again.stderr.count("found ")
+        assert f"{found} of 10 jobs are finished" in again.stderr
+        # Each job says one line and nothing else, and joblib how far all of them are.
+        assert again.stdout.count("  excess/") == 10 - found
+        assert "quantize 1/" not in again.stderr
+        assert re.search(rf"Done +\d+ out of +{10 - found}", again.stderr)
+        assert statuses(tmp_path) == ["finished"] * 10
 
 
 def holders(folder: Path) -> set[int]:
