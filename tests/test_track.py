@@ -329,16 +329,17 @@ def test_a_log_that_raises_ends_the_story_not_the_run(tmp_path: Path, capsys: py
     assert [event.value for event in read_events(tmp_path).Scalars("loss")] == [1.0]
 
 
-def test_without_a_login_runs_are_offline_and_say_so(
-    model: Path,
-    small_run: SmallRun,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.mark.usefixtures("nobody_logged_in")
+def test_without_a_login_runs_are_offline_and_say_so(
+    model: Path, small_run: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = run(small_run(model, "tracker=wandb"))
     said = [line for line in capsys.readouterr().err.splitlines() if "nobody is logged in" in line]
     assert len(said) == 1
@@ -346,6 +347,7 @@ def test_without_a_login_runs_are_offline_and_say_so(
     assert len(offline_files(tmp_path / "runs" / record.run_id)) == 1
 
 
+@pytest.mark.usefixtures("nobody_logged_in")
 def test_where_runs_share_the_terminal_it_is_said_once_that_they_are_offline(
     model: Path,
     small_run: SmallRun,
@@ -353,9 +355,6 @@ def test_where_runs_share_the_terminal_it_is_said_once_that_they_are_offline(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setattr(console, "_BRIEF", True)
     monkeypatch.setattr(console, "_TOLD", set())
     for seed in (0, 1):
