@@ -49,7 +49,7 @@ HUB_TOKENS = {"wikitext2": 341_469, "c4": 570_000, "ptb": 106_000, "pile": 2_000
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedStage:
     """What one stage of the run takes.
 
     Attributes:
@@ -99,7 +99,7 @@ class _Estimate:
         self.depth = int(architecture(config, self.folder)["num_hidden_layers"])
         self.notes: list[str] = []
 
-    def stages(self) -> tuple[list[Stage], list[str]]:
+    def stages(self) -> tuple[list[PlannedStage], list[str]]:
         """Return the stages of the run, and what was assumed."""
         config = self.config
         blocks = min(self.depth, max(2, 1 + _ahead(config.method)))
@@ -111,7 +111,7 @@ class _Estimate:
         self._size()
         if config.model.weights != "random":  # what was drawn is read instead
             loading += self.outside * self.per_byte - drawing
-        stages = [Stage("load", loading, {})]
+        stages = [PlannedStage("load", loading, {})]
         with tempfile.TemporaryDirectory() as folder, kept_in(self._stream_folder()):
             store = BlockStore(Path(folder) / "blocks")
             store.clear()
@@ -148,7 +148,7 @@ class _Estimate:
         else:
             self.notes.append("the checkpoint holds two bytes per weight")
 
-    def _quantize(self, model: Model, method: Any, store: BlockStore) -> Stage:
+    def _quantize(self, model: Model, method: Any, store: BlockStore) -> PlannedStage:
         calib = self.config.calib
         samples = (calib.samples if calib.corpus is not None else 0) + calib.written
         if not self.config.method.needs:
@@ -173,7 +173,7 @@ class _Estimate:
             self.notes.append("a block needs float64 where method.precision=auto decides")
             cost = probe_block(self.config, model, widest, few or None, store, there)
             peaks.append(self._quantize_peaks(model, cost, samples))
-        return Stage("quantize", seconds, {place: max(peak[place] for peak in peaks) for place in peaks[0]})
+        return PlannedStage("quantize", seconds, {place: max(peak[place] for peak in peaks) for place in peaks[0]})
 
     def _quantize_peaks(self, model: Model, cost: BlockCost, samples: int) -> dict[str, int]:
         one = self._stream_bytes(model, self.config.calib.seqlen)
@@ -207,7 +207,7 @@ class _Estimate:
         """Bytes of the GPU that are free, or held by what was tried out."""
         return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
 
-    def _evaluate(self, model: Model, store: BlockStore) -> Stage:
+    def _evaluate(self, model: Model, store: BlockStore) -> PlannedStage:
         batch = self.config.eval.batch
         windows = self._windows()
         few, more = min(batch, windows), min(3 * batch, windows)
@@ -219,7 +219,7 @@ class _Estimate:
         ahead = self.device.type == "cuda"
         one = costs[1].pass_seconds(blocks, model.depth, self.depth, reading, ahead)
         seconds = costs[1].passes * one + scoring + once
-        return Stage("evaluate", seconds, self._evaluate_peaks(model, costs[1], windows))
+        return PlannedStage("evaluate", seconds, self._evaluate_peaks(model, costs[1], windows))
 
     def _evaluate_peaks(self, model: Model, cost: EvaluationCost, windows: int) -> dict[str, int]:
         one = self._stream_bytes(model, self.config.eval.seqlen)

@@ -78,7 +78,7 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
     check_lengths(model, config)
     texts = read_texts(request, model, store, record)
     kept = folder if config.paths.streams == "disk" else None
-    with kept_in(kept), make_tracker(config, request.plain, record, folder) as tracker:
+    with kept_in(kept), make_tracker(config.tracker, request.plain, record, folder, anew=config.force) as tracker:
         try:
             if record.quantised:
                 say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")
@@ -119,7 +119,7 @@ def read_texts(request: Request, model: Model, store: BlockStore, record: Record
         LsiqError: a text cannot be read or is too short, or what the run reads is not what gave it its name.
     """
     config = request.config
-    tokens = token_cache(config.paths.cache, record)
+    tokens = token_cache(config.paths.cache, record.versions, {"run": record.run_id, "created": record.created})
     references = open_cache(config, model, record)
     windows = record.timed("tokens", lambda: evaluation_windows(config, model, tokens))
     tasks = record.timed("tasks", lambda: load_tasks(config.eval))

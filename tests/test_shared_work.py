@@ -72,7 +72,7 @@ def test_drawn_tokens_are_found_again_by_what_they_are_drawn_from(
     from transformers import AutoTokenizer
 
     record = run(small_run(checkpoints["llama"]))
-    cache = token_cache(str(tmp_path / "tokens"), record)
+    cache = token_cache(str(tmp_path / "tokens"), record.versions, {})
     tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
     text = tmp_path / "text.txt"
 

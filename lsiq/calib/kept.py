@@ -17,8 +17,6 @@ from lsiq.evals.cache import EvaluationCache
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.results import Record
-
 _SOURCES = ("calib/corpora.py", "calib/kept.py", "calib/text.py", "calib/tokens.py")
 
 
@@ -35,14 +33,19 @@ class TokenRequest:
     seed: int = 0
 
 
-def token_cache(folder: str | None, record: Record) -> EvaluationCache:
-    """Open the cache of tokens in `folder`, `paths.cache`; None keeps nothing."""
+def token_cache(folder: str | None, versions: Mapping[str, str | None], origin: Mapping[str, str]) -> EvaluationCache:
+    """Open the cache of tokens in `folder`, `paths.cache`; None keeps nothing.
+
+    Args:
+        versions: of the packages that this run uses, by name.
+        origin: what is written beside new entries.
+    """
     identity: Mapping[str, Any] = {
         "kind": "tokens",
-        "versions": {name: record.versions.get(name) for name in ("transformers", "tokenizers", "numpy")},
+        "versions": {name: versions.get(name) for name in ("transformers", "tokenizers", "numpy")},
     }
     path = None if folder is None else Path(folder).expanduser()
-    return EvaluationCache(path, identity, {"run": record.run_id, "created": record.created}, _SOURCES)
+    return EvaluationCache(path, identity, origin, _SOURCES)
 
 
 def kept_tokens(request: TokenRequest, tokenizer: Any, cache: EvaluationCache) -> Tensor:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from lsiq import streams as disk
+from lsiq.feed import fits
 from lsiq.microbatch import MicroBatch, in_parts
 from lsiq.models.block import Block, BlockFunction
 from lsiq.models.loading import Model
 
 T = TypeVar("T")
 FunctionOf = Callable[[Block], BlockFunction]
-# Of a GPU's free memory, what streams may take; beyond it they wait in host memory between two blocks.
-_SHARE_OF_DEVICE = 0.25
 
 
 @torch.no_grad()
@@ -78,10 +77,7 @@ def _keeper(model: Model, streams: Mapping[str, Sequence[Tensor]]) -> Callable[[
     """Return what puts a block's output where it waits for the next block: on the device while there is room."""
     if disk.on_disk():
         return _written
-    if model.device.type != "cuda":
-        return lambda hidden: hidden
-    needed = sum(hidden.nbytes for stream in streams.values() for hidden in stream)
-    if needed <= _SHARE_OF_DEVICE * torch.cuda.mem_get_info(model.device)[0]:
+    if fits(sum(hidden.nbytes for stream in streams.values() for hidden in stream), model.device):
         return lambda hidden: hidden
     # Copies to and from pinned memory keep the order of the GPU's queue, so the host need not wait for them.
     return lambda hidden: torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True).copy_(

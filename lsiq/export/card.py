@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lsiq.config import RunConfig
+from lsiq.config import ModelSettings, QuantSettings
 from lsiq.export.base import Exporter
 from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.results import Record, command_line
 
 
+@dataclass(frozen=True)
+class Described:
+    """What a card is about.
+
+    Attributes:
+        method: the method's name.
+        text: what the method learned from: a file or a corpus by name.
+    """
+
+    model: ModelSettings
+    quant: QuantSettings
+    method: str
+    text: str | None
+
+
 def write_card(
-    exporter: Exporter, config: RunConfig, record: Record, checks: list[dict[str, Any]], folder: Path
+    exporter: Exporter, described: Described, record: Record, checks: list[dict[str, Any]], folder: Path
 ) -> None:
     """Write `README.md`: what the model is, what was measured on it, how to load it, how to make it again."""
-    model, quant = config.model, config.quant
+    model, quant = described.model, described.quant
     base = model.hub or model.name
     lines = [
         "---",
         *([f"base_model: {model.hub}"] if model.hub else []),
         "tags:",
-        *(f"- {tag}" for tag in ("lsiq", quant.name, config.method.name, exporter.name)),
+        *(f"- {tag}" for tag in ("lsiq", quant.name, described.method, exporter.name)),
         "---",
         "",
-        f"# {base}, {quant.name}, {config.method.name}",
+        f"# {base}, {quant.name}, {described.method}",
         "",
         f"{base}, quantised by lsiq and exported as {exporter.name}.",
         "",
-        *_settings(config, record),
+        *_settings(described, record),
         "",
         "## Results",
         "",
@@ -57,22 +73,22 @@ def write_card(
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _settings(config: RunConfig, record: Record) -> list[str]:
+def _settings(described: Described, record: Record) -> list[str]:
     return [
         "| setting | value |",
         "| --- | --- |",
         f"| run | `{record.run_id}` |",
-        f"| method | {config.method.name} |",
-        f"| weights | {_weights(config)} |",
-        f"| activations | {_activations(config)} |",
+        f"| method | {described.method} |",
+        f"| weights | {_weights(described)} |",
+        f"| activations | {_activations(described)} |",
         f"| average bits, scales and zero points counted | {record.average_bits:.4f} |",
-        f"| calibration | {_calibration(config, record)} |",
+        f"| calibration | {_calibration(described, record)} |",
         f"| seed | {record.seed} |",
     ]
 
 
-def _weights(config: RunConfig) -> str:
-    fmt = config.quant.weight
+def _weights(described: Described) -> str:
+    fmt = described.quant.weight
     if isinstance(fmt, MXInt):
         return f"{fmt.bits} bits with their sign, blocks of {fmt.block} inputs with an exponent of {fmt.exponent} bits"
     kind = "symmetric" if fmt.symmetric else "asymmetric"
@@ -80,8 +96,8 @@ def _weights(config: RunConfig) -> str:
     return f"{fmt.bits} bits, {kind}, {shared}, {fmt.scale} scales"
 
 
-def _activations(config: RunConfig) -> str:
-    fmt = config.quant.activation
+def _activations(described: Described) -> str:
+    fmt = described.quant.activation
     if not fmt.active:
         return "float"
     if isinstance(fmt, MXActivation):
@@ -89,10 +105,10 @@ def _activations(config: RunConfig) -> str:
     return f"{fmt.bits} bits per {fmt.per}, ranges found while it runs"
 
 
-def _calibration(config: RunConfig, record: Record) -> str:
+def _calibration(described: Described, record: Record) -> str:
     if not (found := record.calibration):
         return "none"
-    return f"{found['samples']} sequences of {found['seqlen']} tokens, {config.calib.path or config.calib.corpus}"
+    return f"{found['samples']} sequences of {found['seqlen']} tokens, {described.text}"
 
 
 def _results(record: Record) -> list[str]:

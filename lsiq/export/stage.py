@@ -14,7 +14,7 @@ import torch
 from lsiq.config import RunConfig
 from lsiq.errors import InputError, LsiqError, OutputError
 from lsiq.export.base import Exporter
-from lsiq.export.card import write_card
+from lsiq.export.card import Described, write_card
 from lsiq.export.push import push
 from lsiq.export.source import Source
 from lsiq.export.verify import verify
@@ -88,8 +88,9 @@ def _carry_out(
         entry["weight_bytes"] = sum(
             file.stat().st_size for suffix in ("safetensors", "gguf") for file in partial.glob(f"*.{suffix}")
         )
-        entry["checks"] = verify(exporter, source, config, partial) if exporter.verify else []
-        write_card(exporter, config, record, entry["checks"], partial)
+        entry["checks"] = verify(exporter, source, config.model, config.seed, partial) if exporter.verify else []
+        described = Described(config.model, config.quant, config.method.name, config.calib.path or config.calib.corpus)
+        write_card(exporter, described, record, entry["checks"], partial)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except OSError as error:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lsiq.calib.tokens import random_windows
-from lsiq.config import RunConfig
+from lsiq.config import ModelSettings
 from lsiq.errors import OutputError
 from lsiq.export.base import TOLERANCE, Exporter, Loader, Logits, installed
 from lsiq.export.source import Source, decoded
 from lsiq.models.block import run_stream
-from lsiq.models.loading import load
+from lsiq.models.loading import Model, load
 from lsiq.track.console import say, warn
 
 # Tokens that are compared: random ones, for every id counts the same.
@@ -34,7 +34,7 @@ def as_logits(model: nn.Module) -> Logits:
     return run
 
 
-def verify(exporter: Exporter, source: Source, config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+def verify(exporter: Exporter, source: Source, model: ModelSettings, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Read `folder` with every foreign loader that is installed; return what each found.
 
     Everything runs in float32 on the CPU. `difference` is the largest between the loader's logits and those of the
@@ -42,11 +42,16 @@ def verify(exporter: Exporter, source: Source, config: RunConfig, folder: Path) 
     and the run's own, 0 unless the settings asked for rounding. Activations stay in float on both sides: rounding them
     turns differences of one part in a million into steps of a whole level.
 
+    Args:
+        model, seed: of the run, to load its model again in float32.
+
     Raises:
         OutputError: the loader fails, or reads another model than was written.
     """
     tokens = random_windows(source.model.config.vocab_size, _WINDOWS, _SEQLEN, 0)
-    run, stored = _logits(exporter, source, config, tokens)
+    run, stored = _logits(
+        exporter, source, load(replace(model, dtype="float32"), source.checkpoint, torch.device("cpu"), seed), tokens
+    )
     found = []
     for loader in exporter.loaders:
         versions = installed(loader.packages)
@@ -94,10 +99,8 @@ def _load(loader: Loader, exporter: Exporter, folder: Path) -> Logits:
 
 
 @torch.no_grad()
-def _logits(exporter: Exporter, source: Source, config: RunConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits in float32 of the run's model, and of the weights that the exporter stores."""
-    cpu = torch.device("cpu")
-    model = load(replace(config.model, dtype="float32"), source.checkpoint, cpu, config.seed)
+def _logits(exporter: Exporter, source: Source, model: Model, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in float32 of the run's model `model`, and of the weights that the exporter stores."""
     run, kwargs = model.embed(tokens, _WINDOWS)
     stored, exact = run, True
     for index in range(model.depth):
@@ -106,8 +109,8 @@ def _logits(exporter: Exporter, source: Source, config: RunConfig, tokens: Tenso
         written = {name: tensor.float() for name, tensor in exporter.stored(result).items()}
         exact = exact and all(torch.equal(written[name], tensor) for name, tensor in decoded(result).items())
         if not exact:
-            stored = run_stream(block.with_weights(written), stored, _WINDOWS, cpu)
-        run = run_stream(block.with_result(result), run, _WINDOWS, cpu)
+            stored = run_stream(block.with_weights(written), stored, _WINDOWS, model.device)
+        run = run_stream(block.with_result(result), run, _WINDOWS, model.device)
         if exact:
             stored = run
     return model.logits(run), model.logits(stored)

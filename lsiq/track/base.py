@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lsiq import distributed
 
 if TYPE_CHECKING:
-    from lsiq.config import RunConfig
+    from lsiq.config import TrackerSettings
     from lsiq.results import Record
     from lsiq.track.panels import Panel
 
@@ -77,9 +77,15 @@ class NoTracker:
         del record
 
 
-def make_tracker(config: RunConfig, plain: Mapping[str, Any], record: Record, folder: Path) -> Tracker:
-    """Return the tracker that the settings ask for, telling of the run whose `folder` this is."""
-    settings = config.tracker
+def make_tracker(
+    settings: TrackerSettings, plain: Mapping[str, Any], record: Record, folder: Path, anew: bool
+) -> Tracker:
+    """Return the tracker that the settings ask for, telling of the run whose `folder` this is.
+
+    Args:
+        plain: the run's configuration as plain data.
+        anew: whether the run begins again although it was there before.
+    """
     if not distributed.first() or settings.kind == "none" or settings.mode == "disabled":
         return NoTracker()
     from lsiq.track.mirror import Mirror
@@ -92,4 +98,4 @@ def make_tracker(config: RunConfig, plain: Mapping[str, Any], record: Record, fo
         from lsiq.track.tensorboard import TensorBoard
 
         backend = TensorBoard(settings, plain, record, folder)
-    return Mirror(backend, settings, folder, anew=config.force)
+    return Mirror(backend, settings, folder, anew=anew)

@@ -24,7 +24,7 @@ from lsiq.memory import peak_bytes
 from lsiq.secrets import redacted
 
 if TYPE_CHECKING:
-    from lsiq.dryrun import Stage as PlannedStage
+    from lsiq.dryrun import PlannedStage
     from lsiq.results import Record
 
 # Results go to stdout, the story to stderr, so that a table can be piped.
@@ -38,6 +38,11 @@ def be_brief() -> None:
     """Tell of a run in one line, when it is done, beside warnings: several runs share the terminal."""
     global _BRIEF
     _BRIEF = True
+
+
+def is_brief() -> bool:
+    """Whether several runs share the terminal."""
+    return _BRIEF
 
 
 def hush() -> None:
@@ -122,7 +127,7 @@ def show_record(record: Record) -> None:
     """
     model, method = record.model, record.method
     title = f"{model}  {record.setting}  {method}  seed {record.seed}"
-    if _BRIEF:
+    if is_brief():
         found = "".join(f"  {key} {number(record.metrics[key])}" for key in record.metrics if key.startswith("excess/"))
         OUT.print(f"{title}{found}  {record.seconds['total']:.0f} s", soft_wrap=True)
         return
