@@ -38,8 +38,7 @@ def check_processes(config: RunConfig, samples: int) -> None:
             "give more or start fewer"
         )
     for link in chain(config.method):
-        training = getattr(link, "training", None)
-        if training is not None and training.batch < size:
+        if (training := link.training) is not None and training.batch < size:
             warn(
                 f"method.training.batch={training.batch} is smaller than the {size} processes: each step is taken by "
                 f"{training.batch} of them; a batch of {size} or more keeps all busy"

@@ -267,7 +267,7 @@ def _line(first: tuple[float, float], second: tuple[float, float]) -> Callable[[
 
 
 def _trainings(method: Any) -> list[Any]:
-    return [link.training for link in chain(method) if hasattr(link, "training")]  # type: ignore[attr-defined]
+    return [link.training for link in chain(method) if link.training is not None]
 
 
 def _ahead(method: Any) -> int:

@@ -126,7 +126,7 @@ def _round_columns(
     """
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     for i, (column, scale, zero) in enumerate(zip(columns, *grid, strict=True)):
-        codes[i] = ((column / scale).round_() + zero).clamp_(fmt.lowest, fmt.levels)
-        errors[i] = (column - (codes[i] - zero) * scale) / factor[i, i]
+        codes[i] = fmt.nearest(column, scale, zero)
+        errors[i] = (column - fmt.value(codes[i], scale, zero)) / factor[i, i]
         columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
     return codes, errors

@@ -143,7 +143,7 @@ def probe_model(
 def shortened(method: Any) -> Any:
     """Return the method with few epochs, and so what it hands on to."""
     changes = {}
-    if (training := getattr(method, "training", None)) is not None:
+    if (training := method.training) is not None:
         epochs = min(training.epochs, EPOCHS)
         late = {"wait": min(training.wait, EPOCHS - 1)} if hasattr(training, "wait") else {}
         changes["training"] = replace(training, epochs=epochs, **late)

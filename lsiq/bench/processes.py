@@ -70,7 +70,7 @@ def carry_out(options: argparse.Namespace) -> None:
         if model is None:
             model = load(config.model, None, device, config.seed)
             model = replace(model, checkpoint=HeldCheckpoint(model.checkpoint))
-            few = 2 * max(config.calib.batch, getattr(getattr(config.method, "training", None), "batch", 1))
+            few = 2 * max(config.calib.batch, training.batch if (training := config.method.training) is not None else 1)
             quantize_block(config, model, few)
         row = quantize_block(config, model, options.samples)
         if distributed.first():
@@ -102,7 +102,7 @@ def quantize_block(config: RunConfig, model: Model, samples: int) -> dict[str, A
             model, config.method, config.quant, tokens, config.calib.batch, 0, store, lambda values: None
         )
         distributed.wait()
-    epochs = getattr(getattr(config.method, "training", None), "epochs", 0)
+    epochs = 0 if config.method.training is None else config.method.training.epochs
     row = {"seconds": found.seconds, "error": found.error, "epochs": epochs, **peak_bytes()}
     return row | {name: found.metrics[name] for name in ("epoch_seconds", "loss_last") if name in found.metrics}
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from pydantic import Field
 
 from lsiq.formats import WeightFormat
-from lsiq.formats.mxint import MXInt
+from lsiq.formats.integer import Integer
 from lsiq.methods.base import Method, WholeMethod, chain
-from lsiq.methods.lqer import LQER
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from lsiq.config import QuantSettings
     from lsiq.export.source import Source
-    from lsiq.formats.integer import Integer
     from lsiq.methods.base import BlockResult
 
 # The largest difference of logits, in float32, between an export read by its foreign loader and what was written.
@@ -110,11 +108,11 @@ def refuse_float(quant: QuantSettings, name: str) -> None:
 
 
 def integers(fmt: WeightFormat, name: str) -> Integer:
-    """Return the weight format; ValueError for blocks with a shared exponent, which these formats have no place for."""
-    if isinstance(fmt, MXInt):
+    """Return the weight format; ValueError unless it is integers in groups, all that these formats hold."""
+    if not isinstance(fmt, Integer):
         raise ValueError(
-            f"{name} holds integers in groups, not quant.weight._target_={type(fmt).__name__}, blocks with a shared "
-            "exponent; use export=plain, or quantise to integers"
+            f"{name} holds integers in groups, not quant.weight._target_={type(fmt).__name__}; use export=plain, or "
+            "quantise to integers"
         )
     return fmt
 
@@ -141,15 +139,15 @@ def refuse_method(method: Method | WholeMethod, exporter: Exporter) -> None:
     """Raise ValueError for methods whose model needs more than the format holds."""
     first = getattr(method, "start", None) or method  # fine-tuning keeps what its start is made of
     for link in chain(first):
-        if isinstance(link, LQER) and link.rank and not exporter.merges_branches:
+        if link.adds_branches and not exporter.merges_branches:
             raise ValueError(
                 f"export={exporter.name}: has no place for the low-rank products of method={method.name}; "
                 "use export=plain, or method.rank=0"
             )
-        if needed := getattr(link, "at_inference", None):
+        if link.at_inference is not None:
             raise ValueError(
-                f"export={exporter.name}: no format has a place for {needed}, which method={method.name} needs; "
-                "use another method, or rotate with method.places=[value]"
+                f"export={exporter.name}: no format has a place for {link.at_inference}, which method={method.name} "
+                "needs; use another method, or rotate with method.places=[value]"
             )
 
 

@@ -65,13 +65,19 @@ class Grid(ABC):
 
     def encode(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the codes of `w (out, in)`, uint8."""
-        codes = ((self.grouped(w) / scale).round() + zero).clamp(self.lowest, self.levels)
-        return codes.reshape(w.shape).byte()
+        return self.nearest(self.grouped(w), scale, zero).reshape(w.shape).byte()
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the weights that `codes (out, in)` stand for; equals `fake` of what was encoded, bit for bit."""
-        groups = self.grouped(codes).to(scale.dtype)
-        return ((groups - zero) * scale).reshape(codes.shape)
+        return self.value(self.grouped(codes).to(scale.dtype), scale, zero).reshape(codes.shape)
+
+    def nearest(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Return the code nearest to each weight, in the dtype of `w`; scale and zero point broadcast against it."""
+        return ((w / scale).round() + zero).clamp(self.lowest, self.levels)
+
+    def value(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Return the weight that each code stands for; `codes` have the dtype of the scale."""
+        return (codes - zero) * scale
 
 
 def check_divides(key: str, width: int | None, in_features: int, name: str, way_out: str = "") -> None:

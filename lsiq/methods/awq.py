@@ -9,8 +9,7 @@ from pydantic import Field
 
 from lsiq.distributed import share
 from lsiq.errors import InputError
-from lsiq.methods.base import BlockResult, Context, Method, Need, chain, quantize_prepared
-from lsiq.methods.lqer import LQER
+from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, chain, quantize_prepared
 from lsiq.methods.rtn import RTN
 from lsiq.settings import settings
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class AWQ:
+class AWQ(Traits):
     """Activation-aware scales and clipping before the rounding of `then`.
 
     For each group of channels `x` between a producer and the linears that read them (norm → q, k, v; v → o;
@@ -56,7 +55,7 @@ class AWQ:
     then: Method = Field(default_factory=RTN, description="the method that rounds: a _target_ with its settings")
 
     def __post_init__(self) -> None:
-        if self.clip and any(isinstance(method, LQER) for method in chain(self.then)):
+        if self.clip and any(method.adds_branches for method in chain(self.then)):
             raise ValueError(
                 "then: a low-rank product would repair the clipped weights instead of the float ones; put it outside "
                 "(method=lqer method@method.then=awq) or set method.clip=false"

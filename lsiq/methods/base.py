@@ -101,9 +101,40 @@ class BlockResult:
     kernels: str = ""
 
 
+class Traits:
+    """What the rest of the package asks of a method; a class says only what differs from these answers.
+
+    Attributes:
+        training: how parameters are trained; None where nothing is.
+        at_inference: what has to be done while the quantised model runs, such as rotations; None for nothing.
+        rounds_only: whether the codes are chosen for the weights as they are handed over, and nothing else is changed.
+        adds_branches: whether low-rank products run beside the quantised weights.
+    """
+
+    training: Any = None
+    at_inference: str | None = None
+    rounds_only: bool = False
+    adds_branches: bool = False
+
+
 @runtime_checkable
 class Method(Protocol):
-    """Settings that can quantise a block. They import without torch, so that wrong ones are refused at once."""
+    """Settings that can quantise a block. They import without torch, so that wrong ones are refused at once.
+
+    `Traits` says what the attributes mean and has answers that suit most methods.
+    """
+
+    @property
+    def training(self) -> Any: ...
+
+    @property
+    def at_inference(self) -> str | None: ...
+
+    @property
+    def rounds_only(self) -> bool: ...
+
+    @property
+    def adds_branches(self) -> bool: ...
 
     @property
     def name(self) -> str:
@@ -123,6 +154,15 @@ class Method(Protocol):
 @runtime_checkable
 class WholeMethod(Protocol):
     """Settings of a method that looks at all blocks before it answers for the first."""
+
+    @property
+    def training(self) -> Any: ...
+
+    @property
+    def at_inference(self) -> str | None: ...
+
+    @property
+    def adds_branches(self) -> bool: ...
 
     @property
     def name(self) -> str: ...

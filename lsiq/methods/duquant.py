@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.methods.base import BlockResult, Context, Method, Need, quantize_prepared
+from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, quantize_prepared
 from lsiq.methods.learned import refuse_rounded_ahead
 from lsiq.settings import settings
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class DuQuant:
+class DuQuant(Traits):
     """Turn the inputs of linears online, block by block of channels, so that their largest entry becomes small.
 
     For each input `X (tokens, in)`, cut into blocks of `block` channels:

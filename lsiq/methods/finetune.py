@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from lsiq.methods.base import Context, Method, Need, chain
+from lsiq.methods.base import Context, Method, Need, Traits, chain
 from lsiq.methods.learned import Course
-from lsiq.methods.lqer import LQER
 from lsiq.parts.dense import Dense
 from lsiq.parts.singular import Singular
 from lsiq.settings import settings
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class FineTune:
+class FineTune(Traits):
     """Take a quantised model and train what costs nothing at inference in its last `blocks` blocks.
 
     The model is a finished `run` of any method, or what the method `start` makes first. Trained are, as far as they
@@ -63,7 +62,7 @@ class FineTune:
     def __post_init__(self) -> None:
         if (self.run is None) == (self.start is None):
             raise ValueError("run and start: give one of them, a finished run or a method to begin with")
-        if self.start is not None and any(isinstance(method, LQER) and method.rank for method in chain(self.start)):
+        if self.start is not None and any(method.adds_branches for method in chain(self.start)):
             raise ValueError(f"start: the low-rank products of {self.start.name} are not trained; start from another")
         if self.part is not None and not isinstance(self.part, (Singular, Dense)):
             raise ValueError(

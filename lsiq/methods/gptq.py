@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import NumericalError
-from lsiq.methods.base import BlockResult, Context, Need
+from lsiq.methods.base import BlockResult, Context, Need, Traits
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class GPTQ:
+class GPTQ(Traits):
     """Rounding with error feedback through the inverse Hessian of each linear's output error.
 
         H = 2 XᵀX / tokens + λ I,   λ = damping · mean(diag)        H⁻¹ = Uᵀ U
@@ -43,6 +43,8 @@ class GPTQ:
     does reach it then still meets a weight), and the mean diagonal leaves dead channels out. A grid that is fitted
     late sees all feedback so far; the public code leaves out that of the current block of columns.
     """
+
+    rounds_only = True
 
     act_order: bool = Field(True, description="true rounds the columns with the largest inputs first")
     true_sequential: bool = Field(True, description="true lets each stage of a block see the earlier ones rounded")

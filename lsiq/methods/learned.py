@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from lsiq.methods.base import BlockResult, Context, Method, Need, chain, quantize_prepared
-from lsiq.methods.gptq import GPTQ
-from lsiq.methods.rtn import RTN
+from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, chain, quantize_prepared
 from lsiq.parts.base import Part
-from lsiq.parts.equivalent import Equivalent
-from lsiq.parts.rounding import Rounding
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -126,7 +122,7 @@ class Training(Course):
 
 
 @settings
-class Learned:
+class Learned(Traits):
     """Train the parameters of some parts block by block, then round.
 
     The parts act in their order on the float weights of a block; the result is put on the grid. OmniQuant is
@@ -163,13 +159,15 @@ class Learned:
             self._check_then(self.then)
 
     def _check_then(self, then: Method) -> None:
-        if not isinstance(then, GPTQ | RTN):
+        if not then.rounds_only:
             raise ValueError(
                 f"then: {then.name} does more than round what {self.label} learned; put it outside "
                 f"(method={then.name} method@method.then=…), or use gptq"
             )
-        if any(isinstance(part, Rounding) for part in self.parts):
-            raise ValueError(f"then: the part rounding chooses codes that {then.name} would choose anew; use then=null")
+        if chosen := [part.name for part in self.parts if part.chooses_codes]:
+            raise ValueError(
+                f"then: the part {chosen[0]} chooses codes that {then.name} would choose anew; use then=null"
+            )
 
     @property
     def name(self) -> str:
@@ -193,8 +191,8 @@ class Learned:
         with torch.no_grad():
             draft = apply_parts(parts, learned.states, running)
             rows = trace(parts, learned, running)
-            # Of the parts only the equivalent transformation keeps the float function; the codes stand for its weights.
-            folds = [(p, s) for p, s in zip(parts, learned.states, strict=True) if isinstance(p, Equivalent)]
+            # The codes stand for the weights that the parts which keep the float function make.
+            folds = [(p, s) for p, s in zip(parts, learned.states, strict=True) if p.keeps_function]
             folded = apply_parts([p for p, _ in folds], [s for _, s in folds], running).weights
         reference = {name: folded[name] for name in block.linears}
         if self.then is None:

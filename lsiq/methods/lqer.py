@@ -9,7 +9,7 @@ from pydantic import Field
 
 from lsiq.errors import ConfigError
 from lsiq.formats.mxint import BLOCK, MXActivation, MXInt
-from lsiq.methods.base import BlockResult, Context, Method, Need, chain
+from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, chain
 from lsiq.methods.rtn import RTN
 from lsiq.settings import settings
 
@@ -21,7 +21,7 @@ _NAMES = {"none": "lqer", "magnitude": "l2qer", "rms": "qera-approx", "covarianc
 
 
 @settings
-class LQER:
+class LQER(Traits):
     """Round with `then`, and put beside each linear the product of rank `rank` that repairs most of its error.
 
     With `W (out, in)` the float weight, `Ŵ` the rounded one, `E = W - Ŵ` and `T (in, in)`:
@@ -65,6 +65,10 @@ class LQER:
         for method in chain(self.then):
             if isinstance(method, LQER):
                 raise ValueError("then: one low-rank product repairs another; give one method=… of that kind a rank")
+
+    @property
+    def adds_branches(self) -> bool:
+        return self.rank > 0
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.methods.base import BlockResult, Context, Method, Need
+from lsiq.methods.base import BlockResult, Context, Method, Need, Traits
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class Prefix:
+class Prefix(Traits):
     """Put the tokens with giant activations in the key-value cache before every sequence, in float.
 
     A token is an outlier where the largest |input| of some block's last linear is above `threshold` times the median

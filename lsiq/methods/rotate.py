@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.methods.base import BlockResult, Context, Method, Need, quantize_prepared
+from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, quantize_prepared
 from lsiq.methods.learned import refuse_rounded_ahead
 from lsiq.settings import settings
 
@@ -24,7 +24,7 @@ Place = Literal["residual", "norm", "value", "output", "down", "query_key"]
 
 
 @settings
-class Rotate:
+class Rotate(Traits):
     """Random Hadamard rotations at some places; `then` quantises the turned block. The float function stays the same.
 
     | place | what is turned | where |

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lsiq.methods.base import BlockResult, Context, Need
+from lsiq.methods.base import BlockResult, Context, Need, Traits
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 
 @settings
-class RTN:
+class RTN(Traits):
     """Round to nearest on min-max grids, without clipping and without data.
 
     It is the floor that every other method is measured against. An untrained learned clipping is something else: at
     its usual start it clips the range by 1.8 %.
     """
+
+    rounds_only = True
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from lsiq.errors import InputError
 from lsiq.fold import fold_scale
-from lsiq.methods.base import BlockResult, Context, Method, Need, quantize_prepared
+from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, quantize_prepared
 from lsiq.parts.equivalent import smoothing_scale
 from lsiq.settings import settings
 
@@ -24,7 +24,7 @@ Place = Literal["norm", "value", "down"]
 
 
 @settings
-class SmoothQuant:
+class SmoothQuant(Traits):
     """Scale `s_j = max|x_j|^α / max|W_:j|^(1-α)` per channel, folded into the norms; `then` quantises what comes out.
 
     The weights' maximum is taken over all linears that read the channel. The paper folds into norms only; `value`

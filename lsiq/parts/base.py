@@ -54,9 +54,30 @@ class PartState:
     bulky: frozenset[str] = frozenset()
 
 
+class PartTraits:
+    """What a learned method asks of a part; a class says only what differs from these answers.
+
+    Attributes:
+        keeps_function: whether the float block computes the same with the part as without.
+        chooses_codes: whether the part decides which code a weight gets, and not only which weight is rounded.
+    """
+
+    keeps_function: bool = False
+    chooses_codes: bool = False
+
+
 @runtime_checkable
 class Part(Protocol):
-    """Settings of one part; `apply` is pure, so what is trained is what is stored."""
+    """Settings of one part; `apply` is pure, so what is trained is what is stored.
+
+    `PartTraits` says what the attributes mean and has answers that suit most parts.
+    """
+
+    @property
+    def keeps_function(self) -> bool: ...
+
+    @property
+    def chooses_codes(self) -> bool: ...
 
     @property
     def name(self) -> str: ...

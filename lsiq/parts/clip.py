@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.parts.base import Draft, PartState
+from lsiq.parts.base import Draft, PartState, PartTraits
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ SEARCH_SHRINK = 0.5
 
 
 @settings
-class Clip:
+class Clip(PartTraits):
     """Learnable weight clipping: the grid of a group spans `β · min … γ · max`.
 
     With `form=sigmoid` the factors are `β = σ(l)`, `γ = σ(u)` and the logits are learned; with `form=linear` the

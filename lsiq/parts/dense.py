@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.parts.base import Draft, PartState
+from lsiq.parts.base import Draft, PartState, PartTraits
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class Dense:
+class Dense(PartTraits):
     """A dense increment: `W' = W + D` with every entry of `D (out, in)` trained from 0.
 
     It is what `Singular` approaches with a corner as large as the core. The grid follows `W'`; with `Clip` behind it

@@ -12,7 +12,7 @@ from pydantic import Field
 from lsiq.errors import InputError
 from lsiq.fold import fold_scale, fold_shift, gather
 from lsiq.models.spec import Group
-from lsiq.parts.base import Draft, PartState
+from lsiq.parts.base import Draft, PartState, PartTraits
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ SEARCH_RATIOS = 20  # exponents tried, as AWQ does
 
 
 @settings
-class Equivalent:
+class Equivalent(PartTraits):
     """Learnable equivalent transformation: `x → (x - δ) / s` in the producer, `W → W diag(s)`, `b → b + W δ`.
 
     Pairs: norm → (q, k, v), norm → (fc1 | gate, up), value → output projection, query ↔ key. The last linear of the
@@ -43,6 +43,8 @@ class Equivalent:
     Deviations: the logarithm of the scale is learned, so that it stays positive without clamping; and the value pair is
     folded as the linear pair it is, where OmniQuant's public code trains another function than it stores on OPT.
     """
+
+    keeps_function = True
 
     lr: float = Field(5e-3, gt=0, description="learning rate of log-scales and shifts, above 0")
     alpha: float = Field(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from lsiq.parts.base import Draft, PartState
+from lsiq.parts.base import Draft, PartState, PartTraits
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class Rounding:
+class Rounding(PartTraits):
     """Learned rounding: an offset `v` per weight, `|v| ≤ bound`, added before rounding: `round(w / h + v)`.
 
     The offset starts at 0, that is, at rounding to nearest; with a bound of one half it chooses between the two
@@ -29,6 +29,8 @@ class Rounding:
     Source: SignRound, in AutoRound (arXiv 2309.05516, equations 3 to 5): half a step, signed-gradient steps of
     one over their number with linear decay.
     """
+
+    chooses_codes = True
 
     lr: float | None = Field(None, gt=0, description="learning rate of the offsets, above 0; null: 1 / steps")
     bound: float = Field(0.5, gt=0, le=8, description="how far an offset may go, in steps of the grid, above 0 to 8")

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from lsiq.distributed import divided
 from lsiq.errors import ConfigError
-from lsiq.parts.base import Draft, PartState
+from lsiq.parts.base import Draft, PartState, PartTraits
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ HALF_SCALE = 4096.0
 
 
 @settings
-class Singular:
+class Singular(PartTraits):
     """Learnable singular value increments: `W' = W + U diag(I) Vᵀ`, with `W = U diag(S) Vᵀ` decomposed once.
 
     Only `I` is trained; it starts at 0, so the start is exact whatever the decomposition's error, and the increment

@@ -15,6 +15,7 @@ from torch import Tensor
 from lsiq.config import QuantSettings, RunConfig, parse
 from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.methods.base import BlockResult, Context, Method
+from lsiq.methods.rtn import round_to_nearest
 from lsiq.models.block import Block, run_stream
 from lsiq.models.loading import Model, load
 
@@ -90,11 +91,15 @@ def test_the_same_seed_gives_the_same_codes(config: RunConfig, model: Model) -> 
 
 def test_the_result_keeps_the_block_close(config: RunConfig, model: Model) -> None:
     hidden, block = stream(model)
-    result = quantize(config, block, hidden)
     target = run_stream(block.with_weights({}), hidden, 2, CPU)
-    found = run_stream(block.with_result(result), hidden, 2, CPU)
-    error = (found - target).square().mean() / target.square().mean()
-    assert error < 0.2  # 3 bits in groups of 32; rtn measured 0.18 (llama) and 0.09 (opt) on these random models
+
+    def error(result: BlockResult) -> float:
+        output = run_stream(block.with_result(result), hidden, 2, CPU)
+        return ((output - target).square().mean() / target.square().mean()).item()
+
+    # rtn leaves 0.18 (llama) and 0.09 (opt) of these random blocks. On opt duquant leaves 1.20 times as much, for random
+    # weights have no outliers to rotate away; no other method leaves more than rtn by a tenth.
+    assert error(quantize(config, block, hidden)) < 1.25 * error(round_to_nearest(block, config.quant))
 
 
 def test_metrics_are_finite_numbers(config: RunConfig, model: Model) -> None:
