@@ -73,9 +73,12 @@ def test_a_learned_method_takes_whatever_only_rounds() -> None:
 
 def test_every_method_and_part_says_what_it_is() -> None:
     learned = parse(compose_run("method=lsi", "method@method.then=gptq")).method
-    assert learned.training.epochs > 0 and not learned.rounds_only and learned.then.rounds_only
+    assert learned.training.epochs > 0
+    assert not learned.rounds_only
+    assert learned.then.rounds_only
     assert [part.name for part in learned.parts if part.keeps_function] == ["equivalent"]
     (rounding, *_) = parse(compose_run("method=autoround")).method.parts
-    assert rounding.chooses_codes and not rounding.keeps_function
+    assert rounding.chooses_codes
+    assert not rounding.keeps_function
     for words, rank in ((["method=lqer"], True), (["method=lqer", "method.rank=0"], False), (["method=rtn"], False)):
         assert parse(compose_run(*words)).method.adds_branches is rank

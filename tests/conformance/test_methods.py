@@ -97,8 +97,8 @@ def test_the_result_keeps_the_block_close(config: RunConfig, model: Model) -> No
         output = run_stream(block.with_result(result), hidden, 2, CPU)
         return ((output - target).square().mean() / target.square().mean()).item()
 
-    # rtn leaves 0.18 (llama) and 0.09 (opt) of these random blocks. On opt duquant leaves 1.20 times as much, for random
-    # weights have no outliers to rotate away; no other method leaves more than rtn by a tenth.
+    # rtn leaves 0.18 (llama) and 0.09 (opt) of these random blocks. On opt duquant leaves 1.20 times as much: random
+    # weights have no outliers that it could spread; no other method leaves more than rtn by a tenth.
     assert error(quantize(config, block, hidden)) < 1.25 * error(round_to_nearest(block, config.quant))
 
 
