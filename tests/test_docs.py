@@ -110,7 +110,9 @@ def extras(what: str) -> set[str]:
 def program(module: str, given: list[str]) -> None:
     """A module of ours that can be run and whose source knows the options."""
     spec = find_spec(module)
-    assert module.startswith("lsiq.") and spec is not None and spec.origin is not None, module
+    assert module.startswith("lsiq."), module
+    assert spec is not None, module
+    assert spec.origin is not None, module
     file = Path(spec.origin)
     source = (file.with_name("__main__.py") if file.name == "__init__.py" else file).read_text(encoding="utf-8")
     assert '__name__ == "__main__"' in source, module

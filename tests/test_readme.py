@@ -1,4 +1,4 @@
-"""README's commands are carried out, on small models and few samples; tests/test_docs.py checks what a hub model asks for."""
+"""README's commands are carried out, on small models and few samples; tests/test_docs.py checks the others."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from lsiq.tables.layout import study_jobs
 from lsiq.tables.perplexity import bundled_perplexity
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
 from lsiq.tables.published import Literature, Published
-from lsiq.tables.render import MARKS, QUOTES, quoted, render
+from lsiq.tables.render import README_MARKS, in_readme, render
 from lsiq.tables.runs import Run, read_runs, without_nulls
 from lsiq.tables.study import Runs, Sample, load
 from lsiq.tables.table import Cell, Row, Table, best_in_bold
@@ -385,19 +385,19 @@ def test_executing_the_notebooks_gives_the_committed_tables_byte_for_byte() -> N
     assert stored - {"README.md"} == set(pages)
     figures = {match for text in pages.values() for match in re.findall(r"\((figures/[^)]+)\)", str(text))}
     assert {f"figures/{file.name}" for file in (folder / "figures").glob("*.svg")} == figures
-    for file in QUOTES:
-        text = (ROOT / file).read_text(encoding="utf-8")
-        assert quoted(text, str(pages["main.md"]), file) == text, f"{file}: python -m lsiq.tables.render"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert in_readme(readme, str(pages["main.md"])) == readme, "README.md: python -m lsiq.tables.render"
 
 
-def test_a_page_without_a_place_for_the_table_is_an_error() -> None:
+def test_a_readme_without_a_place_for_the_table_is_an_error() -> None:
     with pytest.raises(InputError, match=re.escape("README.md: the lines <!-- begin")):
-        quoted("# Title\n", "<!-- page -->\n", "README.md")
+        in_readme("# Title\n", "<!-- page -->\n")
 
 
-def test_a_page_quotes_the_rows_of_its_setting() -> None:
+def test_readme_shows_the_rows_of_one_setting() -> None:
     main = "**Title**\n\n| setting | a |\n| --- | --- |\n| w2a16g128 | 1 |\n| w4a4 | 2 |\n"
-    text = f"before\n{MARKS[0]}\nstale\n{MARKS[1]}\nafter\n"
-    head = f"before\n{MARKS[0]}\n\n| setting | a |\n| --- | --- |\n| w2a16g128 | 1 |\n"
-    assert quoted(text, main, "README.md") == f"{head}\n{MARKS[1]}\nafter\n"
-    assert quoted(text, main, "docs/results.md") == f"{head}| w4a4 | 2 |\n\n{MARKS[1]}\nafter\n"
+    table = "| setting | a |\n| --- | --- |\n| w2a16g128 | 1 |"
+    begin, end = README_MARKS
+    assert in_readme(f"before\n{begin}\nstale\n{end}\nafter\n", main) == (
+        f"before\n{begin}\n\n{table}\n\n{end}\nafter\n"
+    )

@@ -1,6 +1,6 @@
 """Execute the notebooks of analysis/ and write what they show as pages.
 
-    python -m lsiq.tables.render              all pages of docs/tables, and the table of docs/results.md and README.md
+    python -m lsiq.tables.render              all pages of docs/tables, and the table of README.md
     python -m lsiq.tables.render --png        figures as PNG as well
 
 A page is its notebook without the code: the text cells, tables as Markdown (and as LaTeX in files of their own),
@@ -20,8 +20,8 @@ from typing import Any
 from lsiq.errors import InputError, LsiqError
 from lsiq.tables.protocol import ROOT
 
-MARKS = ("<!-- begin: generated from analysis/main.ipynb -->", "<!-- end: generated -->")
-QUOTES = {"docs/results.md": "", "README.md": "w2a16g128"}  # pages that show the main table: all of it, or one setting
+README_MARKS = ("<!-- begin: generated from analysis/main.ipynb -->", "<!-- end: generated -->")
+README_SETTING = "w2a16g128"  # the rows of the main table that README shows
 _SECONDS = 240  # a notebook takes about ten
 
 
@@ -94,20 +94,19 @@ def write(files: Mapping[str, str | bytes], folder: Path, png: bool = False) -> 
             path.write_bytes(content)
 
 
-def quoted(text: str, main: str, file: str) -> str:
-    """Return the text of `file` with the table of the page `main` between its marks, as far as `QUOTES` says.
+def in_readme(readme: str, main: str) -> str:
+    """Return README's text with the rows of `README_SETTING` of the page `main` between its marks.
 
     Raises:
         InputError: the marks are missing.
     """
-    begin, end = MARKS
-    if begin not in text or end not in text:
-        raise InputError(f"{file}: the lines {begin} and {end} are missing; put them where the table goes")
-    lines = [line for line in main.splitlines() if line.startswith("|")]
-    rows = [line for line in lines[2:] if line.startswith(f"| {QUOTES[file]}")]
-    table = "\n".join(lines[:2] + rows)
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+    begin, end = README_MARKS
+    if begin not in readme or end not in readme:
+        raise InputError(f"README.md: the lines {begin} and {end} are missing; put them where the table goes")
+    table = [line for line in main.splitlines() if line.startswith("|")]
+    rows = [line for line in table[2:] if line.startswith(f"| {README_SETTING} |")]
+    before, _, rest = readme.partition(begin)
+    return "\n".join([f"{before}{begin}\n", *table[:2], *rows, f"\n{end}{rest.partition(end)[2]}"])
 
 
 def main() -> None:
@@ -121,9 +120,8 @@ def main() -> None:
         files = render(sorted((ROOT / "analysis").glob("*.ipynb")))
         write(files, given.out, given.png)
         if given.out.resolve() == (ROOT / "docs" / "tables").resolve():
-            for file in QUOTES:
-                text = quoted((ROOT / file).read_text(encoding="utf-8"), str(files["main.md"]), file)
-                (ROOT / file).write_text(text, encoding="utf-8")
+            readme = ROOT / "README.md"
+            readme.write_text(in_readme(readme.read_text(encoding="utf-8"), str(files["main.md"])), encoding="utf-8")
     except LsiqError as error:
         sys.exit(f"error: {error}")
     print(f"{given.out}: {sum(name.endswith('.md') for name in files)} pages, {len(files)} files")
