@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from lsiq.cli.folders import conf_folder, user_folder
 from lsiq.errors import ConfigError, choices, explain_hydra
+from lsiq.guard import guarded
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -23,7 +24,7 @@ def compose(*overrides: str) -> DictConfig:
     own = user_folder()
     path = [] if own is None else [f"hydra.searchpath=[file://{own.resolve()}]"]
     try:
-        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        with guarded(), hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
             return hydra.compose("config", overrides=[*path, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_hydra(error, choices(conf_folder()))) from error
