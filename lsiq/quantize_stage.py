@@ -16,11 +16,12 @@ from torch import Tensor
 
 from lsiq import distributed
 from lsiq.checks import check_lengths
-from lsiq.config import RunConfig
+from lsiq.config import QuantSettings, RunConfig
 from lsiq.cost import float_cost, model_cost
 from lsiq.durable import replacing
 from lsiq.evals.evaluation import SCORES
 from lsiq.memory import peak_bytes
+from lsiq.memory_store import MemoryStore
 from lsiq.methods.base import Method, ModelMethod, WholeMethod, chain
 from lsiq.methods.finetune import FineTune
 from lsiq.models.loading import Model
@@ -128,27 +129,44 @@ def prepare_model(
     Raises:
         ConfigError: prefix and window together are longer than the model's positions.
     """
-    if config.quant.name == "fp16":
-        return model  # nothing is quantised
-    if distributed.first():
-        store.open()
-    if distributed.from_first(store.model_digest() not in ("", DAMAGED)):
-        prepared = store.read_model(model)
-    else:
-        prepared = record.timed("prepare", lambda: _prepare(config, method, model, tokens))
-        if distributed.first():
-            store.write_model(prepared)
-        distributed.wait()
+    start = time.perf_counter()
+    prepared = prepare(method, config.quant, model, tokens, config.calib.batch, config.seed, store)
+    record.seconds["prepare"] = record.seconds.get("prepare", 0.0) + time.perf_counter() - start
     record.prefix = [] if prepared.prefix is None else prepared.prefix.tokens.tolist()
     check_lengths(model, config, len(record.prefix))
     return prepared
 
 
-def _prepare(config: RunConfig, method: Method | WholeMethod, model: Model, tokens: Tensor | None) -> Model:
+def prepare(
+    method: Method | WholeMethod,
+    quant: QuantSettings,
+    model: Model,
+    tokens: Tensor | None,
+    batch: int,
+    seed: int,
+    store: BlockStore | MemoryStore,
+) -> Model:
+    """Return the model that is quantised: rotated or after a prefix, where a method in the chain asks for it.
+
+    It is kept in `store`, and taken from there where it was made before.
+
+    Args:
+        tokens: `(N, T)` calibration tokens, or None.
+        batch: sequences that pass through a block at once.
+    """
+    if quant.name == "fp16":
+        return model  # nothing is quantised
+    if distributed.first():
+        store.open()
+    if distributed.from_first(store.model_digest() not in ("", DAMAGED)):
+        return store.read_model(model)
     for position, link in enumerate(chain(method)):
         if isinstance(link, ModelMethod):
-            generator = torch.Generator().manual_seed(config.seed * 100_003 + 50_021 + position)
-            model = link.prepare_model(model, tokens, config.calib.batch, generator)
+            generator = torch.Generator().manual_seed(seed * 100_003 + 50_021 + position)
+            model = link.prepare_model(model, tokens, batch, generator)
+    if distributed.first():
+        store.write_model(model)
+    distributed.wait()
     return model
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from lsiq.methods.base import BlockResult, Context, Method, Need, chain, quantize_prepared
 from lsiq.methods.gptq import GPTQ
@@ -125,6 +126,10 @@ class Training(Course):
             )
 
 
+def _listed(parts: Any) -> Any:
+    return list(parts.values()) if isinstance(parts, Mapping) else parts
+
+
 @settings
 class Learned:
     """Train the parameters of some parts block by block, then round.
@@ -138,7 +143,9 @@ class Learned:
     """
 
     label: str = Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$", description="the method's name in records and tables")
-    parts: list[Any] = Field(description="a list of parts, in the order in which they act")
+    parts: Annotated[list[Any], BeforeValidator(_listed)] = Field(
+        description="parts by name, or a list of them, in the order in which they act"
+    )
     training: Training = Field(description="how the parts are trained")
     then: Method | None = Field(
         default=None,

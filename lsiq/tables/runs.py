@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,25 @@ class Run:
         return "float32" if asked == "auto" and self.machine.get("device") == "cpu" else asked
 
     def get(self, key: str) -> Any:
-        """Return the setting with a dotted name, such as `method.training.epochs` or `method.parts.0.width`."""
+        """Return the setting with a dotted name, such as `method.training.epochs` or `method.parts.expansion.width`.
+
+        A part is named as its module is, or by its position.
+        """
         value: Any = self.config
         for name in key.split("."):
             if isinstance(value, list):
-                value = value[int(name)] if int(name) < len(value) else None
+                value = _item(value, name)
             else:
                 value = value.get(name) if isinstance(value, Mapping) else None
         return value
+
+
+def _item(items: Sequence[Any], name: str) -> Any:
+    """Return the item of a list at a position, or the part in it whose module is called `name`; None if there is none."""
+    if name.isdigit():
+        return items[int(name)] if int(name) < len(items) else None
+    targets = ((item, str(item.get("_target_"))) for item in items if isinstance(item, Mapping))
+    return next((item for item, target in targets if target.split(".")[-2:-1] == [name]), None)
 
 
 def compact(record: Record) -> Run:
