@@ -19,7 +19,7 @@ _TOKENS = (
     r"gh[oprsu]_[A-Za-z0-9]{36}",  # GitHub, classic
     r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}",  # GitHub, fine-grained
     r"glpat-(?=[\w-]*[0-9])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])[A-Za-z0-9_-]{20}",  # GitLab
-    r"sk-(?:(?:proj|svcacct|admin)-)?[A-Za-z0-9_-]{20,100}T3BlbkFJ[A-Za-z0-9_-]{20,100}",  # OpenAI; the middle is theirs
+    r"sk-(?:(?:proj|svcacct|admin)-)?[A-Za-z0-9_-]{20,100}T3BlbkFJ[A-Za-z0-9_-]{20,100}",  # OpenAI
     r"sk-(?:(?:proj|svcacct|admin)-)?[A-Za-z0-9]{48}",  # OpenAI, the oldest
     r"sk-ant-[a-z]{3,5}[0-9]{2}-[A-Za-z0-9_-]{93}AA",  # Anthropic
     r"wandb_v1_[A-Za-z0-9_-]{60,100}",  # Weights & Biases, the newer ones
