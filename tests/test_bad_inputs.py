@@ -171,7 +171,6 @@ CONFIG_ERRORS = {
     "window-weights": (["method=lsi", "method.training.ahead.weights=[1,1]"], ["training.ahead", "blocks=0 needs 1"]),
     "no-full-logit": (["method=lwc", "method.parts.0.start_logit=null"], ["start_logit=null", "form=linear"]),
     "streams-on-tape": (["paths.streams=tape"], ["paths.streams=tape", "memory", "disk"]),
-    "dry-run-of-everything": (["method=best", "dry_run=true"], ["dry_run=true", "trains whole models"]),
     "no-hub": (["model=opt-125m"], ["facebook/opt-125m", "model.path", "cache"]),
 }
 
