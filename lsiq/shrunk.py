@@ -2,7 +2,8 @@
 
 The narrow model has two to four heads' worth of the true one's width, and few short sequences. Of each thing that is
 timed, two lengths of sequence tell what goes to the tokens from what goes to the weights. What goes to the tokens is
-scaled by floating-point operations, what goes to the weights by their number; factorisations are cubic in the width.
+scaled by floating-point operations, what goes to the weights by their number. Factorisations are cubic in the width, but
+run so much faster on wide matrices that a cubic scale was measured to exaggerate.
 """
 
 from __future__ import annotations
@@ -56,7 +57,6 @@ class Shape:
     weights: int
     width: int
     inner: int
-    heads: int
     vocabulary: int
     outside: int
 
@@ -72,7 +72,7 @@ class Shape:
         vocabulary = int(architecture["vocab_size"])
         tied = bool(architecture.get("tie_word_embeddings", opt))
         positions = int(architecture.get("max_position_embeddings", 0)) * width if opt else 0
-        return cls(weights, width, inner, heads, vocabulary, (1 if tied else 2) * vocabulary * width + positions)
+        return cls(weights, width, inner, vocabulary, (1 if tied else 2) * vocabulary * width + positions)
 
     def operations(self, tokens: int) -> float:
         """Floating-point operations of one sequence through a block."""
@@ -83,7 +83,7 @@ class Shape:
 
     def activations(self, tokens: int) -> int:
         """Numbers that one sequence leaves behind in a block, if all are kept."""
-        return tokens * (8 * self.width + 3 * self.inner + 2 * self.heads * tokens)
+        return tokens * (8 * self.width + 3 * self.inner)  # attention scores are not kept
 
 
 def narrowed(architecture: Mapping[str, Any], quant: QuantSettings, depth: int) -> dict[str, Any]:
@@ -124,15 +124,6 @@ def one_at_a_time(method: Any) -> Any:
     if isinstance(then := getattr(method, "then", None), Method):
         changes["then"] = one_at_a_time(then)
     return shortened(replace(method, **changes) if changes else method)
-
-
-def factorises(method: Any) -> bool:
-    """Whether a method, or what it hands on to, factorises matrices as wide as the model."""
-    return any(
-        link.name.partition("+")[0] not in ("rtn", "smoothquant", "awq", "lwc", "prefix")
-        for link in chain(method)
-        if not isinstance(link, RTN)
-    )
 
 
 class Narrow:
@@ -176,8 +167,7 @@ class Narrow:
         rests = [cost.seconds - tried * cost.epoch_seconds for cost in (low, high, more)]
         per_operation = max(0.0, rests[1] - rests[0]) / (2 * (self._tried(LONG) - self._tried(SHORT)))
         fixed = max(0.0, rests[0] - 2 * per_operation * self._tried(SHORT))
-        cubic = self.grown**1.5 if factorises(method) else self.grown
-        seconds = fixed * cubic + samples * per_operation * self._operations() + trained
+        seconds = fixed * self.grown + samples * per_operation * self._operations() + trained
         batch = max(self.config.calib.batch, *(t.batch for t in trainings), 1)
         return self.depth * seconds, {"host": self._peak(low, high, batch)}
 
