@@ -23,7 +23,6 @@ from lsiq.formats.mxint import MXInt
 from lsiq.memory import peak_bytes
 from lsiq.methods.base import Ahead, Context, Method, chain
 from lsiq.methods.finetune import FineTune
-from lsiq.methods.rtn import RTN
 from lsiq.models.loading import Model
 from lsiq.probe import BlockCost, probe_block, probe_evaluation, shortened
 from lsiq.quantize import STREAMS
