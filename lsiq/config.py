@@ -219,11 +219,6 @@ class RunConfig:
     export: Exporter | None = Field(None, description="a format of conf/export/, or null")
 
     def __post_init__(self) -> None:
-        if self.dry_run and isinstance(self.method, WholeMethod):
-            raise ValueError(
-                f"dry_run=true: {self.method.name} trains whole models, of which one block says nothing; estimate "
-                "the method it starts from"
-            )
         if self.export is not None:
             self.export.check(self.quant)
             if self.model.weights == "random":
