@@ -105,7 +105,9 @@ def product_seconds(dtype: torch.dtype) -> float:
     return min(times)
 
 
-def precision_of(method: Method | WholeMethod, device: torch.device, own: torch.dtype, cache: Path | None) -> Choice | None:
+def precision_of(
+    method: Method | WholeMethod, device: torch.device, own: torch.dtype, cache: Path | None
+) -> Choice | None:
     """Return what `precision=auto` stands for in a run, or None where nothing in its method says auto."""
     return fastest(device, own, cache) if any(training.precision == "auto" for training in _courses(method)) else None
 

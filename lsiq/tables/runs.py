@@ -107,7 +107,7 @@ def compact(record: Record) -> Run:
 
 
 def _with_precision(value: Any, choice: Mapping[str, str]) -> Any:
-    """Return a method's settings with what its `training.precision=auto` stood for; others have an auto of their own."""
+    """Return a method's settings with what `training.precision=auto` stood for; `precision` elsewhere is left alone."""
     if isinstance(value, list):
         return [_with_precision(inner, choice) for inner in value]
     if not isinstance(value, Mapping):
