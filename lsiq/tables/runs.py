@@ -88,7 +88,7 @@ def compact(record: Record) -> Run:
     """Return what tables need of a finished run's record."""
     model, setting, method, *_ = record.run_id.rsplit("_", 4)
     kept = {group: {key: record.config[group].get(key) for key in keys} for group, keys in _KEPT.items()}
-    config = without_nulls({**kept, "method": record.config["method"]})
+    config = without_nulls({**kept, "method": _with_precision(record.config["method"], record.training_precision)})
     metrics = {
         key: float(f"{value:.6g}")
         for key, value in record.metrics.items()
@@ -115,6 +115,19 @@ def compact(record: Record) -> Run:
         | {"torch": record.versions.get("torch")},
         commit=record.commit,
     )
+
+
+def _with_precision(value: Any, choice: Mapping[str, str]) -> Any:
+    """Return a method's settings with what `training.precision=auto` stood for; `precision` elsewhere is left alone."""
+    if isinstance(value, list):
+        return [_with_precision(inner, choice) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    found = {key: _with_precision(inner, choice) for key, inner in value.items()}
+    training = found.get("training")
+    if choice and isinstance(training, Mapping) and training.get("precision") == "auto":
+        found["training"] = {**training, "precision": choice["chosen"]}
+    return found
 
 
 def without_nulls(value: Any) -> Any:
