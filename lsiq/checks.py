@@ -5,6 +5,7 @@ from __future__ import annotations
 from lsiq import distributed
 from lsiq.config import QuantSettings, RunConfig
 from lsiq.errors import ConfigError
+from lsiq.lengths import check_window_lengths
 from lsiq.methods.base import chain
 from lsiq.models.loading import Model
 from lsiq.track.console import warn
@@ -19,14 +20,7 @@ def check_formats(model: Model, quant: QuantSettings) -> None:
 
 def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:
     """Raise ConfigError where a window, after `prefix` tokens, is longer than the positions the model knows."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    calibrates = config.calib.corpus is not None or config.calib.written
-    lengths = {"calib.seqlen": config.calib.seqlen} if calibrates else {}
-    lengths |= {"eval.seqlen": config.eval.seqlen} if config.eval.corpora else {}
-    for key, seqlen in lengths.items():
-        if limit is not None and prefix + seqlen > limit:
-            after = f" and the prefix takes {prefix}" if prefix else ""
-            raise ConfigError(f"{key}={seqlen}: the model has {limit} positions{after}; use at most {limit - prefix}")
+    check_window_lengths(config, getattr(model.config, "max_position_embeddings", None), prefix)
 
 
 def check_processes(config: RunConfig, samples: int) -> None:

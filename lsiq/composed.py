@@ -17,8 +17,14 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
 
     A local checkpoint takes its folder's name unless it was given one, so that records do not carry the name of the
     model whose group file happened to be the default. A model with planted outliers says so in its name. Of a method
-    that has a recipe for each family of formats only the one that is carried out remains.
+    that has a recipe for each family of formats only the one that is carried out remains. Parts stand in a list, in the
+    order in which they act: this is what records hold and what names a run.
     """
+    return _listed(named_config(cfg))
+
+
+def named_config(cfg: DictConfig) -> dict[str, Any]:
+    """Return the same as `plain_config`, but with the parts of learned methods by their names in the files."""
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -35,6 +41,18 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     if isinstance(model, dict) and isinstance(count := model.get("outliers"), int) and count > 0:
         model["name"] = f"{model.get('name')}+{count}outliersx{model.get('outlier_strength')}"
     return {str(key): value for key, value in plain.items()}
+
+
+def _listed(node: Any) -> Any:
+    """Return plain data in which the named parts of every method are a list."""
+    if isinstance(node, list):
+        return [_listed(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    listed = {str(key): _listed(value) for key, value in node.items()}
+    if "_target_" in listed and isinstance(parts := listed.get("parts"), dict):
+        listed["parts"] = list(parts.values())
+    return listed
 
 
 def recipe_for(method: Any, quant: Any) -> Any:

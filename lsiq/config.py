@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from pydantic import AfterValidator, Field
 
 from lsiq.calib.corpora import CORPORA
-from lsiq.composed import plain_config, recipe_family
+from lsiq.composed import named_config, recipe_family
 from lsiq.errors import ConfigError
 from lsiq.export.base import Exporter, refuse_method
 from lsiq.formats import ActivationFormat, WeightFormat
@@ -219,11 +219,6 @@ class RunConfig:
     export: Exporter | None = Field(None, description="a format of conf/export/, or null")
 
     def __post_init__(self) -> None:
-        if self.dry_run and isinstance(self.method, WholeMethod):
-            raise ValueError(
-                f"dry_run=true: {self.method.name} trains whole models, of which one block says nothing; estimate "
-                "the method it starts from"
-            )
         if self.export is not None:
             self.export.check(self.quant)
             if self.model.weights == "random":
@@ -262,7 +257,7 @@ def parse(cfg: DictConfig) -> RunConfig:
     Raises:
         ConfigError: a key, value or combination that cannot run; the message names it by its full path.
     """
-    plain = plain_config(cfg)
+    plain = named_config(cfg)
     values: dict[str, Any] = {}
     family = recipe_family(cfg.get("method"), plain.get("quant"))
     method_key = "method" if family is None else f"method.{family}"

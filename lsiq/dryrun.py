@@ -20,7 +20,7 @@ from lsiq.errors import ConfigError, InputError
 from lsiq.evals.windows import STATES_BYTES
 from lsiq.feed import RESIDENT_SHARE
 from lsiq.machine import find_device
-from lsiq.methods.base import Method, chain
+from lsiq.methods.base import Method, WholeMethod, chain
 from lsiq.models.loading import Model
 from lsiq.probe import (
     BlockCost,
@@ -65,14 +65,15 @@ def dry_run(config: RunConfig, record: Record) -> None:
     """Print what the run would take, stage by stage, and write it into `record` as if it had been measured.
 
     One block of the model's true shape with random weights is quantised and evaluated on this machine, with few
-    sequences, twice; what grows with sequences, windows, epochs and blocks is scaled up. No weights are read.
+    sequences, twice; what grows with sequences, windows, epochs and blocks is scaled up. No weights are read. Of large
+    blocks on a CPU, and of methods that train whole models, a narrow model is tried instead.
 
     Raises:
         ConfigError: one block does not fit the device.
     """
     device = find_device(config.device)
     try:
-        stages, notes = _Estimate(config, device, record).stages()
+        stages, notes = _estimate(config, device, record).stages()
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"dry_run=true: one block does not fit the memory of {device}; lower calib.batch, "
@@ -85,7 +86,19 @@ def dry_run(config: RunConfig, record: Record) -> None:
     show_plan(f"{config.model.name}  {config.quant.name}  {config.method.name}", stages, record, notes)
 
 
-class _Estimate:
+def _estimate(config: RunConfig, device: torch.device, record: Record) -> Estimate:
+    """Return the estimate that suits: from one block of the true size, or where that takes long or too much, narrow."""
+    from lsiq.dryrun_narrow import LARGEST, NarrowEstimate
+    from lsiq.shrunk import Shape
+
+    estimate = Estimate(config, device, record)
+    large = Shape.of(architecture(config, estimate.folder)).weights > LARGEST
+    if isinstance(config.method, WholeMethod) or (large and device.type == "cpu"):
+        return NarrowEstimate(config, device, record)
+    return estimate
+
+
+class Estimate:
     def __init__(self, config: RunConfig, device: torch.device, record: Record) -> None:
         self.config, self.device, self.record = config, device, record
         path = config.model.path
@@ -102,7 +115,7 @@ class _Estimate:
     def stages(self) -> tuple[list[PlannedStage], list[str]]:
         """Return the stages of the run, and what was assumed."""
         config = self.config
-        blocks = min(self.depth, max(2, 1 + _ahead(config.method)))
+        blocks = min(self.depth, max(2, 1 + ahead_of(config.method)))
         start = time.perf_counter()
         self.model, self.held, drawing = probe_model(config, self.folder, blocks, self.device)
         loading = time.perf_counter() - start
@@ -177,7 +190,7 @@ class _Estimate:
 
     def _quantize_peaks(self, model: Model, cost: BlockCost, samples: int) -> dict[str, int]:
         one = self._stream_bytes(model, self.config.calib.seqlen)
-        ahead = _ahead(self.config.method)
+        ahead = ahead_of(self.config.method)
         later = self.depth > 1  # of the first block both streams are the same one
         # While a method works: both streams, targets and those of later blocks; afterwards one that is being written.
         learning = one * ((2 + ahead + later) * samples - (2 + ahead) * cost.samples)
@@ -270,5 +283,5 @@ def _trainings(method: Any) -> list[Any]:
     return [link.training for link in chain(method) if link.training is not None]
 
 
-def _ahead(method: Any) -> int:
+def ahead_of(method: Any) -> int:
     return max((training.ahead.blocks for training in _trainings(method) if hasattr(training, "ahead")), default=0)

@@ -133,14 +133,14 @@ def reporting(conf: Path) -> Iterator[None]:
     except (LsiqError, HydraException, OmegaConfBaseException) as error:
         if _wants_trace():
             raise
-        message = str(error) if isinstance(error, LsiqError) else explain_hydra(error, _choices(conf))
+        message = str(error) if isinstance(error, LsiqError) else explain_hydra(error, choices(conf))
         # Of several processes that torchrun started all come here alike; the first one says it.
         echo = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
         sys.exit(1 if echo else redacted(f"error: {message}"))
     except ValueError as error:
         if "Config group override" not in str(error) or _wants_trace():
             raise
-        groups = ", ".join(_choices(conf))
+        groups = ", ".join(choices(conf))
         sys.exit(
             f"error: {error}: an override reads group=choice or key=value, and of a group ({groups}) only a choice"
         )
@@ -152,7 +152,8 @@ def reporting(conf: Path) -> Iterator[None]:
         sys.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
 
 
-def _choices(conf: Path) -> dict[str, list[str]]:
+def choices(conf: Path) -> dict[str, list[str]]:
+    """Return the names of the files of each configuration group."""
     groups = [*sorted(conf.iterdir()), *sorted((conf / "hydra").glob("*"))]
     return {
         str(group.relative_to(conf)): sorted(file.stem for file in group.glob("*.yaml"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from lsiq.export.stage import export
 from lsiq.machine import describe, find_device
 from lsiq.memory import peak_bytes, reset_peak
 from lsiq.models.loading import Model, load
+from lsiq.precision import precision_of
 from lsiq.quantize_stage import QuantizeStage
 from lsiq.results import Record, write_record
 from lsiq.resume import check_inputs, stamp
@@ -74,6 +76,11 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
     config, folder = request.config, request.folder
     reset_peak()
     record.machine = describe(model.device)
+    record.training_precision = {}
+    if config.quant.name != "fp16":
+        cache = None if config.paths.cache is None else Path(config.paths.cache).expanduser()
+        if (choice := precision_of(config.method, model.device, model.dtype, cache)) is not None:
+            record.training_precision = asdict(choice)
     check_formats(model, config.quant)
     check_lengths(model, config)
     texts = read_texts(request, model, store, record)

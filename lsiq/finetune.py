@@ -90,7 +90,7 @@ class _Tuner:
         self.own = distributed.share(context.samples)
         block = self._block(0)
         self.device = next(iter(block.weights.values())).device
-        self.dtype = settings.training.in_precision(block).dtype
+        self.dtype = settings.training.in_precision(block, context.cache).dtype
         self.micro = MicroBatch(settings.training.batch, "fine-tuning")
         self.reference = self._float_outputs() if settings.loss == "float" else None
 
@@ -104,7 +104,7 @@ class _Tuner:
             for index in group
         ]
         behind = [
-            self.settings.training.in_precision(self._block(index)).with_result(
+            self.settings.training.in_precision(self._block(index), self.context.cache).with_result(
                 self.results[index], self.quant.activation
             )
             for index in range(group[-1] + 1, len(self.results))

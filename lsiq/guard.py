@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lsiq.cli.positions import is_positional, named
 from lsiq.errors import ConfigError
 
 _LOGGING = ("hydra.hydra_logging", "hydra.job_logging")
@@ -58,13 +59,27 @@ def _known(value: Any) -> bool:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Let `check_hydra` see every configuration that hydra composes, before hydra acts on it."""
+    """Let `check_hydra` see every configuration that hydra composes, before hydra acts on it.
+
+    Parts that overrides name by position get their names first.
+    """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.types import RunMode
+    from omegaconf import open_dict
 
     load = ConfigLoaderImpl.load_configuration
 
-    def load_checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> Any:
-        config = load(self, *args, **kwargs)
+    def load_checked(self: ConfigLoaderImpl, config_name: Any, overrides: list[str], run_mode: RunMode, **kwargs: Any):
+        def compose(words: list[str]) -> Any:
+            return load(self, config_name, words, run_mode, **kwargs)
+
+        if run_mode == RunMode.MULTIRUN:  # a method may be swept: each job knows what its positions mean
+            by_position = [word for word in overrides if is_positional(word)]
+            config = compose([word for word in overrides if word not in by_position])
+            with open_dict(config):
+                config.hydra.overrides.task.extend(by_position)
+        else:
+            config = compose(named(overrides, compose))
         check_hydra(config)
         return config
 

@@ -74,7 +74,7 @@ def learn(parts: Sequence[Part], training: Training, block: Block, quant: QuantS
     with torch.no_grad():
         start = start_parts(parts, block, quant, context)
     path = choose(training, parts, start, block, quant)
-    running = replace(training.in_precision(block), compiled=compiles(path, block))
+    running = replace(training.in_precision(block, context.cache), compiled=compiles(path, block))
     with torch.no_grad():
         window = look_ahead(parts, training, block, quant, context, path)
     states, epochs = start, list[Epoch]()

@@ -133,7 +133,13 @@ def probe_model(
     config: RunConfig, folder: Path | None, depth: int, device: torch.device
 ) -> tuple[Model, HeldCheckpoint, float]:
     """Return the model with few blocks and random weights, what holds these, and the seconds that others took."""
-    shape = architecture(config, folder, depth)
+    return probe_architecture(config, architecture(config, folder, depth), device)
+
+
+def probe_architecture(
+    config: RunConfig, shape: dict[str, Any], device: torch.device
+) -> tuple[Model, HeldCheckpoint, float]:
+    """Return the model of a shape, as `probe_model` does."""
     settings = replace(config.model, weights="random", architecture=shape, path=None, bundled=None)
     outside, held = (HeldCheckpoint(RandomCheckpoint(config.seed)) for _ in range(2))
     model = load(settings, None, device, config.seed, outside)

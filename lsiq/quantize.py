@@ -16,6 +16,7 @@ from lsiq.cost import BlockCost, block_cost
 from lsiq.errors import NumericalError
 from lsiq.feed import fits
 from lsiq.layers import first_tokens, layer_rows
+from lsiq.memory_store import MemoryStore
 from lsiq.methods.base import Ahead, BlockResult, Context, Method, WholeMethod
 from lsiq.models.block import Block, FloatStream, run_stream
 from lsiq.models.loading import Model
@@ -66,7 +67,7 @@ def quantize(
     tokens: Tensor | None,
     batch: int,
     seed: int,
-    store: BlockStore,
+    store: BlockStore | MemoryStore,
     log: Callable[[Mapping[str, float]], None],
     cache: Path | None = None,
 ) -> Generator[BlockReport]:
@@ -110,7 +111,7 @@ class _Loop:
     tokens: Tensor | None
     batch: int
     seed: int
-    store: BlockStore
+    store: BlockStore | MemoryStore
     log: Callable[[Mapping[str, float]], None]
     cache: Path | None
 

@@ -21,6 +21,7 @@ from lsiq.cost import float_cost, model_cost
 from lsiq.durable import replacing
 from lsiq.evals.evaluation import SCORES
 from lsiq.memory import peak_bytes
+from lsiq.memory_store import MemoryStore
 from lsiq.methods.base import Method, ModelMethod, WholeMethod, chain
 from lsiq.methods.finetune import FineTune
 from lsiq.models.loading import Model
@@ -143,7 +144,7 @@ def prepare(
     tokens: Tensor | None,
     batch: int,
     seed: int,
-    store: BlockStore,
+    store: BlockStore | MemoryStore,
 ) -> Model:
     """Return the model that is quantised: rotated or after a prefix, where a method in the chain asks for it.
 

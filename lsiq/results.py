@@ -55,6 +55,7 @@ class Record:
         seconds: wall time by stage and in all.
         peak_bytes: of host and device memory.
         blocks: one entry per block.
+        training_precision: what `precision=auto` stood for and why; empty where nothing was left to the machine.
         versions, commit, clean, command, machine: where the numbers come from; `clean` is None outside a checkout.
         error: why it did not finish.
         quantised: whether all blocks are on disk; the same command then goes on from there.
@@ -78,6 +79,7 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     blocks: list[dict[str, Any]] = field(default_factory=list)
+    training_precision: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     clean: bool | None = None

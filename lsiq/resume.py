@@ -16,14 +16,15 @@ _PACKAGE = Path(__file__).parent
 # A change of these makes no other blocks: an evaluation may be mended after it failed.
 _NO_PART_IN_BLOCKS = ("analysis", "assets", "bench", "evals", "export", "track")
 _NO_PART_IN_BLOCKS += ("checks.py", "compare.py", "environment.py", "errors.py", "experiment.py", "identity.py")
-_NO_PART_IN_BLOCKS += ("machine.py", "memory.py", "quantize_stage.py", "results.py", "run.py")
+_NO_PART_IN_BLOCKS += ("machine.py", "memory.py", "precision.py", "quantize_stage.py", "results.py", "run.py")
 _NOT_ASKED = ("wandb", "lm_eval", "datasets", "hydra-core", "safetensors")
 
 
 def stamp(record: Record) -> str:
     """Name all that decides the blocks of a run: settings, inputs, calibration tokens, versions and sources."""
     kept = {name: version for name, version in versions().items() if name not in _NOT_ASKED}
-    parts = [record.run_id, record.inputs, record.calibration.get("tokens"), kept, source_hash()]
+    precision = record.training_precision.get("chosen")  # two machines may choose differently under one name
+    parts = [record.run_id, record.inputs, record.calibration.get("tokens"), kept, precision, source_hash()]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -16,6 +16,7 @@ from lsiq.config import RunConfig, parse
 from lsiq.errors import ConfigError, InputError, LsiqError
 from lsiq.export.finished import export_finished, exports_left
 from lsiq.identity import identify_inputs, run_id
+from lsiq.inputs import check_before_torch
 from lsiq.lock import run_lock
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder
@@ -98,6 +99,8 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
         record.status, record.error = "running", None
         write_record(record, folder)
     try:
+        if distributed.size() == 1:  # several processes have imported torch already
+            check_before_torch(request.config, request.checkpoint, calibrates=not record.quantised)
         from lsiq.experiment import carry_out  # torch and transformers: only now that there is work for them
 
         distributed.from_first((record, True))

@@ -49,7 +49,7 @@ class TunedBlock:
             self.state = self.part.start(replace(block, weights={**floats, **self._decoded()}), quant, context)
         self.growth = {name: torch.zeros_like(grid.scale) for name, grid in self.grids.items() if settings.scales}
         self.floats = {name: w.clone() if settings.floats else w for name, w in floats.items()}
-        self.block = settings.training.in_precision(replace(block, weights=self.floats))
+        self.block = settings.training.in_precision(replace(block, weights=self.floats), context.cache)
         self.groups: list[dict[str, Any]] = []
         assert context.tokens is not None
         part_rate = None if self.part is None else self.part.lr or 1 / settings.training.steps(len(context.tokens))

@@ -83,7 +83,7 @@ def look_ahead(
     for distance in range(1, count + 1):
         assert context.ahead is not None
         following = context.ahead.block(block.index + distance)
-        running = replace(training.in_precision(following), compiled=compiles(path, block))
+        running = replace(training.in_precision(following, context.cache), compiled=compiles(path, block))
         if training.ahead.later == "learned":
             seen = replace(context, inputs=targets[-1])
             states = start_parts(parts, following, quant, seen)

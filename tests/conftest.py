@@ -18,10 +18,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, for the tests of its kernels
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from lsiq.assets import bundled_model
+from lsiq.cli.compose import compose
 
 CONF = Path(__file__).parent.parent / "conf"
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -117,5 +117,4 @@ def small_run(text_file: Path, tmp_path: Path) -> Callable[..., DictConfig]:
 
 def compose_run(*overrides: str) -> DictConfig:
     """Compose a configuration as the command line would."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+    return compose(*overrides)

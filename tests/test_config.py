@@ -15,7 +15,10 @@ from lsiq.errors import ConfigError
 from lsiq.identity import run_id
 
 FILES = sorted(
-    (file.parent.name, file.stem) for group in CONF.iterdir() if group.is_dir() for file in group.glob("*.yaml")
+    (file.parent.name, file.stem)
+    for group in CONF.iterdir()
+    if group.is_dir() and group.name != "base"  # what other files begin with
+    for file in group.glob("*.yaml")
 )
 
 

@@ -170,7 +170,7 @@ def test_secrets_reach_neither_record_nor_terminal(
         "'${oc.env:MY_PASSWORD}'",
         "of-file-0123456789",
         "of-netrc-0123456789",
-        "hf_abcdefghijklmnopqrstuvwxyz",
+        "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
         "'https://user:pass-of-mine@host/x'",
     ]
     run(small_run(checkpoints["llama"], "tracker=wandb", "tracker.mode=disabled", f"tracker.tags=[{','.join(tags)}]"))

@@ -29,7 +29,7 @@ from lsiq.tables.layout import study_jobs
 from lsiq.tables.perplexity import bundled_perplexity
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
 from lsiq.tables.published import Literature, Published
-from lsiq.tables.render import in_readme, render
+from lsiq.tables.render import README_MARKS, in_readme, render
 from lsiq.tables.runs import Run, read_runs, without_nulls
 from lsiq.tables.study import Runs, Sample, load
 from lsiq.tables.table import Cell, Row, Table, best_in_bold
@@ -392,3 +392,12 @@ def test_executing_the_notebooks_gives_the_committed_tables_byte_for_byte() -> N
 def test_a_readme_without_a_place_for_the_table_is_an_error() -> None:
     with pytest.raises(InputError, match=re.escape("README.md: the lines <!-- begin")):
         in_readme("# Title\n", "<!-- page -->\n")
+
+
+def test_readme_shows_the_rows_of_one_setting() -> None:
+    main = "**Title**\n\n| setting | a |\n| --- | --- |\n| w2a16g128 | 1 |\n| w4a4 | 2 |\n"
+    table = "| setting | a |\n| --- | --- |\n| w2a16g128 | 1 |"
+    begin, end = README_MARKS
+    assert in_readme(f"before\n{begin}\nstale\n{end}\nafter\n", main) == (
+        f"before\n{begin}\n\n{table}\n\n{end}\nafter\n"
+    )

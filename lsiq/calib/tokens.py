@@ -11,6 +11,7 @@ import torch
 
 from lsiq.calib.corpora import Text
 from lsiq.errors import InputError
+from lsiq.lengths import too_short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ def draw_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: in
         return _draw_by_document(text, tokenizer, samples, seqlen, random, name)
     ids = tokenize(text.joined(), tokenizer)
     if len(ids) < seqlen:
-        raise InputError(_too_short(name, len(ids), seqlen, "calib.seqlen"))
+        raise InputError(too_short(name, len(ids), seqlen, "calib.seqlen"))
     starts = random.integers(0, len(ids) - seqlen + 1, size=samples)
     return torch.stack([ids[start : start + seqlen] for start in starts.tolist()])
 
@@ -83,12 +84,8 @@ def cut_windows(text: Text, tokenizer: Any, seqlen: int, name: str) -> Tensor:
     ids = tokenize(text.joined(), tokenizer)
     windows = len(ids) // seqlen
     if windows == 0:
-        raise InputError(_too_short(name, len(ids), seqlen, "eval.seqlen"))
+        raise InputError(too_short(name, len(ids), seqlen, "eval.seqlen"))
     return ids[: windows * seqlen].view(windows, seqlen)
-
-
-def _too_short(name: str, tokens: int, seqlen: int, key: str) -> str:
-    return f"{name}: the text has {tokens} tokens, fewer than {key}={seqlen}; give a longer text or a smaller {key}"
 
 
 def token_hash(windows: Tensor) -> str:

@@ -110,9 +110,7 @@ def load_tasks(settings: EvalSettings) -> Tasks:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            f"eval.tasks={settings.tasks}: lm-evaluation-harness is not installed; install lsiq[tasks]"
-        ) from error
+        raise ConfigError(harness_missing(settings.tasks)) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks: dict[str, Any] = {}
     for name in dict.fromkeys(settings.tasks):
@@ -126,6 +124,19 @@ def load_tasks(settings: EvalSettings) -> Tasks:
             )
         task.set_config("num_fewshot", 0)
     return tasks
+
+
+def harness_missing(tasks: Sequence[str]) -> str:
+    return f"eval.tasks={list(tasks)}: lm-evaluation-harness is not installed; install lsiq[tasks]"
+
+
+def no_such_task(name: str, near: Sequence[str]) -> str:
+    """Return what is said of a name that the harness does not know, with those it knows that are `near`."""
+    return (
+        f"eval.tasks: {name} is no task of lm-evaluation-harness; "
+        + (f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them")
+        + f" A file of your own items goes by +eval.tasks_local.{name}=FILE"
+    )
 
 
 def read_rows(path: Path, name: str) -> list[Row]:
@@ -163,12 +174,7 @@ def _load(name: str, rows: Sequence[Row] | None) -> dict[str, Any]:
         return _build(TaskManager(include_defaults=False), {**_own_definition(name), **_data(rows)}, name)
     manager = _manager(name)
     if name not in manager.task_index:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        raise ConfigError(
-            f"eval.tasks: {name} is no task of lm-evaluation-harness; "
-            + (f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them")
-            + f" A file of your own items goes by +eval.tasks_local.{name}=FILE"
-        )
+        raise ConfigError(no_such_task(name, difflib.get_close_matches(name, manager.all_tasks, n=3)))
     if rows is None:
         return _build(manager, name, name)
     return _build(manager, {"group": "local", "task": [{"task": name, **_data(rows)}]}, name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lsiq.errors import InputError
+from lsiq.memory_store import MemoryStore
 from lsiq.methods.base import BlockResult
 from lsiq.models.block import result_weights
 from lsiq.models.loading import Model
@@ -37,7 +38,7 @@ class Source:
     """
 
     model: Model
-    store: BlockStore
+    store: BlockStore | MemoryStore
     quant: QuantSettings
     checkpoint: Path
 
@@ -66,7 +67,7 @@ class Source:
 
     def check(self) -> None:
         """Raise InputError where the blocks belong to another model than the checkpoint: turned, or after a prefix."""
-        if self.store.model_file.exists():
+        if self.store.model_digest():
             raise InputError(
                 f"{self.store.folder}: its blocks need a turned residual stream or a prefix, which no exported format "
                 "has a place for; export another run"

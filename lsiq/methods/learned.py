@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, chain, quantize_prepared
 from lsiq.parts.base import Part
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lsiq.config import QuantSettings
     from lsiq.learn import Learned as Trajectory
     from lsiq.models.block import Block
@@ -29,8 +32,10 @@ class Course:
     decay: Literal["constant", "linear", "cosine"] = Field(
         description="the learning rates' course: constant, linear or cosine (both to 0)"
     )
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the block while it is trained: auto (the model's), float32, bfloat16 or float16"
+    precision: Literal["auto", "model", "float32", "bfloat16", "float16"] = Field(
+        "model",
+        description="of the block while it is trained: auto (what the machine multiplies fastest; the record says what "
+        "that was), model (the model's), float32, bfloat16 or float16",
     )
 
     def steps(self, samples: int) -> int:
@@ -43,11 +48,20 @@ class Course:
             return 1 - done
         return (1 + math.cos(math.pi * done)) / 2 if self.decay == "cosine" else 1.0
 
-    def in_precision(self, block: Block) -> Block:
-        """Return the block running in the precision it is trained in."""
+    def in_precision(self, block: Block, cache: Path | None = None) -> Block:
+        """Return the block running in the precision it is trained in.
+
+        Args:
+            cache: the folder where a machine keeps what auto stands for on it.
+        """
         import torch
 
-        return block if self.precision == "auto" else block.in_dtype(getattr(torch, self.precision))
+        name = self.precision
+        if name == "auto":
+            from lsiq.precision import fastest
+
+            name = fastest(next(iter(block.weights.values())).device, block.dtype, cache).chosen
+        return block if name == "model" else block.in_dtype(getattr(torch, name))
 
 
 @settings
@@ -121,6 +135,10 @@ class Training(Course):
             )
 
 
+def _listed(parts: Any) -> Any:
+    return list(parts.values()) if isinstance(parts, Mapping) else parts
+
+
 @settings
 class Learned(Traits):
     """Train the parameters of some parts block by block, then round.
@@ -134,7 +152,9 @@ class Learned(Traits):
     """
 
     label: str = Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$", description="the method's name in records and tables")
-    parts: list[Any] = Field(description="a list of parts, in the order in which they act")
+    parts: Annotated[list[Any], BeforeValidator(_listed)] = Field(
+        description="parts by name, or a list of them, in the order in which they act"
+    )
     training: Training = Field(description="how the parts are trained")
     then: Method | None = Field(
         default=None,
@@ -187,7 +207,7 @@ class Learned(Traits):
 
         parts = tuple(self.parts)
         learned = learn(parts, self.training, block, quant, context)
-        running = self.training.in_precision(block)  # which decides the precision of increment products
+        running = self.training.in_precision(block, context.cache)  # which decides the precision of increment products
         with torch.no_grad():
             draft = apply_parts(parts, learned.states, running)
             rows = trace(parts, learned, running)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -85,7 +86,7 @@ class LQER(Traits):
 
         from lsiq.lowrank import repair
 
-        self._check_rank(block)
+        self.check_rank(tuple(block.weights[name].shape) for name in block.linears)
         result = self.then.quantize_block(block, quant, context)
         if self.rank == 0:
             return result
@@ -102,9 +103,9 @@ class LQER(Traits):
             else None
         )
 
-    def _check_rank(self, block: Block) -> None:
-        """A rank that no linear has is answered before the first block is rounded."""
-        full = max(min(block.weights[name].shape) for name in block.linears)
+    def check_rank(self, shapes: Iterable[tuple[int, ...]]) -> None:
+        """Raise ConfigError for a rank that no linear of a block has; `shapes` are those of its linears."""
+        full = max(map(min, shapes))
         if self.rank > full:
             raise ConfigError(
                 f"method.rank={self.rank}: no linear has a rank above {full} itself; use method.rank={full} or less"

@@ -70,7 +70,7 @@ def search(
     if not space:
         raise ConfigError(
             "hydra.sweeper.params: nothing to search; give values such as seed=0,1 or "
-            "'method.parts.0.lr=tag(log,interval(1e-4,1e-2))'"
+            "'method.parts.singular.lr=tag(log,interval(1e-4,1e-2))'"
         )
     file = Path(config.folder).expanduser() / f"{name}_{_digest(config, space, fixed, identity)}.journal"
     with exclusive(file.with_suffix(".lock"), f"search {name}", "set hydra.sweeper.folder=DIR"):

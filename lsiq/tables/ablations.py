@@ -29,7 +29,7 @@ class Axis:
 
 
 AXES = (
-    Axis("ablation-width", "Width of SDE's band (0 is lsi)", "method.parts.0.width", (0, 1, 2, 8), ("sde",)),
+    Axis("ablation-width", "Width of SDE's band (0 is lsi)", "method.parts.expansion.width", (0, 1, 2, 8), ("sde",)),
     Axis(
         "ablation-ahead", "Blocks that the loss looks ahead", "method.training.ahead.blocks", (0, 1, 2), ("lsi", "sde")
     ),
@@ -90,7 +90,7 @@ def free(key: str) -> Protocol:
 
 def batches(runs: Runs) -> Table:
     """Return the excess loss of lsi by the size of a batch and the rate of the increments, in as many epochs."""
-    batch, rate = "method.training.batch", "method.parts.0.lr"
+    batch, rate = "method.training.batch", "method.parts.singular.lr"
     protocol = replace(STUDY, varied=(batch, rate))
     rows, missing = list[Row](), list[int]()
     for size in BATCHES:

@@ -130,6 +130,17 @@ def _composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
     return without_nulls(composed)
 
 
+def _same_precision(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether a training through the model ran in the precision that is asked for; auto asks for none.
+
+    In a record whose auto was left as it is, it meant the model's own.
+    """
+    had, wanted = found.get("precision"), expected.get("precision")
+    if had is None or wanted in (None, "auto"):
+        return True
+    return wanted == ("model" if had == "auto" else had)
+
+
 def contradiction(found: Any, expected: Any, key: str = "", varied: tuple[str, ...] = ()) -> str | None:
     """The first setting below `key` that makes another method of it, or None."""
     free = key in varied or key in _SAME or key.rpartition(".")[2] in _SAME
@@ -137,8 +148,7 @@ def contradiction(found: Any, expected: Any, key: str = "", varied: tuple[str, .
         return None
     inner: Iterable[tuple[Any, Any, Any]]
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        pair = found.get("precision"), expected.get("precision")
-        if expected.get("_target_") == _THROUGH_THE_MODEL and None not in pair and pair[0] != pair[1]:
+        if expected.get("_target_") == _THROUGH_THE_MODEL and not _same_precision(found, expected):
             return f"{key}.precision"
         inner = ((name, found[name], expected[name]) for name in found if name in expected)
     elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):

@@ -1,6 +1,6 @@
 """Execute the notebooks of analysis/ and write what they show as pages.
 
-    python -m lsiq.tables.render              all pages of docs/tables, and the table and figure of README.md
+    python -m lsiq.tables.render              all pages of docs/tables, and the table of README.md
     python -m lsiq.tables.render --png        figures as PNG as well
 
 A page is its notebook without the code: the text cells, tables as Markdown (and as LaTeX in files of their own),
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from lsiq.errors import InputError, LsiqError
 from lsiq.tables.protocol import ROOT
 
 README_MARKS = ("<!-- begin: generated from analysis/main.ipynb -->", "<!-- end: generated -->")
+README_SETTING = "w2a16g128"  # the rows of the main table that README shows
 _SECONDS = 240  # a notebook takes about ten
 
 
@@ -94,8 +94,8 @@ def write(files: Mapping[str, str | bytes], folder: Path, png: bool = False) -> 
             path.write_bytes(content)
 
 
-def in_readme(readme: str, main: str, pages: str = "docs/tables") -> str:
-    """Return README's text with the tables and figures of the page `main` between its marks.
+def in_readme(readme: str, main: str) -> str:
+    """Return README's text with the rows of `README_SETTING` of the page `main` between its marks.
 
     Raises:
         InputError: the marks are missing.
@@ -103,10 +103,10 @@ def in_readme(readme: str, main: str, pages: str = "docs/tables") -> str:
     begin, end = README_MARKS
     if begin not in readme or end not in readme:
         raise InputError(f"README.md: the lines {begin} and {end} are missing; put them where the table goes")
-    body = main.partition("-->")[2].strip()
-    body = re.sub(r"\]\((figures/[^)]+)\)", rf"]({pages}/\1)", body)
+    table = [line for line in main.splitlines() if line.startswith("|")]
+    rows = [line for line in table[2:] if line.startswith(f"| {README_SETTING} |")]
     before, _, rest = readme.partition(begin)
-    return f"{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}"
+    return "\n".join([f"{before}{begin}\n", *table[:2], *rows, f"\n{end}{rest.partition(end)[2]}"])
 
 
 def main() -> None:

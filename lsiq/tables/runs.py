@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -63,21 +63,32 @@ class Run:
         return "float32" if asked == "auto" and self.machine.get("device") == "cpu" else asked
 
     def get(self, key: str) -> Any:
-        """Return the setting with a dotted name, such as `method.training.epochs` or `method.parts.0.width`."""
+        """Return the setting with a dotted name, such as `method.training.epochs` or `method.parts.expansion.width`.
+
+        A part is named as its module is, or by its position.
+        """
         value: Any = self.config
         for name in key.split("."):
             if isinstance(value, list):
-                value = value[int(name)] if int(name) < len(value) else None
+                value = _item(value, name)
             else:
                 value = value.get(name) if isinstance(value, Mapping) else None
         return value
+
+
+def _item(items: Sequence[Any], name: str) -> Any:
+    """Return the item of a list at a position, or the part in it whose module is called `name`; None if there is none."""
+    if name.isdigit():
+        return items[int(name)] if int(name) < len(items) else None
+    targets = ((item, str(item.get("_target_"))) for item in items if isinstance(item, Mapping))
+    return next((item for item, target in targets if target.split(".")[-2:-1] == [name]), None)
 
 
 def compact(record: Record) -> Run:
     """Return what tables need of a finished run's record."""
     model, setting, method, *_ = record.run_id.rsplit("_", 4)
     kept = {group: {key: record.config[group].get(key) for key in keys} for group, keys in _KEPT.items()}
-    config = without_nulls({**kept, "method": record.config["method"]})
+    config = without_nulls({**kept, "method": _with_precision(record.config["method"], record.training_precision)})
     metrics = {
         key: float(f"{value:.6g}")
         for key, value in record.metrics.items()
@@ -104,6 +115,19 @@ def compact(record: Record) -> Run:
         | {"torch": record.versions.get("torch")},
         commit=record.commit,
     )
+
+
+def _with_precision(value: Any, choice: Mapping[str, str]) -> Any:
+    """Return a method's settings with what `training.precision=auto` stood for; `precision` elsewhere is left alone."""
+    if isinstance(value, list):
+        return [_with_precision(inner, choice) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    found = {key: _with_precision(inner, choice) for key, inner in value.items()}
+    training = found.get("training")
+    if choice and isinstance(training, Mapping) and training.get("precision") == "auto":
+        found["training"] = {**training, "precision": choice["chosen"]}
+    return found
 
 
 def without_nulls(value: Any) -> Any:

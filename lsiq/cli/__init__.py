@@ -1,0 +1,1 @@
+"""The command line: where its configuration files lie, and what its first word may be."""

@@ -1,0 +1,30 @@
+"""Configurations composed from the files of conf/ outside hydra's own command line."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from lsiq.cli.folders import conf_folder, user_folder
+from lsiq.errors import ConfigError, choices, explain_hydra
+from lsiq.guard import guarded
+
+
+def compose(*overrides: str) -> DictConfig:
+    """Return the configuration that `python run.py` makes of the same words.
+
+    A user's own files are found as on the command line: in `conf/` of the working directory.
+
+    Raises:
+        ConfigError: a word is no setting, or names a choice that does not exist.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    own = user_folder()
+    path = [] if own is None else [f"hydra.searchpath=[file://{own.resolve()}]"]
+    try:
+        with guarded(), hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return hydra.compose("config", overrides=[*path, *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_hydra(error, choices(conf_folder()))) from error

@@ -1,0 +1,26 @@
+"""Windows and texts that are too long or too short, in one wording wherever it is noticed. Needs no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lsiq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lsiq.config import RunConfig
+
+
+def check_window_lengths(config: RunConfig, limit: int | None, prefix: int = 0) -> None:
+    """Raise ConfigError where a window, after `prefix` tokens, is longer than the `limit` positions a model knows."""
+    calibrates = config.calib.corpus is not None or config.calib.written
+    lengths = {"calib.seqlen": config.calib.seqlen} if calibrates else {}
+    lengths |= {"eval.seqlen": config.eval.seqlen} if config.eval.corpora else {}
+    for key, seqlen in lengths.items():
+        if limit is not None and prefix + seqlen > limit:
+            after = f" and the prefix takes {prefix}" if prefix else ""
+            raise ConfigError(f"{key}={seqlen}: the model has {limit} positions{after}; use at most {limit - prefix}")
+
+
+def too_short(name: str, tokens: int, seqlen: int, key: str) -> str:
+    """Return what is said of a text that has fewer tokens than one window."""
+    return f"{name}: the text has {tokens} tokens, fewer than {key}={seqlen}; give a longer text or a smaller {key}"
