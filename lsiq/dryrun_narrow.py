@@ -11,7 +11,7 @@ import torch
 
 from lsiq.calib.sequences import SAMPLES_TO_MEASURE
 from lsiq.checks import check_lengths
-from lsiq.dryrun import READING, Estimate, Stage, ahead_of
+from lsiq.dryrun import READING, Estimate, PlannedStage, ahead_of
 from lsiq.evals.windows import STATES_BYTES
 from lsiq.memory import reset_peak
 from lsiq.methods.base import Method
@@ -30,7 +30,7 @@ LARGEST = 20_000_000
 class NarrowEstimate(Estimate):
     """An estimate from a narrow model, scaled up."""
 
-    def stages(self) -> tuple[list[Stage], list[str]]:
+    def stages(self) -> tuple[list[PlannedStage], list[str]]:
         config = self.config
         shape = architecture(config, self.folder)
         self.true = Shape.of(shape)
@@ -47,7 +47,7 @@ class NarrowEstimate(Estimate):
         self.notes.append(
             f"costs are those of a model {narrow['hidden_size']} wide, scaled up to {self.true.width} by operations"
         )
-        stages = [Stage("load", loading, {})]
+        stages = [PlannedStage("load", loading, {})]
         with tempfile.TemporaryDirectory() as place, kept_in(self._stream_folder()):
             store = BlockStore(Path(place) / "blocks")
             store.clear()
@@ -86,7 +86,7 @@ class NarrowEstimate(Estimate):
             self.notes.append("the calibration text that the model writes is there; writing it is not estimated")
         return samples if self.config.method.needs else min(samples, SAMPLES_TO_MEASURE)
 
-    def _quantize_stages(self) -> Iterable[Stage]:
+    def _quantize_stages(self) -> Iterable[PlannedStage]:
         method, samples = self.config.method, self._samples()
         first = method if isinstance(method, Method) else method.start
         seconds, peaks = self.narrow.quantize(first or RTN(), samples)
@@ -97,14 +97,14 @@ class NarrowEstimate(Estimate):
             self.notes.append(f"streams take {streams / 2**30:.2f} GiB of the disk")
         peaks = {"host": peaks["host"] + self.mapped + (streams if kept else 0)}
         if isinstance(method, Method):
-            yield Stage("quantize", seconds, peaks)
+            yield PlannedStage("quantize", seconds, peaks)
             return
         assert isinstance(method, FineTune)
         if method.start is not None:
-            yield Stage("start", seconds, peaks)
+            yield PlannedStage("start", seconds, peaks)
         yield self._tuning(method, samples)
 
-    def _tuning(self, method: FineTune, samples: int) -> Stage:
+    def _tuning(self, method: FineTune, samples: int) -> PlannedStage:
         seconds, trained = self.narrow.tune(method, samples)
         seconds += self.depth * self.block_bytes * self.per_byte
         adam, besides = self.narrow.tune_bytes(method, trained)
@@ -115,10 +115,10 @@ class NarrowEstimate(Estimate):
         )
         base = self.narrow.resident + self.mapped
         if self.device.type == "cuda":
-            return Stage("quantize", seconds, {"host": base + streams, "device": adam + besides})
-        return Stage("quantize", seconds, {"host": base + streams + adam + besides})
+            return PlannedStage("quantize", seconds, {"host": base + streams, "device": adam + besides})
+        return PlannedStage("quantize", seconds, {"host": base + streams + adam + besides})
 
-    def _evaluation(self) -> Stage:
+    def _evaluation(self) -> PlannedStage:
         windows, config = self._windows(), self.config.eval
         if not hasattr(self.narrow, "prepared"):
             self.narrow.prepared = self.model
@@ -130,10 +130,10 @@ class NarrowEstimate(Estimate):
         # The float block and one of each other model, and the logits of a batch.
         work = 4 * (1 + models) * self.true.weights + 4 * 3 * config.batch * config.seqlen * self.true.vocabulary
         if self.device.type == "cuda":
-            return Stage("evaluate", seconds, {"host": host, "device": work})
-        return Stage("evaluate", seconds, {"host": host + work})
+            return PlannedStage("evaluate", seconds, {"host": host, "device": work})
+        return PlannedStage("evaluate", seconds, {"host": host + work})
 
-    def _say_what_does_not_fit(self, stages: Iterable[Stage]) -> None:
+    def _say_what_does_not_fit(self, stages: Iterable[PlannedStage]) -> None:
         there = {"host": host_bytes()}
         if self.device.type == "cuda":
             there["device"] = torch.cuda.get_device_properties(self.device).total_memory

@@ -9,7 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lsiq.errors import ConfigError
 
-_POSITION = re.compile(r"^(?P<before>[+~]*)(?P<parts>method(\.\w+)*\.parts)(\.|\[)(?P<position>\d+)\]?(?P<after>[.=].*)?$")
+_POSITION = re.compile(
+    r"^(?P<before>[+~]*)(?P<parts>method(\.\w+)*\.parts)(\.|\[)(?P<position>\d+)\]?(?P<after>[.=].*)?$"
+)
 _LIST = re.compile(r"^(method(\.\w+)*\.parts)=(\[.*)$")
 
 
