@@ -37,8 +37,8 @@ def folder(tmp_path_factory):
 def arguments(folder, family, out, steps, rung="3m"):
     text, budget = str(folder / "a.txt"), str(steps * 4 * 32)
     shape = ["--batch", "4", "--seqlen", "32", "--valid", text, "--valid-every", "50", "--device", "cpu"]
-    return ["--family", family, "--rung", rung, "--text", text, "--tokenizer", str(folder / "tok"), "--tokens", budget, *shape,
-            "--out", str(out), "--lr", "1e-3"]  # fmt: skip
+    return ["--family", family, "--rung", rung, "--text", text, "--tokenizer", str(folder / "tok"), "--tokens", budget,
+            *shape, "--out", str(out), "--lr", "1e-3"]  # fmt: skip
 
 
 def plan(**changes):

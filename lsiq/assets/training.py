@@ -25,7 +25,11 @@ SAVE_SHARE = 0.03  # of the time may go to saving, whichever is longer: the stat
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training run does, by however many processes; `tokens`, `minutes` and `job_minutes` end it, whichever comes first."""
+    """What a training run does; `tokens`, `minutes` and `job_minutes` end it, whichever comes first.
+
+    Attributes:
+        batch: sequences of a step, of all processes together.
+    """
 
     family: str
     tokens: int
@@ -220,8 +224,8 @@ def train(run: Run, windows: Windows, valid: np.ndarray | None, compiled: bool) 
         mean = distributed.add(total).item() / since  # waits for the GPU, so the clock read next is the true one
         now = time.monotonic()
         run.seconds, rate = agreed(now - origin), since * plan.batch * plan.seqlen / (now - mark)
-        due = valid is not None and (run.step % plan.valid_every == 0 or run.progress() >= 1) and distributed.first()
-        run.log(mean, validation_loss(model, valid, plan) if due else None, lr, rate)
+        due = (run.step % plan.valid_every == 0 or run.progress() >= 1) and distributed.first()
+        run.log(mean, validation_loss(model, valid, plan) if due and valid is not None else None, lr, rate)
         if now > next_save:
             run.save()
             took = time.monotonic() - now
