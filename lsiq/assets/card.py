@@ -51,7 +51,8 @@ A model of the ladder of `lsiq/assets/ladder.py`: a test object for quantisation
 {read}: {tokens / 1e6:.1f} M tokens, {seen / tokens:.1f} passes, {seen / 1e6:.0f} M tokens in all.
 
 AdamW (0.9, 0.95, decay 0.1 on matrices), batch {plan.batch} × {plan.seqlen}, peak rate {plan.lr:g},
-{plan.warmup:.0%} warm-up, cosine to zero, seed {plan.seed}; {run.seconds:.0f} s on {where}. The whole curve: `curve.jsonl`.
+{plan.warmup:.0%} warm-up, cosine to zero, seed {plan.seed};
+{run.seconds:.0f} s on {where}. The whole curve: `curve.jsonl`.
 
 {_curve(run.curve, ", ".join(Path(text).name for text in valid))}"""
 
