@@ -56,6 +56,7 @@ class Record:
         peak_bytes: of host and device memory.
         blocks: one entry per block.
         versions, commit, clean, command, machine: where the numbers come from; `clean` is None outside a checkout.
+        weights_from: what the float weights were de-quantised from, such as `GGUF Q4_1`; None for float ones.
         error: why it did not finish.
         quantised: whether all blocks are on disk; the same command then goes on from there.
         exports: by format, where the last export of it lies, its status, and what reading it back found.
@@ -81,6 +82,7 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     clean: bool | None = None
+    weights_from: str | None = None
     command: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
     error: str | None = None

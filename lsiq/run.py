@@ -19,6 +19,7 @@ from lsiq.identity import identify_inputs, run_id
 from lsiq.lock import run_lock
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder
+from lsiq.models.gguf_file import weights_from
 from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
 from lsiq.secrets import redacted
 from lsiq.track.console import say, show_record
@@ -154,6 +155,7 @@ def new_record(request: Request, overrides: Sequence[str]) -> Record:
         command=command_line(overrides),
         commit=commit,
         clean=clean,
+        weights_from=weights_from(request.checkpoint),
     )
 
 
