@@ -118,10 +118,7 @@ class EvaluationCost:
 
 def architecture(config: RunConfig, folder: Path | None, depth: int | None = None) -> dict[str, Any]:
     """Return the transformers configuration of the model, cut to `depth` blocks; None leaves all."""
-    if folder is None:
-        shape = dict(config.model.architecture or {})
-    else:
-        shape = read_config(folder)
+    shape = dict(config.model.architecture or {}) if folder is None else read_config(folder)
     if depth is not None:
         shape["num_hidden_layers"] = depth
         if shape.get("layer_types"):

@@ -113,9 +113,22 @@ class Record:
         return self.run_id.rsplit("_", 4)[2]
 
     @property
+    def notes(self) -> list[str]:
+        """What must be said wherever the run's numbers stand."""
+        return [] if self.weights_from is None else [origin_note(self.model, self.weights_from)]
+
+    @property
     def objective(self) -> float | None:
         """The number that a search minimises: the first perplexity of the quantised model."""
         return next((value for key, value in self.metrics.items() if key.startswith("ppl/")), None)
+
+
+def origin_note(model: str, weights_from: str) -> str:
+    """What is said of numbers of a model whose float weights were made of quantised ones."""
+    return (
+        f"The float weights of {model} were de-quantised from {weights_from}: results at about as many bits flatter, "
+        "those at fewer bits are fair."
+    )
 
 
 def write_record(record: Record, folder: Path) -> Path:

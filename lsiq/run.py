@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from lsiq.export.finished import export_finished, exports_left
 from lsiq.identity import identify_inputs, run_id
 from lsiq.lock import run_lock
 from lsiq.methods.finetune import FineTune
-from lsiq.models.folder import find_folder
+from lsiq.models.folder import find_folder, read_config
 from lsiq.models.gguf_file import weights_from
+from lsiq.models.widths import check_groups
 from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
 from lsiq.secrets import redacted
 from lsiq.track.console import say, show_record
@@ -84,6 +86,8 @@ def prepare(cfg: DictConfig) -> Request:
         LsiqError: a setting or an input cannot be used.
     """
     config, plain = find_parent(parse(cfg)), redacted(plain_config(cfg))
+    if config.model.path is None and config.model.bundled is None:
+        check_groups(config.quant, config.model.architecture or {}, config.model.name)  # before anything is fetched
     checkpoint = find_folder(config.model)
     inputs = identify_inputs(config, checkpoint)
     return Request(config, plain, checkpoint, inputs, Path(config.paths.runs) / run_id(config, plain, inputs))
@@ -99,6 +103,9 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
         record.status, record.error = "running", None
         write_record(record, folder)
     try:
+        if request.checkpoint is not None and distributed.size() == 1:  # several check it when torch is there
+            with contextlib.suppress(OSError, ValueError):  # a damaged config.json is reported when it is needed
+                check_groups(request.config.quant, read_config(request.checkpoint), request.config.model.name)
         from lsiq.experiment import carry_out  # torch and transformers: only now that there is work for them
 
         distributed.from_first((record, True))
