@@ -30,6 +30,7 @@ def write_card(
         f"{base}, quantised by lsiq and exported as {exporter.name}.",
         "",
         *_settings(config, record),
+        *(["", *record.notes] if record.notes else []),
         "",
         "## Results",
         "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,8 @@ from lsiq.errors import InputError
 from lsiq.models.attention import NAME
 from lsiq.models.block import Block
 from lsiq.models.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
+from lsiq.models.folder import read_config
+from lsiq.models.gguf_file import is_gguf
 from lsiq.models.planting import Planting
 from lsiq.models.prefix import BlockPrefix, Prefix, after_prefix
 from lsiq.models.residual import turn_block
@@ -227,11 +228,7 @@ def _config(settings: ModelSettings, folder: Path | None) -> Any:
 
     try:
         if folder is not None:
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-                raise InputError(
-                    f"{folder / 'config.json'}: names no model_type; give a checkpoint in the transformers layout"
-                )
+            raw = read_config(folder)
             find_spec(raw["model_type"], str(folder))  # before transformers, whose message lists every architecture
         else:
             raw = dict(settings.architecture or {})
@@ -250,7 +247,10 @@ def _tokenizer(folder: Path | None) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on other classes of tokenizer
-            return AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+            place = {"pretrained_model_name_or_path": where}
+            if is_gguf(where):
+                place = {"pretrained_model_name_or_path": where.parent, "gguf_file": where.name}
+            return AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception
         raise InputError(
             f"{where}: the tokenizer cannot be loaded ({error}); put its files beside the weights"
