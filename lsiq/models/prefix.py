@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsiq.models.entrance import join_kinds, split_kinds
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -61,6 +63,15 @@ class PrefixCache:
     keys: Tensor
     values: Tensor
 
+    def begin(self, kwargs: Mapping[str, Any], batch: int, layer: int) -> Mapping[str, Any]:
+        """Return a block's keyword arguments with this cache, or with their own, which the prefix then begins."""
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            return {**kwargs, "past_key_values": self}
+        if not cache.get_seq_length(layer):
+            cache.update(*(part.expand(batch, -1, -1, -1) for part in (self.keys, self.values)), layer)
+        return kwargs
+
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         del layer
         batch = keys.shape[0]
@@ -76,6 +87,10 @@ def after_prefix(kwargs: Mapping[str, Any], prefix: int) -> dict[str, Any]:
     Args:
         kwargs: as the model gives them for prefix and sequence together, at batch 1.
     """
+    return join_kinds({kind: _after_prefix(given, prefix) for kind, given in split_kinds(kwargs).items()})
+
+
+def _after_prefix(kwargs: Mapping[str, Any], prefix: int) -> dict[str, Any]:
     positions = kwargs["position_ids"].shape[1]
     changed = dict(kwargs)
     changed["position_ids"] = kwargs["position_ids"][:, prefix:]
