@@ -43,11 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": _TINY | {"model_type": "smollm3", "no_rope_layer_interval": 2},
     "olmo2": _TINY | {"model_type": "olmo2", "tie_word_embeddings": False},
     "phi3": _TINY | {"model_type": "phi3", "sliding_window": 20, "tie_word_embeddings": False},
-    "phi4-mini": _TINY
-    | {"model_type": "phi3", "rope_parameters": _LONG, "original_max_position_embeddings": 32},
-    "gemma2": _TINY
-    | _GEMMA
-    | {"model_type": "gemma2", "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "phi4-mini": _TINY | {"model_type": "phi3", "rope_parameters": _LONG, "original_max_position_embeddings": 32},
+    "gemma2": _TINY | _GEMMA | {"model_type": "gemma2", "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3": _TINY
     | _GEMMA
     | {"model_type": "gemma3_text", "num_hidden_layers": 3, "sliding_window_pattern": 3, "num_key_value_heads": 1},

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import compose_run, save_model
+from conftest import save_model
 from families import FAMILIES
 from test_block import load_small
+from test_hosts import Seen, hosts, quantised
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lsiq.config import parse
 from lsiq.errors import InputError
 from lsiq.evals.perplexity import perplexity
 from lsiq.fold import channels_of, fold_scale
 from lsiq.formats import Activation
 from lsiq.methods.rotate import Rotate
 from lsiq.methods.rtn import RTN
+from lsiq.models.attention import activations, attend
 from lsiq.models.block import Block
 from lsiq.models.loading import Model
 from lsiq.models.planting import Planting
@@ -142,46 +143,46 @@ def test_a_turned_residual_stream_leaves_the_model_as_it_was_or_is_refused(folde
         assert torch.allclose(found, logits(model, tokens), atol=1e-4)  # measured: at most 4e-6
 
 
-@pytest.mark.parametrize("places", [["value"], ["norm", "output", "down", "query_key"]])
-def test_other_rotations_keep_the_function_of_a_block(folder: Path, places: list[str]) -> None:
-    fine = parse(compose_run("quant=w8a16g128", "quant.weight.group=null")).quant
+@pytest.mark.parametrize("host", ["value", "all", "duquant", "smoothed", "turned-smoothed"])
+def test_a_host_hands_on_a_block_with_the_same_float_function(folder: Path, host: str) -> None:
     block, hidden = block_and_stream(load_small(folder), 1)
-    seen: list[Block] = []
-
-    class Seeing(RTN):
-        def quantize_block(self, block: Block, *rest: object) -> object:  # type: ignore[override]
-            seen.append(block)
-            return super().quantize_block(block, *rest)  # type: ignore[arg-type]
-
-    from lsiq.methods.base import Context
-
-    context = Context(hidden, None, torch.Generator().manual_seed(0), 2, lambda values: None)
-    Rotate(places=places, then=Seeing()).quantize_block(block, fine, context)  # type: ignore[arg-type]
-    found, expected = seen[0].with_weights({})(hidden), block.with_weights({})(hidden)
+    seen = Seen()
+    if folder.name == OLMO and "smoothed" in host:
+        with pytest.raises(InputError, match="post-norm"):
+            quantised(hosts(seen)[host], block, hidden)
+        return
+    quantised(hosts(seen)[host], block, hidden)
+    found, expected = seen.block.with_weights({})(hidden), block.with_weights({})(hidden)
     assert torch.allclose(found, expected, atol=1e-4)  # measured: at most 3e-6
-    assert not all(torch.equal(seen[0].weights[name], block.weights[name]) for name in block.linears)
+    assert not all(torch.equal(seen.block.weights[name], block.weights[name]) for name in block.linears)
 
 
 def test_a_prefix_is_the_plain_model_on_longer_sequences(folder: Path) -> None:
-    model, tokens, prefix = load_small(folder), some_tokens(), torch.tensor([5, 900, 7])
+    model, tokens, prefix = load_small(folder), some_tokens(length=29), torch.tensor([5, 900, 7])
     expected = plain_logits(folder, torch.cat([prefix.expand(2, -1), tokens], 1))[:, 3:]
     assert torch.allclose(logits(model.with_prefix(prefix), tokens), expected, atol=1e-4)  # measured: at most 4e-6
 
 
+def test_a_prefix_is_refused_where_its_keys_would_depend_on_what_follows(folders: dict[str, Path]) -> None:
+    model = load_small(folders["phi4-mini"]).with_prefix(torch.tensor([5, 900, 7]))
+    with pytest.raises(InputError, match="rotary embedding of a prefix of 3 tokens changes"):
+        model.embed(some_tokens(length=30), 2)
+
+
 def test_capped_scores_stay_capped_while_they_are_quantised(folders: dict[str, Path]) -> None:
-    model = load_small(folders["gemma2"])
-    block, hidden = block_and_stream(model, 1)
-    fine = Activation(bits=8, softmax=True)
-    exact = block.with_weights({})(hidden)
-    found = block.with_weights({}, fine)(hidden)
-    config = block.module.get_submodule("self_attn").config
-    uncapped_model = load_small(folders["gemma2"])
-    other, _ = block_and_stream(uncapped_model, 1)
-    other.module.get_submodule("self_attn").attn_logit_softcapping = None
-    uncapped = other.with_weights({})(hidden)
-    assert config.attn_logit_softcapping == 2.0
-    error, without = ((x - exact).square().mean() / exact.square().mean() for x in (found, uncapped))
-    assert error < without / 4, (error, without)
+    block, _ = block_and_stream(load_small(folders["gemma2"]), 1)
+    attention = block.module.get_submodule("self_attn")
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 8, 24, generator=generator) * 3
+    key, value = (torch.randn(2, 2, 8, 24, generator=generator) for _ in range(2))
+    for fmt in (Activation(bits=4), Activation(bits=4, softmax=True)):
+        with activations(block.module, block.spec.linears, fmt):
+            found, _ = attend(attention, query, key, value, None, scaling=0.3, softcap=2.0)
+        q, k, v = fmt.fake(query), *(fmt.fake(x).repeat_interleave(2, 1) for x in (key, value))
+        scores = 2 * (q @ k.transpose(2, 3) * 0.3 / 2).tanh()
+        weights = scores.masked_fill(~torch.ones(8, 8, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+        weights = fmt.fake_softmax(weights) if fmt.softmax else weights
+        assert torch.allclose(found.transpose(1, 2), weights @ v, atol=1e-6)
 
 
 def test_gradients_reach_every_weight(folder: Path) -> None:
@@ -207,7 +208,7 @@ def test_every_linear_of_the_layer_is_listed(folder: Path) -> None:
         ({"model_type": "granitemoehybrid", "num_local_experts": 0, "mamba_d_state": 128}, "a hybrid"),
         ({"model_type": "mamba", "state_size": 16}, "a state-space model"),
         ({"model_type": "gemma3", "vision_config": {"model_type": "siglip_vision_model"}}, "multimodal"),
-        ({"model_type": "gemma3n_text", "hidden_size_per_layer_input": 256}, "embeddings in every block"),
+        ({"model_type": "gemma3n_text", "hidden_size_per_layer_input": 256}, "a model with embeddings in every block"),
         ({"model_type": "llava", "vision_config": {"image_size": 336}}, "multimodal"),
         ({"model_type": "llama4", "vision_config": {"image_size": 336}}, "multimodal"),
         ({"model_type": "llama4_text", "num_local_experts": 16}, "a mixture of experts"),
@@ -218,7 +219,9 @@ def test_other_kinds_of_models_are_refused_in_one_line(
     config: dict[str, object], kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=f"model_type={config['model_type']} is not supported, for it is {kind}") as why:
+    with pytest.raises(
+        InputError, match=f"model_type={config['model_type']} is not supported, for it is {kind}"
+    ) as why:
         load_small(tmp_path)
     assert "\n" not in str(why.value)
 

@@ -130,8 +130,8 @@ class Model:
         if self.prefix is not None:
             tokens = torch.cat([self.prefix.tokens.expand(len(tokens), -1), tokens], 1)
         _, kwargs = self.enter(input_ids=tokens[:1].to(self.device))
-        if before:
-            kwargs = after_prefix(kwargs, before)
+        if self.prefix is not None:
+            kwargs = after_prefix(kwargs, self.prefix)
         hidden: Tensor | None = None
         for start in range(0, len(tokens), batch):
             entered, _ = self.enter(False, input_ids=tokens[start : start + batch].to(self.device))

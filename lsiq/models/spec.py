@@ -98,7 +98,6 @@ class ModelSpec:
             )
         return None
 
-
     def why_not_turnable(self, config: Any) -> str | None:
         """Why the residual stream of this model cannot be turned, or None where it can."""
         return self.unturnable or self.why_not_foldable(config)
