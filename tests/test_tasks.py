@@ -226,12 +226,6 @@ def test_a_name_nobody_knows_is_answered_with_near_ones() -> None:
         load_tasks(settings("eval=none", "eval.tasks=[arc_eazy]"))
 
 
-def test_tasks_that_generate_are_refused(tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", {"question": "1 + 1?", "answer": "#### 2"})
-    with pytest.raises(ConfigError, match="generates text"):
-        load_tasks(settings("eval=none", "eval.tasks=[gsm8k]", f"+eval.tasks_local.gsm8k={file}"))
-
-
 def test_a_damaged_file_of_items_names_the_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(

@@ -81,7 +81,9 @@ def enter(
             found.setdefault(kind, given)
             if len(found) == len(firsts):
                 raise _Reached
-            return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), ((hidden,), given))
+            # Without the mask, which may be one for tokens that are in a cache and not here.
+            passed = ((hidden,), {**given, "attention_mask": None})
+            return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), passed)
 
         return hook
 

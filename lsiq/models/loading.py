@@ -64,7 +64,7 @@ class Model:
     @property
     def depth(self) -> int:
         """The number of blocks."""
-        return len(self._blocks)
+        return len(self.blocks)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -72,12 +72,13 @@ class Model:
         return kinds_of_blocks(self.config)
 
     @property
-    def _blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList:
+        """The layers of transformers, on the meta device."""
         return self.skeleton.get_submodule(self.spec.blocks)  # type: ignore[return-value]
 
     def block(self, index: int, kwargs: Mapping[str, Any]) -> Block:
         """Read one block's weights onto the device; `kwargs` come from `embed`."""
-        module = self._blocks[index]
+        module = self.blocks[index]
         weights = {
             # Moved first, widened there: half as many bytes travel to a GPU.
             name: self.checkpoint.read(f"{self.spec.blocks}.{index}.{name}", parameter.shape)
@@ -149,7 +150,7 @@ class Model:
         Args:
             every_kind: false gives the arguments of the first block's kind only.
         """
-        return enter(self.skeleton, list(self._blocks), self.kinds if every_kind else (), inputs)
+        return enter(self.skeleton, list(self.blocks), self.kinds if every_kind else (), inputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `(batch, T, vocabulary)` in float32 of what left the last block; differentiable."""

@@ -105,7 +105,7 @@ def _after(kwargs: Mapping[str, Any], alone: Mapping[str, Any], prefix: int) -> 
         pairs = zip(kwargs["position_embeddings"], alone["position_embeddings"], strict=True)
         if not all(torch.equal(part[:1, :prefix], own) for part, own in pairs):
             raise InputError(
-                f"the rotary embedding of a prefix of {prefix} tokens changes with a sequence of {positions} (LongRoPE), "
+                f"the rotary embedding of a prefix of {prefix} tokens changes with {positions} tokens (LongRoPE), "
                 "so its keys cannot be kept; use shorter sequences (calib.seqlen, eval.seqlen) or no prefix"
             )
         changed["position_embeddings"] = tuple(part[:, prefix:] for part in kwargs["position_embeddings"])
