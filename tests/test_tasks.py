@@ -276,5 +276,7 @@ def test_the_harness_own_model_class_gives_the_same_likelihoods(checkpoint: Path
         harness.loglikelihood_rolling(rolled, disable_tqdm=True), rel=1e-5
     )
     settings = {"until": [" the", "\n"], "max_gen_toks": 12, "do_sample": False}
-    written = [Instance("generate_until", {}, (text, settings), 0) for text in ("The boat", "A harbour with a wall", long)]
+    written = [
+        Instance("generate_until", {}, (text, settings), 0) for text in ("The boat", "A harbour with a wall", long)
+    ]
     assert ours.generate_until(written) == harness.generate_until(written, disable_tqdm=True)

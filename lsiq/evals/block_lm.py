@@ -99,7 +99,7 @@ class BlockLM(TemplateLM):
         ]
 
     def _prompt(self, context: str, settings: Mapping[str, Any]) -> Prompt:
-        chosen = normalize_gen_kwargs(dict(settings), _LIMIT)
+        chosen: Mapping[str, Any] = dict(normalize_gen_kwargs(dict(settings), _LIMIT))
         stops = chosen["until"]
         end = self.tokenizer.decode([self.eot_token_id])
         limit = chosen["max_gen_toks"]
