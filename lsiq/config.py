@@ -121,6 +121,9 @@ class CalibSettings:
     )
     seqlen: int = Field(ge=8, description="tokens per sequence, at least 8")
     batch: int = Field(8, ge=1, description="sequences that pass through a block at once, at least 1")
+    windows: Literal["disjoint", "random"] = Field(
+        "random", description="disjoint (no token is drawn twice) or random (windows may overlap)"
+    )
 
     def __post_init__(self) -> None:
         if self.corpus == "file" and self.path is None:

@@ -15,6 +15,7 @@ from lsiq.methods.base import BlockResult, Context, Method, Need, chain, quantiz
 from lsiq.methods.gptq import GPTQ
 from lsiq.methods.rtn import RTN
 from lsiq.parts.base import Part
+from lsiq.parts.clip import Clip
 from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.rounding import Rounding
 from lsiq.settings import settings
@@ -164,6 +165,9 @@ class Learned:
         default=None,
         description="a method that rounds what was learned, such as gptq; null for the rounding it was learned in",
     )
+    latents: bool = Field(
+        False, description="true keeps where in its cell each weight stood before it was rounded, for a later stage"
+    )
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -188,6 +192,10 @@ class Learned:
                 f"then: {then.name} does more than round what {self.label} learned; put it outside "
                 f"(method={then.name} method@method.then=…), or use gptq"
             )
+        if self.latents:
+            raise ValueError(f"latents=true: {then.name} rounds to other codes than was learned; use then=null")
+        if any(isinstance(part, Clip) and part.span == "start" for part in self.parts):
+            raise ValueError(f"then: {then.name} fits its grids to the changed weights; use clip.span=present")
         if any(isinstance(part, Rounding) for part in self.parts):
             raise ValueError(f"then: the part rounding chooses codes that {then.name} would choose anew; use then=null")
 
@@ -203,7 +211,7 @@ class Learned:
         import torch
 
         from lsiq.learn import learn
-        from lsiq.merge import merge, prepared
+        from lsiq.merge import latents_of, merge, prepared
         from lsiq.step import apply_parts
         from lsiq.trajectory import trace
 
@@ -219,6 +227,8 @@ class Learned:
         reference = {name: folded[name] for name in block.linears}
         if self.then is None:
             result = replace(merge(draft, running, quant), reference=reference)
+            if self.latents:
+                result = replace(result, latents=latents_of(draft, result, quant))
         else:
             floats, linears = prepared(draft, running, quant)
             result = quantize_prepared(self.then, block, {**reference, **floats}, quant, context, linears)
