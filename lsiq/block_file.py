@@ -1,7 +1,8 @@
 """A finished block as the named tensors and the metadata of one file.
 
-Codes stand as uint8, scales and zero points in float32, folded norms and biases in float32, factors of side branches in
-float16 or as codes, rotations and learned parameters as they are; formats and metrics stand in the metadata.
+Codes stand as uint8, scales and zero points in float32, folded norms and biases in float32, latent weights in float16,
+factors of side branches in float16 or as codes, rotations and learned parameters as they are; formats and metrics stand
+in the metadata.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def to_tensors(result: BlockResult) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors |= {f"{name}:codes": weight.codes, f"{name}:scale": weight.scale, f"{name}:zero": weight.zero}
     tensors |= {f"{name}:float": tensor.float() for name, tensor in result.floats.items()}
     tensors |= {f"{name}:state": tensor for name, tensor in result.state.items()}
+    tensors |= {f"{name}:latent": tensor for name, tensor in result.latents.items()}
     for place, rotation in result.rotations.items():
         tensors |= {f"{place}:rotation.{part}": tensor for part, tensor in rotation.tensors().items()}
     return tensors, {"formats": json.dumps(formats), "metrics": json.dumps(dict(result.metrics))}
@@ -65,6 +67,7 @@ def to_result(file: Path, stored: Stored) -> BlockResult:
             _named(tensors, ":state"),
             branches=branches,
             rotations=_rotations(tensors),
+            latents=_named(tensors, ":latent"),
         )
     except (KeyError, ValueError, TypeError, AttributeError, LsiqError) as error:
         raise InputError(f"{file}: does not hold a block ({error}); run again with force=true") from error

@@ -35,9 +35,9 @@ def named_config(cfg: DictConfig) -> dict[str, Any]:
     model = plain.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         model.update(bundled=None, hub=None, published={})
-        model["name"] = (
-            re.sub(r"[^A-Za-z0-9._+-]+", "-", model["path"].rstrip("/").rpartition("/")[2]).lstrip("-._+") or "local"
-        )
+        model.pop("package", None)
+        last = model["path"].rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+        model["name"] = re.sub(r"[^A-Za-z0-9._+-]+", "-", last).lstrip("-._+") or "local"
     if isinstance(model, dict) and isinstance(count := model.get("outliers"), int) and count > 0:
         model["name"] = f"{model.get('name')}+{count}outliersx{model.get('outlier_strength')}"
     return {str(key): value for key, value in plain.items()}

@@ -40,11 +40,12 @@ Corpus = Annotated[str, AfterValidator(_corpus), Field(description="a corpus by 
 
 @settings
 class ModelSettings:
-    """Which weights a run quantises. `path` wins over `bundled`, `bundled` over `hub`."""
+    """Which weights a run quantises. `path` wins over `bundled`, then `package`, then `hub`."""
 
     name: Name = Field(description="how records and tables call the model")
-    path: str | None = Field(None, description="a folder with config.json and safetensors weights")
+    path: str | None = Field(None, description="a folder with config.json and safetensors weights, or a GGUF file")
     bundled: Literal["tiny-llama", "tiny-opt"] | None = Field(None, description="tiny-llama or tiny-opt")
+    package: str | None = Field(None, description="an installed Python package that holds the model as a GGUF file")
     hub: str | None = Field(None, description="a repository of the Hugging Face hub, owner/name")
     revision: str = Field("main", description="a branch, tag or commit of the hub repository")
     weights: Literal["checkpoint", "random"] = Field(
@@ -67,7 +68,7 @@ class ModelSettings:
             raise ValueError(
                 "weights=random: needs model.architecture or a model.path whose config.json gives the shape"
             )
-        if self.weights == "checkpoint" and not (self.path or self.bundled or self.hub):
+        if self.weights == "checkpoint" and not (self.path or self.bundled or self.package or self.hub):
             raise ValueError("path=null: no checkpoint is named; set model.path, or choose a model with a hub entry")
 
 
@@ -120,6 +121,9 @@ class CalibSettings:
     )
     seqlen: int = Field(ge=8, description="tokens per sequence, at least 8")
     batch: int = Field(8, ge=1, description="sequences that pass through a block at once, at least 1")
+    windows: Literal["disjoint", "random"] = Field(
+        "random", description="disjoint (no token is drawn twice) or random (windows may overlap)"
+    )
 
     def __post_init__(self) -> None:
         if self.corpus == "file" and self.path is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lsiq.parts.base import Part, PartState
+from lsiq.parts.base import Part, PartState, rate_of
 
 if TYPE_CHECKING:
     from lsiq.methods.learned import Training
@@ -76,7 +76,7 @@ class Descent:
         for part, held in zip(parts, states, strict=True):
             parameters = [parameter for state in held for parameter in state.parameters.values()]
             if parameters:
-                rate = slow * (part.lr or 1 / steps)
+                rate = slow * rate_of(part, steps)
                 # Rates are tensors so that a recorded step reads the present ones.
                 group = {"params": parameters, "lr": torch.tensor(rate, device=device)}
                 chosen[part.name in training.signed].append(group)

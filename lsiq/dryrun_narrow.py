@@ -88,7 +88,7 @@ class NarrowEstimate(Estimate):
 
     def _quantize_stages(self) -> Iterable[PlannedStage]:
         method, samples = self.config.method, self._samples()
-        first = method if isinstance(method, Method) else method.start
+        first = method if isinstance(method, Method) else getattr(method, "start", None)
         seconds, peaks = self.narrow.quantize(first or RTN(), samples)
         seconds += self.depth * self.block_bytes * self.per_byte
         kept = self.config.paths.streams == "memory" and samples

@@ -19,6 +19,7 @@ from lsiq.checks import check_formats, check_lengths, check_processes
 from lsiq.durable import remove_partial
 from lsiq.errors import ResourceError
 from lsiq.evals.evaluation import SCORES, evaluate, evaluation_windows, open_cache
+from lsiq.evals.harness import check_tasks
 from lsiq.evals.tasks import Tasks, load_tasks
 from lsiq.export.source import Source
 from lsiq.export.stage import export
@@ -84,6 +85,7 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
     check_formats(model, config.quant)
     check_lengths(model, config)
     texts = read_texts(request, model, store, record)
+    check_tasks(model, texts.tasks)
     kept = folder if config.paths.streams == "disk" else None
     with kept_in(kept), make_tracker(config.tracker, request.plain, record, folder, anew=config.force) as tracker:
         try:

@@ -52,6 +52,11 @@ def tune(settings: FineTune, quant: QuantSettings, context: Context) -> Method:
     results = [store.read(index) for index in range(context.ahead.depth)]
     for index, found in enumerate(results):
         _check(found, context.ahead.block(index), quant, settings.run)
+        if settings.latents and set(found.latents) != set(found.weights):
+            raise InputError(
+                f"method.latents=true: {settings.run} keeps no weights as they were before rounding; make it with a "
+                "learned method and method.latents=true, or use method.latents=false"
+            )
     first = max(0, len(results) - (settings.blocks or len(results)))
     indices = list(range(first, len(results)))
     tuner = _Tuner(settings, results, quant, context)

@@ -6,7 +6,7 @@ fold through here, while they learn and when they are done, so both are the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lsiq.models.spec import Group
@@ -24,12 +24,17 @@ def fold_scale(weights: Mapping[str, Tensor], group: Group, scale: Tensor, head_
         scale: `(channels,)`, positive; the channels are what the producer writes.
         head_dim: channels per attention head.
 
-    The producer's weight and bias are divided, each consumer's columns multiplied.
+    The producer's weight and bias are divided, each consumer's columns multiplied. Where a norm multiplies by its
+    weight plus an offset, the sum is divided.
     """
     weight = weights[f"{group.producer}.weight"]
-    changed = {f"{group.producer}.weight": weight / (scale if weight.dim() == 1 else scale[:, None])}
+    rows = _for_all_rows(weights, group, scale, 1.0)
+    if weight.dim() == 1:
+        changed = {f"{group.producer}.weight": _gain(weight, group.offset, lambda gain: gain / rows)}
+    else:
+        changed = {f"{group.producer}.weight": weight / rows[:, None]}
     if (bias := weights.get(f"{group.producer}.bias")) is not None:
-        changed[f"{group.producer}.bias"] = bias / scale
+        changed[f"{group.producer}.bias"] = bias / rows
     for consumer in group.consumers:
         weight = weights[f"{consumer}.weight"]
         changed[f"{consumer}.weight"] = weight * spread(scale, weight.shape[1], head_dim)
@@ -41,7 +46,8 @@ def fold_shift(weights: Mapping[str, Tensor], group: Group, shift: Tensor, head_
 
     The producer's bias takes `-shift`, each consumer's bias `+ W shift`; both must have biases.
     """
-    changed = {f"{group.producer}.bias": weights[f"{group.producer}.bias"] - shift}
+    rows = _for_all_rows(weights, group, shift, 0.0)
+    changed = {f"{group.producer}.bias": weights[f"{group.producer}.bias"] - rows}
     for consumer in group.consumers:
         weight = weights[f"{consumer}.weight"]
         changed[f"{consumer}.bias"] = weights[f"{consumer}.bias"] + weight @ spread(shift, weight.shape[1], head_dim)
@@ -56,14 +62,49 @@ def fold_value_rotation(
     The producer's rows and bias take it, each head of the consumer's columns as well. One rotation serves all heads,
     so grouped-query attention needs no more care.
     """
+    import torch
+
+    own = rows_of(weights, group)
     rows = weights[f"{group.producer}.weight"]
-    changed = {f"{group.producer}.weight": _by_head(rows.t(), rotation, head_dim).t().contiguous()}
+    turned = _by_head(rows[own].t(), rotation, head_dim).t()
+    changed = {f"{group.producer}.weight": torch.cat([rows[: own.start], turned])}
     if (bias := weights.get(f"{group.producer}.bias")) is not None:
-        changed[f"{group.producer}.bias"] = _by_head(bias, rotation, head_dim)
+        changed[f"{group.producer}.bias"] = torch.cat([bias[: own.start], _by_head(bias[own], rotation, head_dim)])
     for consumer in group.consumers:
         columns = weights[f"{consumer}.weight"]
         changed[f"{consumer}.weight"] = _by_head(columns, rotation, head_dim)
     return changed
+
+
+def rows_of(weights: Mapping[str, Tensor], group: Group) -> slice:
+    """Return which rows of the producer write the group's channels: all, or the last ones of a fused matrix.
+
+    Beside the values of a fused matrix stand as many keys, and a query for each channel that the consumer reads.
+    """
+    written = weights[f"{group.producer}.weight"].shape[0]
+    if not group.fused:
+        return slice(0, written)
+    read = weights[f"{group.consumers[0]}.weight"].shape[1]
+    return slice(written - (read if group.kind == "linear" else (written - read) // 2), written)
+
+
+def channels_of(weights: Mapping[str, Tensor], group: Group) -> int:
+    """Return how many channels the group has."""
+    rows = rows_of(weights, group)
+    return rows.stop - rows.start
+
+
+def _for_all_rows(weights: Mapping[str, Tensor], group: Group, channels: Tensor, others: float) -> Tensor:
+    """Return `channels` for all rows of the producer, `others` where rows write no channel of the group."""
+    import torch
+
+    before = rows_of(weights, group).start
+    return torch.cat([channels.new_full((before,), others), channels]) if before else channels
+
+
+def _gain(weight: Tensor, offset: float, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the weight of a norm whose gain, the weight plus `offset`, is changed."""
+    return change(weight) if offset == 0.0 else change(weight + offset) - offset
 
 
 def spread(channels: Tensor, width: int, head_dim: int) -> Tensor:

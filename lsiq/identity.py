@@ -28,6 +28,10 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
     identity = {key: value for key, value in plain.items() if key not in NOT_IDENTITY}
     # Where a checkpoint or an earlier run lies does not matter; `inputs` says which it is.
     identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
+    # Runs from before there was a choice drew at random, and keep their names.
+    identity["calib"] = {
+        key: value for key, value in identity["calib"].items() if (key, value) != ("windows", "random")
+    }
     identity["method"] = {key: value for key, value in identity["method"].items() if key != "run"}
     text = json.dumps({"config": identity, "inputs": dict(inputs)}, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()

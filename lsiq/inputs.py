@@ -21,8 +21,10 @@ from lsiq.evals.named import check_tasks
 from lsiq.lengths import check_window_lengths, too_short
 from lsiq.methods.base import chain
 from lsiq.methods.lqer import LQER
-from lsiq.models.folder import weight_files
+from lsiq.models.folder import read_config, weight_files
+from lsiq.models.gguf_file import is_gguf
 from lsiq.models.spec import ModelSpec, find_spec
+from lsiq.models.widths import check_groups
 
 if TYPE_CHECKING:
     from lsiq.config import RunConfig
@@ -41,7 +43,7 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
     """Raise what is wrong with device, checkpoint, texts and tasks of a run; nothing large is read.
 
     Args:
-        folder: of the checkpoint; None for random weights of a given shape.
+        folder: of the checkpoint, or its GGUF file; None for random weights of a given shape.
         calibrates: whether calibration text will be read.
 
     Raises:
@@ -50,9 +52,10 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
     """
     check_device(config.device)
     shape = config.model.architecture or {} if folder is None else _read_shape(folder)
-    if folder is not None:
+    check_groups(config.quant, shape, config.model.name)
+    if folder is not None and not is_gguf(folder):  # a GGUF file holds its tokenizer
         _check_tokenizer_files(folder)
-    if folder is not None and config.model.weights == "checkpoint":
+    if folder is not None and not is_gguf(folder) and config.model.weights == "checkpoint":
         spec = find_spec(shape["model_type"], str(folder))
         shapes = _stored_shapes(folder, config.model.allow_pickle)
         _check_linears(config, spec, shapes)
@@ -84,7 +87,7 @@ def check_device(name: str) -> None:
 
 def _read_shape(folder: Path) -> dict[str, Any]:
     try:
-        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        shape = read_config(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: config.json cannot be used ({error}); fetch it again") from error
     if not isinstance(shape, dict) or not isinstance(shape.get("model_type"), str):

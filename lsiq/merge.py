@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from lsiq.config import QuantSettings
 
 
+# How far a latent weight may stand from its cell's centre, in steps: in float16 still short of the next cell.
+EDGE = 0.499
+
+
 def merge(draft: Draft, block: Block, quant: QuantSettings) -> BlockResult:
     """Encode the draft's linears; what else it changed (norms, biases) is stored as it is.
 
@@ -25,6 +29,21 @@ def merge(draft: Draft, block: Block, quant: QuantSettings) -> BlockResult:
         weight, scale, zero = placed(draft, name, quant)
         weights[name] = QuantizedTensor(quant.weight.encode(weight, scale, zero), scale, zero, quant.weight)
     return BlockResult(weights, _floats(draft, block))
+
+
+def latents_of(draft: Draft, result: BlockResult, quant: QuantSettings) -> dict[str, Tensor]:
+    """Return where in its cell of the grid each weight stands before it is rounded, in steps from the cell's centre.
+
+    By name of a linear's weight, `(out, in)`, float16, within EDGE of the centre: a weight beyond the grid's end stands
+    at the outer edge of its last cell. Codes and latents together round to the codes.
+    """
+    latents = {}
+    for name, stored in result.weights.items():
+        weight, scale, zero = placed(draft, name, quant)
+        centre = quant.weight.grouped(stored.codes).to(scale.dtype) - zero
+        offset = (quant.weight.grouped(weight) / scale - centre).clamp(-EDGE, EDGE)
+        latents[name] = offset.reshape(weight.shape).half()
+    return latents
 
 
 def prepared(draft: Draft, block: Block, quant: QuantSettings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

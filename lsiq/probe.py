@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from lsiq.memory import peak_bytes, reset_peak
 from lsiq.methods.base import Ahead, Context, Method
 from lsiq.models.block import FloatStream, run_stream
 from lsiq.models.checkpoint import Checkpoint, RandomCheckpoint
+from lsiq.models.folder import read_config
 from lsiq.models.loading import Model, load
 from lsiq.store import BlockStore
 
@@ -118,10 +118,7 @@ class EvaluationCost:
 
 def architecture(config: RunConfig, folder: Path | None, depth: int | None = None) -> dict[str, Any]:
     """Return the transformers configuration of the model, cut to `depth` blocks; None leaves all."""
-    if folder is None:
-        shape = dict(config.model.architecture or {})
-    else:
-        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shape = dict(config.model.architecture or {}) if folder is None else read_config(folder)
     if depth is not None:
         shape["num_hidden_layers"] = depth
         if shape.get("layer_types"):

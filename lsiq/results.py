@@ -57,6 +57,7 @@ class Record:
         blocks: one entry per block.
         training_precision: what `precision=auto` stood for and why; empty where nothing was left to the machine.
         versions, commit, clean, command, machine: where the numbers come from; `clean` is None outside a checkout.
+        weights_from: what the float weights were de-quantised from, such as `GGUF Q4_1`; None for float ones.
         error: why it did not finish.
         quantised: whether all blocks are on disk; the same command then goes on from there.
         exports: by format, where the last export of it lies, its status, and what reading it back found.
@@ -83,6 +84,7 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     clean: bool | None = None
+    weights_from: str | None = None
     command: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
@@ -113,9 +115,22 @@ class Record:
         return self.run_id.rsplit("_", 4)[2]
 
     @property
+    def notes(self) -> list[str]:
+        """What must be said wherever the run's numbers stand."""
+        return [] if self.weights_from is None else [origin_note(self.model, self.weights_from)]
+
+    @property
     def objective(self) -> float | None:
         """The number that a search minimises: the first perplexity of the quantised model."""
         return next((value for key, value in self.metrics.items() if key.startswith("ppl/")), None)
+
+
+def origin_note(model: str, weights_from: str) -> str:
+    """What is said of numbers of a model whose float weights were made of quantised ones."""
+    return (
+        f"The float weights of {model} were de-quantised from {weights_from}: results at about as many bits flatter, "
+        "those at fewer bits are fair."
+    )
 
 
 def write_record(record: Record, folder: Path) -> Path:

@@ -133,8 +133,7 @@ def online_multiplications(block: Block, rotations: Mapping[str, Rotation]) -> i
     for place, rotation in rotations.items():
         heads = 1
         if place == QUERY_KEY:
-            rows = (len(block.weights[f"{name}.weight"]) for name in (block.spec.query, block.spec.key))
-            heads = sum(rows) // block.head_dim
+            heads = sum(block.heads)
         spent += heads * rotation.multiplications
     return spent
 

@@ -20,6 +20,7 @@ from lsiq.inputs import check_before_torch
 from lsiq.lock import run_lock
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder
+from lsiq.models.gguf_file import weights_from
 from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
 from lsiq.secrets import redacted
 from lsiq.track.console import say, show_record
@@ -84,6 +85,8 @@ def prepare(cfg: DictConfig) -> Request:
         LsiqError: a setting or an input cannot be used.
     """
     config, plain = find_parent(parse(cfg)), redacted(plain_config(cfg))
+    if config.model.path is None and config.model.bundled is None:
+        check_groups(config.quant, config.model.architecture or {}, config.model.name)  # before anything is fetched
     checkpoint = find_folder(config.model)
     inputs = identify_inputs(config, checkpoint)
     return Request(config, plain, checkpoint, inputs, Path(config.paths.runs) / run_id(config, plain, inputs))
@@ -157,6 +160,7 @@ def new_record(request: Request, overrides: Sequence[str]) -> Record:
         command=command_line(overrides),
         commit=commit,
         clean=clean,
+        weights_from=weights_from(request.checkpoint),
     )
 
 

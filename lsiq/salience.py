@@ -14,7 +14,7 @@ from torch import Tensor
 from lsiq import distributed
 from lsiq.calib.gram import check_finite, output_error
 from lsiq.calib.statistics import visit_inputs
-from lsiq.fold import gather, spread
+from lsiq.fold import channels_of, gather, spread
 from lsiq.formats import WeightFormat
 from lsiq.models.block import Block, run_stream
 from lsiq.models.spec import Group
@@ -66,7 +66,7 @@ def candidate_scale(block: Block, group: Group, statistics: InputStatistics, rat
 
     Where one value channel feeds several query heads, it takes the largest of their magnitudes.
     """
-    channels = block.weights[f"{group.producer}.weight"].shape[0]
+    channels = channels_of(block.weights, group)
     scale = gather(statistics.mean_abs, channels, block.head_dim).pow(ratio).clamp(min=MIN_SCALE)
     return scale / (scale.max() * scale.min()).sqrt()
 

@@ -54,6 +54,15 @@ def errors(w: Tensor, u: Tensor, s: Tensor, vh: Tensor, dtype: torch.dtype = tor
     return reconstruction.item(), orthogonality
 
 
+def completed(q: Tensor) -> Tensor:
+    """Return `q (n, k)` of orthonormal columns with further ones behind them that make a basis, `(n, n)`."""
+    n, k = q.shape
+    if k == n:
+        return q
+    whole = torch.linalg.qr(q.double(), mode="complete").Q
+    return torch.cat([q, whole[:, k:].to(q.dtype)], 1)
+
+
 def random_directions(w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `decompose` does, with random orthonormal directions in place of the singular ones.
 

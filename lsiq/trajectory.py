@@ -39,12 +39,15 @@ def _epoch_row(
         increment = epoch.increments.get(f"{part.name}:{name}:increment")
         if increment is None or not isinstance(part, Singular):
             continue
+        own = {key.removeprefix(f"{part.name}:"): tensor for key, tensor in epoch.increments.items()}
+        square = part.core_square(own, name)
+        if (unit := state.constants.get(f"{name}:unit")) is not None:
+            increment, square = increment * unit.cpu(), square * unit.cpu() ** 2
         row["increment_norm"] = increment.norm().item()
         row["increment_max"] = increment.abs().max().item()
         values = state.constants[f"{name}:s"].cpu()[: len(increment)] + increment
         stride = max(1, len(values) // SAMPLED_VALUES)
         row["values"] = values[::stride].tolist()
         row["increments"] = increment[::stride].tolist()
-        own = {key.removeprefix(f"{part.name}:"): tensor for key, tensor in epoch.increments.items()}
-        row["rms_change"] = (part.core_square(own, name) / block.weights[name].numel()).clamp(min=0).sqrt().item()
+        row["rms_change"] = (square / block.weights[name].numel()).clamp(min=0).sqrt().item()
     return row

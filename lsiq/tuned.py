@@ -14,7 +14,7 @@ from lsiq.formats.integer import Integer
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.methods.base import BlockResult, Context
 from lsiq.models.block import Block
-from lsiq.parts.base import Draft, PartState
+from lsiq.parts.base import Draft, PartState, rate_of
 
 if TYPE_CHECKING:
     from lsiq.config import QuantSettings
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 class TunedBlock:
     """One block on its grids, and the parameters that change it.
 
-    A weight is `round(W' / h) · h · exp(g)`: `W'` is the decoded weight with the part's increment, `h` the step size
-    as it was found, `g` the trained growth of the step. At the start, with increment and growth 0, that is what was
-    found, bit for bit. Codes stay on the device and are decoded where they are needed, so that whole models fit.
+    A weight is `round(W' / h) · h · exp(g)`: `W'` is the decoded or latent weight with the part's increment, `h` the
+    step size as it was found, `g` the trained growth of the step. At the start, with increment and growth 0, that is
+    what was found, bit for bit. Codes stay on the device and are decoded where they are needed, so that whole models
+    fit.
 
     Attributes:
         groups: the parameters and their learning rates, as optimizers take them.
@@ -37,6 +38,7 @@ class TunedBlock:
     ) -> None:
         device = next(iter(block.weights.values())).device
         self.found, self.quant, self.part = found, quant, settings.part
+        self.latents = {name: w.to(device) for name, w in found.latents.items()} if settings.latents else {}
         block = block.turning(found)
         self.grids = {
             name: replace(w, codes=w.codes.to(device), scale=w.scale.to(device), zero=w.zero.to(device))
@@ -52,7 +54,8 @@ class TunedBlock:
         self.block = settings.training.in_precision(replace(block, weights=self.floats), context.cache)
         self.groups: list[dict[str, Any]] = []
         assert context.tokens is not None
-        part_rate = None if self.part is None else self.part.lr or 1 / settings.training.steps(len(context.tokens))
+        steps = settings.training.steps(len(context.tokens))
+        part_rate = None if self.part is None else rate_of(self.part, steps)
         for parameters, rate in (
             (self.state.parameters, part_rate),
             (self.growth, settings.scales),
@@ -102,7 +105,15 @@ class TunedBlock:
         return BlockResult(weights, floats, metrics, kept, rotations=self.found.rotations)
 
     def _decoded(self) -> dict[str, Tensor]:
-        return {name: grid.decode() for name, grid in self.grids.items()}
+        """What increments are added to: the weights that the codes stand for, or those that were rounded to them."""
+        if not self.latents:
+            return {name: grid.decode() for name, grid in self.grids.items()}
+        return {
+            name: (
+                (grid.format.grouped(grid.codes) - grid.zero + grid.format.grouped(self.latents[name])) * grid.scale
+            ).reshape(grid.codes.shape)
+            for name, grid in self.grids.items()
+        }
 
     def _draft(self) -> Draft:
         if self.part is None:

@@ -10,7 +10,7 @@ from test_block import load_small
 from torch import Tensor
 
 from lsiq.formats.activation import Activation
-from lsiq.models.attention import _attend_with_quantised_softmax
+from lsiq.models.attention import _attend_step_by_step
 from lsiq.models.block import Block
 
 
@@ -84,7 +84,7 @@ def test_attention_with_a_fine_softmax_grid_is_plain_attention() -> None:
     query = torch.randn(2, 6, 16, 8, generator=generator)
     key, value = (torch.randn(2, 2, 16, 8, generator=generator) for _ in range(2))  # grouped-query attention
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    found = _attend_with_quantised_softmax(query, key, value, None, None, Activation(bits=16))
+    found = _attend_step_by_step(query, key, value, None, None, None, Activation(bits=16))
     assert relative_error(found.transpose(1, 2), plain) < 1e-3  # measured: 2e-5
 
 

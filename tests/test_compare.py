@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig
 
-from lsiq.compare import Difference, bootstrap_interval, compare
+from lsiq.compare import Difference, block_means, bootstrap_interval, compare
 from lsiq.errors import InputError
 from lsiq.run import run
 
@@ -40,6 +40,27 @@ def test_the_interval_is_the_same_on_every_call_and_narrows_with_windows() -> No
     assert bootstrap_interval(np.full(10, 0.25)) == (0.25, 0.25)
 
 
+def test_the_interval_covers_the_truth_where_neighbours_err_alike() -> None:
+    draw = np.random.default_rng(1)
+    trials, windows, covered = 400, 512, {1: 0, 32: 0}
+    for _ in range(trials):
+        articles = draw.normal(size=windows // 8).repeat(8)  # eight windows an article
+        noise = np.roll(articles, draw.integers(8)) + 0.5 * draw.normal(size=windows)
+        for block in covered:
+            low, high = bootstrap_interval(block_means(0.3 + noise, block), resamples=500)
+            covered[block] += low <= 0.3 <= high
+    assert covered[32] / trials > 0.9  # measured: 0.95
+    assert covered[1] / trials < 0.7  # measured: 0.57
+
+
+def test_blocks_hold_every_pair_and_are_never_too_few() -> None:
+    differences = np.arange(100.0)
+    assert len(block_means(differences, 1)) == 100
+    assert len(block_means(differences, 10)) == 10
+    assert len(block_means(differences, 32)) == 8
+    assert block_means(differences[:96], 12).mean() == pytest.approx(differences[:96].mean())
+
+
 def test_the_verdict_follows_the_interval() -> None:
     def verdict(mean: float, low: float, high: float, lower_is_better: bool = True) -> str:
         return Difference("loss/x@8", mean, low, high, 9, lower_is_better).verdict
@@ -56,13 +77,14 @@ def test_two_runs_are_compared_window_by_window(
     coarse = run(small_run(checkpoints["llama"], "quant.weight.bits=2"))
     fine = run(small_run(checkpoints["llama"], "quant.weight.bits=4"))
     runs = tmp_path / "runs"
-    (found,) = compare(runs / coarse.run_id, runs / fine.run_id)
-    assert found.key == "loss/file@64"
+    divergence, loss = compare(runs / coarse.run_id, runs / fine.run_id)
+    assert (divergence.key, loss.key) == ("kl/file@64", "loss/file@64")
     expected = np.log(fine.metrics["ppl/file@64"]) - np.log(coarse.metrics["ppl/file@64"])
-    assert found.mean == pytest.approx(expected, rel=1e-6)
-    assert found.low < found.mean < found.high
-    (same,) = compare(runs / fine.run_id, runs / fine.run_id)
-    assert (same.mean, same.low, same.high, same.verdict) == (0.0, 0.0, 0.0, "not told apart")
+    assert loss.mean == pytest.approx(expected, rel=1e-6)
+    assert divergence.mean == pytest.approx(fine.metrics["kl/file@64"] - coarse.metrics["kl/file@64"], rel=1e-5)
+    assert all(found.low < found.mean < found.high for found in (divergence, loss))
+    for same in compare(runs / fine.run_id, runs / fine.run_id):
+        assert (same.mean, same.low, same.high, same.verdict) == (0.0, 0.0, 0.0, "not told apart")
 
 
 def test_items_of_tasks_are_compared_too(checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def test_a_run_is_named_by_what_decides_its_numbers() -> None:
     assert name(model="another checkpoint") != base
 
 
+def test_windows_drawn_at_random_are_named_as_before_there_was_a_choice() -> None:
+    cfg = compose_run("calib.windows=random")
+    plain = plain_config(cfg)
+    name = run_id(parse(cfg), plain, {})
+    del plain["calib"]["windows"]
+    assert run_id(parse(cfg), plain, {}) == name
+    disjoint = compose_run("calib.windows=disjoint")
+    assert run_id(parse(disjoint), plain_config(disjoint), {}) != name
+
+
 def test_an_override_cannot_belie_the_name() -> None:
     assert parse(compose_run("quant=w4a16g128", "quant.weight.bits=2")).quant.name == "w2a16g128"
     assert parse(compose_run("quant.weight.symmetric=true")).quant.name == "w3a16g128-sym"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from lsiq.assets import bundled_model, bundled_text
-from lsiq.calib.corpora import read_corpus
+from lsiq.calib.corpora import Text, read_corpus
 from lsiq.calib.tokens import cut_windows, draw_windows, random_windows, token_hash
 from lsiq.errors import InputError
 
@@ -86,6 +87,26 @@ def test_drawing_depends_on_the_seed_alone(tokenizer: object) -> None:
     first, again, other = (draw_windows(text, tokenizer, 6, 64, seed, "bundled") for seed in (0, 0, 1))
     assert first.shape == (6, 64)
     assert token_hash(first) == token_hash(again) != token_hash(other)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_disjoint_windows_take_no_token_twice(tmp_path: Path, seed: int) -> None:
+    text = Text([" ".join(map(str, range(1000)))], "\n\n")
+
+    class Numbers:
+        def __call__(self, text: str, verbose: bool) -> dict[str, list[int]]:
+            del verbose
+            return {"input_ids": [int(word) for word in text.split()]}
+
+    def draw(samples: int) -> Tensor:
+        return draw_windows(text, Numbers(), samples, 64, seed, "numbers", "disjoint")
+
+    for samples in (4, 15):
+        windows = draw(samples)
+        assert windows.shape == (samples, 64)
+        assert len(windows.unique()) == windows.numel()
+    with pytest.raises(InputError, match=r"holds 15 windows of calib\.seqlen=64 .* calib\.windows=random"):
+        draw(16)
 
 
 def test_documents_that_are_long_enough_give_one_window_each(tokenizer: object, tmp_path: Path) -> None:

@@ -143,3 +143,40 @@ def test_wrong_settings_of_fine_tuning_name_the_way_out() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             parse(compose_run("method=e2e", *overrides))
+
+
+LATENT = (
+    "method=e2e",
+    "method.run=null",
+    "method@method.start=dense",
+    "method.start.training.epochs=1",
+    "+method.start.latents=true",
+    "+method.latents=true",
+    "method.part={_target_: lsiq.parts.dense.Dense, lr: null, unit: step, travel: 0.3}",
+    "eval.rtn=false",
+)
+
+
+def test_latent_weights_start_at_the_codes_that_were_found_and_flip_in_few_steps(
+    checkpoint: Path, small_run: SmallRun, tmp_path: Path
+) -> None:
+    still = run(small_run(checkpoint, *LATENT, "method.training.epochs=0", "method.label=still"))
+    folder = tmp_path / "runs" / still.run_id
+    before, after = (BlockStore(folder / part / "blocks").read(1) for part in ("start", "."))
+    assert all(torch.equal(before.weights[n].codes, after.weights[n].codes) for n in before.weights)
+    assert all(latent.abs().max() < 0.5 for latent in before.latents.values())
+    flips = {}
+    for latents in ("true", "false"):
+        found = run(small_run(checkpoint, *LATENT, f"method.latents={latents}", "method.training.epochs=2"))
+        flips[latents] = found.blocks[0]["metrics"]["flip_rate"]
+    assert flips["true"] > 0.001  # measured: see the assertion below
+    assert flips["false"] == 0  # 0.3 of a step, which cosine halves, leads from no cell's centre to another cell
+
+
+def test_latents_that_nobody_keeps_are_refused(checkpoint: Path, small_run: SmallRun) -> None:
+    with pytest.raises(ConfigError, match=r"latents=true: dense keeps none; set method\.start\.latents=true"):
+        parse(small_run(checkpoint, *LATENT, "method.start.latents=false"))
+    parent = run(small_run(checkpoint))
+    with pytest.raises(InputError, match=r"latents=true: .* keeps no weights as they were"):
+        run(small_run(checkpoint, "method=e2e", f"method.run={parent.run_id}", "+method.latents=true",
+                      "method.part={_target_: lsiq.parts.dense.Dense, lr: null, unit: step}"))  # fmt: skip

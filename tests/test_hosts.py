@@ -205,7 +205,7 @@ def test_the_prefix_is_not_quantised(checkpoint: Path) -> None:
     mask = torch.ones(1, 1, 5, 8, dtype=torch.bool).tril(3)
     attention = block.module.get_submodule("self_attn")
     attention = replace_groups(attention)
-    with activations(block.module, block.spec.linears, fmt):
+    with activations(block.module, block.spec.linears, fmt, prefix=3):
         found, _ = attend(attention, query, key, value, mask, scaling=0.25)
     on_grid = [torch.cat([x[:, :, :3], fmt.fake(x[:, :, 3:])], 2) for x in (key, value)]
     expected, _ = attend(attention, fmt.fake(query), *on_grid, mask, scaling=0.25)

@@ -17,7 +17,7 @@ from lsiq.learn import learn
 from lsiq.merge import merge
 from lsiq.methods.base import Context
 from lsiq.models.block import Block
-from lsiq.parts.base import Draft, Part, PartState
+from lsiq.parts.base import Draft, Part, PartState, quantized_ranges
 from lsiq.parts.clip import Clip
 from lsiq.parts.dense import Dense
 from lsiq.parts.equivalent import Equivalent
@@ -188,6 +188,53 @@ def test_increments_in_steps_do_not_depend_on_the_scale_of_the_weights(checkpoin
     assert torch.allclose(changes[0].unflatten(1, (-1, 32)), step.expand(-1, -1, 32), atol=1e-6)  # measured: 1.5e-8
 
 
+@pytest.mark.parametrize("part", [Singular(unit="step"), Singular(unit="step", corner=0.5), Expansion(unit="step")])
+def test_one_unit_of_every_entry_is_one_step_of_the_grid_root_mean_square(checkpoint: Path, part: Singular) -> None:
+    block, context = setting(checkpoint)
+    (state,) = moved([part.start(block, W2, context)], 1.0)
+    for parameter in state.parameters.values():
+        parameter.sign_()  # entries of 1 or -1
+    changed = part.apply(Draft(block.weights), state, block).weights
+    for name in block.linears:
+        step = W2.weight.fit(*W2.weight.extremes(block.weights[name]))[0].mean()
+        ratio = (changed[name] - block.weights[name]).square().mean().sqrt() / step
+        # Entries of the diagonal that lie in the corner too count twice or cancel; those of a band beyond it are lost.
+        assert ratio == pytest.approx(1, abs=0.1)  # measured: within 0.04
+
+
+def test_a_corner_is_a_number_a_share_or_all_of_the_rank(checkpoint: Path) -> None:
+    block, context = setting(checkpoint)
+    name = block.linears[0]
+    rank = min(block.weights[name].shape)
+    for corner, size in ((5, 5), (10**6, rank), (0.25, -(-rank // 4)), ("full", rank), (1.0, rank)):
+        state = Singular(corner=corner).start(block, W2, context)
+        assert state.parameters[f"{name}:corner"].shape == (size, size)
+    assert f"{name}:corner" not in Singular(corner=0).start(block, W2, context).parameters
+
+
+def test_a_complete_corner_reaches_every_change_of_a_weight(checkpoint: Path) -> None:
+    block, context = setting(checkpoint)
+    state = Singular(corner="complete").start(block, W2, context)
+    for name in block.linears:
+        wanted = torch.randn(block.weights[name].shape, generator=fresh())
+        u, vh = (state.constants[f"{name}:{side}"] for side in ("u", "vh"))
+        state.parameters[f"{name}:corner"].copy_(u.T @ wanted @ vh.T)
+        found = Singular(corner="complete").apply(Draft(block.weights), state, block).weights[name]
+        assert torch.allclose(found - block.weights[name], wanted, atol=1e-4)  # measured: 1e-5
+
+
+def test_a_grid_of_the_start_stays_while_the_weights_move(checkpoint: Path) -> None:
+    block, context = setting(checkpoint)
+    grids = {}
+    for span in ("present", "start"):
+        parts = (Dense(), Clip(span=span))  # type: ignore[arg-type]
+        states = start_parts(parts, block, W2, context)
+        before = quantized_ranges(apply_parts(parts, states, block), block.linears[0], W2)[0]
+        after = quantized_ranges(apply_parts(parts, [*moved(states[:1]), states[1]], block), block.linears[0], W2)[0]
+        grids[span] = torch.equal(before, after)
+    assert grids == {"present": False, "start": True}
+
+
 def loss_at_the_start(parts: tuple[Part, ...], block: Block, context: Context) -> float:
     learned = learn(parts, schedule_of(epochs=1, batch=8), block, W2, replace(context, generator=fresh()))
     return learned.epochs[0].loss
@@ -231,6 +278,11 @@ def test_wrong_settings_of_parts_name_the_way_out() -> None:
         (["method=lwc", "method.training.signed=[rounding]"], r"training\.signed=.* has no rounding; it has clip"),
         (["method=autoround", "method.parts.0.bound=0"], r"bound=0: .*above 0 to 8"),
         (["method=sde", "method.parts.0.width=-1"], r"width=-1"),
+        (
+            ["method=lsi", "method.parts.0.corner=1.5"],
+            r"corner=1\.5: a share of the rank .*; expected: the dense block",
+        ),
+        (["method=lsi", "method.parts.0.corner=half"], r"corner=half: no such size"),
         (["method=sde", "method.parts.0.sides=left"], r"sides=left: .*both, upper or lower"),
     ):
         with pytest.raises(ConfigError, match=message):

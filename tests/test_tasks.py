@@ -226,12 +226,6 @@ def test_a_name_nobody_knows_is_answered_with_near_ones() -> None:
         load_tasks(settings("eval=none", "eval.tasks=[arc_eazy]"))
 
 
-def test_tasks_that_generate_are_refused(tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", {"question": "1 + 1?", "answer": "#### 2"})
-    with pytest.raises(ConfigError, match="generates text"):
-        load_tasks(settings("eval=none", "eval.tasks=[gsm8k]", f"+eval.tasks_local.gsm8k={file}"))
-
-
 def test_a_damaged_file_of_items_names_the_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(
@@ -254,6 +248,7 @@ def test_the_harness_own_model_class_gives_the_same_likelihoods(checkpoint: Path
     from test_evaluation import NO_CACHE, unchanged
 
     from lsiq.evals.block_lm import BlockLM
+    from lsiq.evals.generation import Writer
     from lsiq.evals.likelihood import measure_pairs
     from lsiq.evals.windows import Variant
 
@@ -266,6 +261,7 @@ def test_the_harness_own_model_class_gives_the_same_likelihoods(checkpoint: Path
         lambda pairs: measure_pairs(model, pairs, {"": Variant(unchanged)}, 64, NO_CACHE, lambda _: lambda: None)[0][
             ""
         ],
+        Writer(model, unchanged).write,
     )
     long = "The boat went to the harbour. " * 40  # more than the model's 128 positions
     asked = [("", "The boat"), ("A trailing blank ", "moves"), (long, " again"), ("The boat", " sank slowly")]
@@ -279,3 +275,8 @@ def test_the_harness_own_model_class_gives_the_same_likelihoods(checkpoint: Path
     assert ours.loglikelihood_rolling(rolled) == pytest.approx(
         harness.loglikelihood_rolling(rolled, disable_tqdm=True), rel=1e-5
     )
+    settings = {"until": [" the", "\n"], "max_gen_toks": 12, "do_sample": False}
+    written = [
+        Instance("generate_until", {}, (text, settings), 0) for text in ("The boat", "A harbour with a wall", long)
+    ]
+    assert ours.generate_until(written) == harness.generate_until(written, disable_tqdm=True)

@@ -230,7 +230,8 @@ def _drawn(source: FloatModel, calibration: Calibration | Tensor | None, batch: 
         text = read_corpus(settings.corpus, "calibration", settings.path, settings.fields)
         name = settings.path or settings.corpus
         tokenizer = _tokenizer(source)
-        parts.append(draw_windows(text, tokenizer, settings.samples, settings.seqlen, calibration.seed, name))
+        drawn = (settings.samples, settings.seqlen, calibration.seed, name, settings.windows)
+        parts.append(draw_windows(text, tokenizer, *drawn))
     if settings.written:
         parts.append(write_sequences(source.model, settings.written, settings.seqlen, calibration.seed))
     return (torch.cat(parts) if parts else None), settings.batch

@@ -1,4 +1,4 @@
-"""The models that are bundled: their shapes, their loss, and how they are written."""
+"""The models of the ladder, two of them bundled: how they are built, their loss, and how they are written."""
 
 from pathlib import Path
 
@@ -8,29 +8,26 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
+from lsiq.assets.ladder import Rung
 from lsiq.assets.tokenizer import save_tokenizer
 
-# 384 channels are six heads of 64, the head size of the large models; six such layers and 4096 pieces make 11 million
-# parameters, 22 MB in bfloat16: small enough to ship in a repository, large enough to write English.
-HIDDEN, LAYERS, HEADS, POSITIONS = 384, 6, 6, 1024
-# Two key-value heads, so that grouped-query attention is exercised; 1024 is 8/3 of the width, the usual gated ratio.
-LLAMA_KV_HEADS, LLAMA_FFN = 2, 1024
-# OPT's own ratio of 4 (1536) would exceed the 24 MB; with 1280 both families weigh the same.
-OPT_FFN = 1280
+POSITIONS = 1024
 
 
-def build_model(family: str, vocab: int) -> PreTrainedModel:
+def build_model(family: str, vocab: int, rung: Rung) -> PreTrainedModel:
     """Return a freshly initialised float32 model of the family, dropout off, with tied embeddings.
 
     No padding id is configured: the embedding would never train the row of a padding token, which here also ends texts.
     """
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "tie_word_embeddings": True}
-    shape = {"vocab_size": vocab, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    shape = {"vocab_size": vocab, "hidden_size": rung.hidden, "num_hidden_layers": rung.blocks}
+    shape |= {"num_attention_heads": rung.heads, "max_position_embeddings": POSITIONS}
     if family == "llama":
-        sizes = {"intermediate_size": LLAMA_FFN, "num_key_value_heads": LLAMA_KV_HEADS, "head_dim": HIDDEN // HEADS}
-        model = LlamaForCausalLM(LlamaConfig(**shape, **sizes, **special, max_position_embeddings=POSITIONS))
+        sizes = {"intermediate_size": rung.llama_ffn, "num_key_value_heads": rung.kv_heads}
+        sizes["head_dim"] = rung.hidden // rung.heads
+        model = LlamaForCausalLM(LlamaConfig(**shape, **sizes, **special))
     else:
-        sizes = {"ffn_dim": OPT_FFN, "word_embed_proj_dim": HIDDEN, "max_position_embeddings": POSITIONS}
+        sizes = {"ffn_dim": rung.opt_ffn, "word_embed_proj_dim": rung.hidden}
         rates = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0, "do_layer_norm_before": True}
         model = OPTForCausalLM(OPTConfig(**shape, **sizes, **rates, **special))
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)

@@ -1,7 +1,8 @@
-"""Train the bundled models: `python -m lsiq.assets.train --family llama --text PATH... --tokenizer DIR --out DIR`.
+"""Train a model of the ladder: `python -m lsiq.assets.train --family llama --rung 11m --text PATH... --out DIR`.
 
-With `--train-tokenizer OUT --text PATH...` it trains the tokenizer instead. Weights stay float32 and matrix products
-run in bfloat16 on a GPU; the result is a bfloat16 checkpoint. An interrupted run goes on from `OUT/state.pt`.
+Several GPUs share each batch: `torchrun --nproc-per-node=N -m lsiq.assets.train ...`. Weights stay float32 and matrix
+products run in bfloat16 on a GPU; the result is a bfloat16 checkpoint with its card. An interrupted run goes on from
+`OUT/state.pt`. With `--train-tokenizer OUT --text PATH...` it trains the tokenizer instead.
 """
 
 import argparse
@@ -11,11 +12,16 @@ import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from lsiq import distributed
+from lsiq.assets import bundled_model
+from lsiq.assets.card import write_card
+from lsiq.assets.ladder import LADDER
 from lsiq.assets.model import POSITIONS, save_checkpoint
 from lsiq.assets.tokenizer import (
     Source,
@@ -25,22 +31,20 @@ from lsiq.assets.tokenizer import (
     token_stream,
     train_tokenizer,
 )
-from lsiq.assets.training import Plan, Run, Windows, train
+from lsiq.assets.training import Plan, Run, Windows, tell, train
 from lsiq.errors import LsiqError
-
-# Stable peak rates for batches of 65,000 tokens at this width; OPT, without gates and RMSNorm, takes less.
-LEARNING_RATE = {"llama": 3e-3, "opt": 2e-3}
+from lsiq.machine import find_device
 
 
 def load_streams(tokenizer: Tokenizer, texts: list[str], cache: Path) -> np.ndarray:
     """Return all texts as one uint16 stream, repeats included, encoding what the cache lacks."""
     start, streams = time.monotonic(), []
     for source in map(Source.parse, texts):
+        if distributed.first():
+            token_stream(tokenizer, source, cache)
+        distributed.wait()  # until the cache has it
         streams += [token_stream(tokenizer, source, cache)] * source.repeat
-        print(
-            f"{source.name}: {len(streams[-1]):,} tokens x {source.repeat}, {time.monotonic() - start:.1f} s",
-            flush=True,
-        )
+        tell(f"{source.name}: {len(streams[-1]):,} tokens x {source.repeat}, {time.monotonic() - start:.1f} s")
     return np.concatenate(streams)
 
 
@@ -58,7 +62,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--vocab", type=int, default=4096, help="pieces of the tokenizer to train")
     add("--characters", type=amount, default=60_000_000, help="of each text, for the tokenizer")
     add("--family", choices=["llama", "opt"])
-    add("--tokenizer", type=Path, help="folder with tokenizer.json")
+    add("--rung", choices=LADDER, default="11m", help="parameters, about; 11m is the size of the bundled models")
+    add("--tokenizer", type=Path, default=bundled_model("tiny-llama"), help="folder with tokenizer.json; the bundled")
     add("--out", type=Path)
     add("--cache", type=Path, help="folder of the encoded texts; default --out")
     add("--valid", nargs="*", default=[], help="texts for the validation loss")
@@ -66,17 +71,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--tokens", type=amount, default=400_000_000, help="budget, for example 400M")
     add("--minutes", type=float, default=math.inf, help="limit of the training loop, compilation apart")
     add("--job-minutes", type=float, default=math.inf, help="limit of everything but writing the checkpoint")
-    add("--batch", type=int, default=64)
+    add("--batch", type=int, help="sequences a step, of all processes together; default: the rung's, 64 or 32")
     add("--seqlen", type=int, default=1024)
-    add("--lr", type=float, help="peak; default 3e-3 for llama, 2e-3 for opt")
+    add("--lr", type=float, help="peak; default: the rung's, 8e-4 to 3e-3 for llama, two thirds of that for opt")
     add("--warmup", type=float, default=0.03, help="share of the run")
     add("--seed", type=int, default=0)
-    add("--compile", action="store_true", help="worth it on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--device", default="auto")
     add("--encode-only", action="store_true", help="fill the cache and stop")
     arguments = parser.parse_args(argv)
-    if not arguments.train_tokenizer and not (arguments.family and arguments.tokenizer and arguments.out):
-        parser.error("give --family, --tokenizer and --out to train a model, or --train-tokenizer OUT")
+    if not arguments.train_tokenizer and not (arguments.family and arguments.out):
+        parser.error("give --family and --out to train a model, or --train-tokenizer OUT")
     if not 1 <= arguments.seqlen <= POSITIONS:
         parser.error(f"--seqlen {arguments.seqlen} is outside 1..{POSITIONS}, the positions of the model")
     return arguments
@@ -90,21 +95,31 @@ def main(argv: list[str] | None = None) -> None:
         documents: Iterator[str] = chain(*(first_characters(s.documents(), args.characters) for s in sources))
         save_tokenizer(train_tokenizer(documents, args.vocab), args.train_tokenizer)
         return
-    tokenizer, cache = load_tokenizer(args.tokenizer), args.cache or args.out
+    with distributed.together(args.device):
+        train_model(args)
+
+
+def train_model(args: argparse.Namespace) -> None:
+    """Train as the command line says, with whatever other processes there are."""
+    tokenizer, cache, device = load_tokenizer(args.tokenizer), args.cache or args.out, find_device(args.device)
     stream = load_streams(tokenizer, args.text, cache)
     valid = load_streams(tokenizer, args.valid, cache) if args.valid else None
     if args.encode_only:
         return
-    lr = LEARNING_RATE[args.family] if args.lr is None else args.lr
-    names = ["family", "tokens", "minutes", "job_minutes", "batch", "seqlen", "warmup", "seed", "valid_every"]
-    plan = Plan(lr=lr, **{name: getattr(args, name) for name in names})
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    rung = LADDER[args.rung]
+    names = ["family", "rung", "tokens", "minutes", "job_minutes", "seqlen", "warmup", "seed", "valid_every"]
+    chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
+    lr = rung.rate(args.family) if args.lr is None else args.lr
+    plan = Plan(**chosen, lr=lr, batch=rung.batch if args.batch is None else args.batch)
     torch.set_float32_matmul_precision("high")
     run = Run(plan, tokenizer.get_vocab_size(), args.out, device)
     run.resume()
-    print(f"{args.family}: {sum(p.numel() for p in run.model.parameters()):,} parameters on {device}", flush=True)
-    train(run, Windows(stream, plan, device), valid, args.compile)
-    save_checkpoint(run.model, tokenizer, args.out)
+    tell(f"{args.family} {args.rung}: {sum(p.numel() for p in run.model.parameters()):,} parameters on {device}")
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    train(run, Windows(stream, plan, device), valid, compiled)
+    if distributed.first():
+        save_checkpoint(run.model, tokenizer, args.out)
+        write_card(run, tokenizer, args.text, args.valid, len(stream))
 
 
 if __name__ == "__main__":

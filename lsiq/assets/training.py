@@ -12,17 +12,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lsiq import distributed
+from lsiq.assets.ladder import LADDER
 from lsiq.assets.model import build_model, token_loss
 from lsiq.errors import InputError, NumericalError
 
 LOG_EVERY = 50  # steps; reading the loss waits for the GPU, which costs nothing measurable this rarely
 STARTED = time.monotonic()  # of the process, for --job-minutes
-SAVE_SECONDS = 60  # at most this much work is lost when the process is killed
+SAVE_SECONDS = 60  # between two saves, or
+SAVE_SHARE = 0.03  # of the time may go to saving, whichever is longer: the state of 300 million parameters has 3.5 GB
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training run does; `tokens`, `minutes` and `job_minutes` end it, whichever comes first."""
+    """What a training run does; `tokens`, `minutes` and `job_minutes` end it, whichever comes first.
+
+    Attributes:
+        batch: sequences of a step, of all processes together.
+    """
 
     family: str
     tokens: int
@@ -34,6 +41,7 @@ class Plan:
     warmup: float
     seed: int
     valid_every: int
+    rung: str = "11m"
 
     def factor(self, progress: float) -> float:
         """The learning rate over its peak: linear warm-up, then a cosine that reaches 0 at `progress` 1."""
@@ -46,6 +54,7 @@ class Windows:
     """Windows `(batch, seqlen + 1)` of a token stream; an epoch, cut at a random offset, takes each window once.
 
     `at(step)` depends on nothing but the seed and the step, so a resumed run sees what an unbroken one would have seen.
+    Of several processes each is given its share of the batch.
     """
 
     def __init__(self, stream: np.ndarray, plan: Plan, device: torch.device):
@@ -54,6 +63,8 @@ class Windows:
         if self.count < plan.batch:
             need = (plan.batch + 1) * plan.seqlen
             raise InputError(f"--text holds {len(stream):,} tokens, fewer than {need:,}; lower --batch or --seqlen")
+        if plan.batch % distributed.size():
+            raise InputError(f"--batch {plan.batch}: does not divide among {distributed.size()} processes")
         # int32 on the device: 4 bytes a token, and CUDA cannot index with 16-bit integers.
         self.stream = torch.from_numpy(stream.astype(np.int32)).to(device)
         self.span = torch.arange(plan.seqlen + 1, device=device)
@@ -66,7 +77,7 @@ class Windows:
             offset = torch.randint(self.plan.seqlen, (1,), generator=random)
             starts = torch.randperm(self.count, generator=random) * self.plan.seqlen + offset
             self.epoch, self.starts = epoch, starts.to(self.stream.device)
-        start = self.starts[index * self.plan.batch : (index + 1) * self.plan.batch]
+        start = self.starts[index * self.plan.batch : (index + 1) * self.plan.batch][distributed.share(self.plan.batch)]
         return self.stream[start[:, None] + self.span].long()
 
 
@@ -99,11 +110,11 @@ class Run:
         torch.manual_seed(plan.seed)
         self.plan, self.out, self.step, self.seconds = plan, out, 0, 0.0
         self.limit = 60 * plan.minutes
-        self.model = build_model(plan.family, vocab)
+        self.model = build_model(plan.family, vocab, LADDER[plan.rung])
         nn.Module.to(self.model, device)  # transformers' own `to` is typed for itself only
         self.optimizer = make_optimizer(self.model, plan.lr)
         # Only what fixes the data order and the shapes: the budgets and the rate may change between two calls.
-        fixed = {name: getattr(plan, name) for name in ("family", "batch", "seqlen", "seed")}
+        fixed = {name: getattr(plan, name) for name in ("family", "rung", "batch", "seqlen", "seed")}
         self.identity = {"vocab": vocab, **fixed}
         out.mkdir(parents=True, exist_ok=True)
         self.curve = out / "curve.jsonl"
@@ -120,13 +131,17 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"].cpu())
             self.step, self.seconds = state["step"], state["seconds"]
-            print(f"resumed at step {self.step}, {self.seconds:.0f} s", flush=True)
+            tell(f"resumed at step {self.step}, {self.seconds:.0f} s")
+        if not distributed.first():
+            return
         kept = self.curve.read_text().splitlines() if self.curve.exists() else []
         kept = [line for line in kept if json.loads(line)["step"] <= self.step]
         self.curve.write_text("".join(line + "\n" for line in kept))
 
     def save(self) -> None:
-        """Replace `out/state.pt`; a kill in between leaves the old one."""
+        """Replace `out/state.pt`; a kill in between leaves the old one. Of several processes the first does it."""
+        if not distributed.first():
+            return
         state = {
             "identity": self.identity,
             "model": self.model.state_dict(),
@@ -149,6 +164,8 @@ class Run:
             raise NumericalError(
                 f"the loss is {train} at step {self.step}; start anew with a lower --lr than {self.plan.lr}"
             )
+        if not distributed.first():
+            return
         tokens = self.step * self.plan.batch * self.plan.seqlen
         row = {"step": self.step, "tokens": tokens, "seconds": round(self.seconds, 2), "lr": lr, "train": train}
         row["valid"] = valid
@@ -157,11 +174,27 @@ class Run:
         done = self.progress()
         left = max(0.0, self.seconds * (1 - done) / done)
         shown = "" if valid is None else f" valid {valid:.4f} (ppl {math.exp(valid):.2f})"
-        print(f"step {self.step} train {train:.4f}{shown} | {rate / 1e6:.3f} M tokens/s, {left:.0f} s left", flush=True)
+        tell(f"step {self.step} train {train:.4f}{shown} | {rate / 1e6:.3f} M tokens/s, {left:.0f} s left")
+
+
+def tell(message: str) -> None:
+    """Print a line at once; of several processes the first speaks."""
+    if distributed.first():
+        print(message, flush=True)
+
+
+def agreed(seconds: float) -> float:
+    """Return what the first process's clock says: rates follow it, so all must go by the same one."""
+    said = torch.tensor(seconds, dtype=torch.float64)
+    distributed.take_from_first([said])
+    return said.item()
 
 
 def train(run: Run, windows: Windows, valid: np.ndarray | None, compiled: bool) -> None:
-    """Train until the budget is used up; `run.model` then holds the final weights and `state.pt` matches it."""
+    """Train until the budget is used up; `run.model` then holds the final weights and `state.pt` matches it.
+
+    Several processes take the very steps of one, each with its share of every batch, up to the order of summation.
+    """
     plan, model = run.plan, run.model
     loss_of = torch.compile(token_loss, dynamic=False) if compiled else token_loss
     for _ in range(2 if compiled else 0):
@@ -169,32 +202,34 @@ def train(run: Run, windows: Windows, valid: np.ndarray | None, compiled: bool) 
         loss_of(model, windows.at(run.step)).backward()
         model.zero_grad(set_to_none=True)
     job_left = 60 * plan.job_minutes - (time.monotonic() - STARTED)
-    run.limit = min(run.limit, run.seconds + max(job_left, 1.0))
+    run.limit = agreed(min(run.limit, run.seconds + max(job_left, 1.0)))
     parameters = list(model.parameters())
-    total, since, last_save = torch.zeros((), device=model.device), 0, time.monotonic()
-    mark = origin = time.monotonic() - run.seconds
-    mark += run.seconds
+    total, since, next_save = torch.zeros((), device=model.device), 0, time.monotonic() + SAVE_SECONDS
+    mark = time.monotonic()
+    origin = mark - run.seconds
     while (progress := run.progress()) < 1:
         lr = plan.lr * plan.factor(progress)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        loss = loss_of(model, windows.at(run.step))
+        loss = loss_of(model, windows.at(run.step)) / distributed.size()
         loss.backward()
+        distributed.add_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         total += loss.detach()
-        run.step, since, run.seconds = run.step + 1, since + 1, time.monotonic() - origin
+        run.step, since, run.seconds = run.step + 1, since + 1, agreed(time.monotonic() - origin)
         if run.step % LOG_EVERY and run.progress() < 1:
             continue
-        mean = total.item() / since  # waits for the GPU, so the clock read next is the true one
+        mean = distributed.add(total).item() / since  # waits for the GPU, so the clock read next is the true one
         now = time.monotonic()
-        run.seconds, rate = now - origin, since * plan.batch * plan.seqlen / (now - mark)
-        due = run.step % plan.valid_every == 0 or run.progress() >= 1
-        run.log(mean, validation_loss(model, valid, plan) if valid is not None and due else None, lr, rate)
-        if now - last_save > SAVE_SECONDS:
+        run.seconds, rate = agreed(now - origin), since * plan.batch * plan.seqlen / (now - mark)
+        due = (run.step % plan.valid_every == 0 or run.progress() >= 1) and distributed.first()
+        run.log(mean, validation_loss(model, valid, plan) if due and valid is not None else None, lr, rate)
+        if now > next_save:
             run.save()
-            last_save = time.monotonic()
+            took = time.monotonic() - now
+            next_save = now + max(SAVE_SECONDS, took / SAVE_SHARE)
         total.zero_()
         since, mark = 0, time.monotonic()
     run.save()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lsiq.calib.corpora import Split, corpus_files, read_corpus
-from lsiq.calib.tokens import cut_windows, draw_windows
+from lsiq.calib.tokens import Windows, cut_windows, draw_windows
 from lsiq.evals.cache import EvaluationCache
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ _SOURCES = ("calib/corpora.py", "calib/kept.py", "calib/text.py", "calib/tokens.
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """Windows of a corpus: `samples` drawn with `seed`, or all that can be cut where `samples` is None."""
+    """Windows of a corpus: `samples` drawn with `seed`, or all that can be cut where `samples` is None.
+
+    `windows` says how they are drawn, as in `draw_windows`.
+    """
 
     corpus: str
     split: Split
@@ -31,6 +34,7 @@ class TokenRequest:
     seqlen: int
     samples: int | None = None
     seed: int = 0
+    windows: Windows = "random"
 
 
 def token_cache(folder: str | None, versions: Mapping[str, str | None], origin: Mapping[str, str]) -> EvaluationCache:
@@ -64,7 +68,8 @@ def kept_tokens(request: TokenRequest, tokenizer: Any, cache: EvaluationCache) -
         if request.samples is None:
             windows = cut_windows(text, tokenizer, request.seqlen, name)
         else:
-            windows = draw_windows(text, tokenizer, request.samples, request.seqlen, request.seed, name)
+            samples, seqlen, seed = request.samples, request.seqlen, request.seed
+            windows = draw_windows(text, tokenizer, samples, seqlen, seed, name, request.windows)
         return {"tokens": windows.to(torch.int32)}
 
     backend = getattr(tokenizer, "backend_tokenizer", None)

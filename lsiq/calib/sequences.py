@@ -47,5 +47,7 @@ def drawn_tokens(config: RunConfig, model: Model, cache: EvaluationCache, limit:
         return random_windows(model.config.vocab_size, samples, calib.seqlen, config.seed)
     assert calib.corpus is not None
     fields = tuple(calib.fields)
-    request = TokenRequest(calib.corpus, "calibration", calib.path, fields, calib.seqlen, samples, config.seed)
+    request = TokenRequest(
+        calib.corpus, "calibration", calib.path, fields, calib.seqlen, samples, config.seed, calib.windows
+    )
     return kept_tokens(request, model.tokenizer, cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from lsiq.lengths import too_short
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Windows = Literal["disjoint", "random"]
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:
@@ -29,11 +31,18 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
         logger.setLevel(level)
 
 
-def draw_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: int, name: str) -> Tensor:
-    """Return `(samples, seqlen)` token ids from random places of `text`, the same for the same seed.
+def draw_windows(
+    text: Text, tokenizer: Any, samples: int, seqlen: int, seed: int, name: str, windows: Windows = "random"
+) -> Tensor:
+    """Return `(samples, seqlen)` token ids of `text`, the same for the same seed.
+
+    With `windows="disjoint"` the text is cut from a random offset on and each cut is taken once at most; with
+    `"random"` windows begin anywhere, so that some overlap. Where windows stay inside one document each document gives
+    one at most, and both mean the same.
 
     Raises:
-        InputError: the text, or every document where windows stay inside one, is shorter than `seqlen` tokens.
+        InputError: the text, or every document where windows stay inside one, is shorter than `seqlen` tokens, or it
+            holds fewer disjoint windows than are wanted.
     """
     random = np.random.default_rng([seed, seqlen])
     if text.by_document:
@@ -41,8 +50,24 @@ def draw_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: in
     ids = tokenize(text.joined(), tokenizer)
     if len(ids) < seqlen:
         raise InputError(too_short(name, len(ids), seqlen, "calib.seqlen"))
+    if windows == "disjoint":
+        return _draw_disjoint(ids, samples, seqlen, random, name)
     starts = random.integers(0, len(ids) - seqlen + 1, size=samples)
     return torch.stack([ids[start : start + seqlen] for start in starts.tolist()])
+
+
+def _draw_disjoint(ids: Tensor, samples: int, seqlen: int, random: Any, name: str) -> Tensor:
+    most = len(ids) // seqlen
+    if most < samples:
+        raise InputError(
+            f"{name}: the text holds {most} windows of calib.seqlen={seqlen} tokens, and calib.samples={samples} are "
+            "wanted; give a longer text, lower either, or set calib.windows=random, which lets windows overlap"
+        )
+    # As far as the text reaches beyond the windows that are wanted, the first one may begin anywhere.
+    offset = int(random.integers(0, min(seqlen, len(ids) - samples * seqlen + 1)))
+    cut = ids[offset:]
+    cut = cut[: len(cut) // seqlen * seqlen].view(-1, seqlen)
+    return cut[torch.from_numpy(random.permutation(len(cut))[:samples])]
 
 
 def _draw_by_document(text: Text, tokenizer: Any, samples: int, seqlen: int, random: Any, name: str) -> Tensor:

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lsiq.errors import InputError
+from lsiq.evals.generation import Prompt
 from lsiq.evals.likelihood import Likelihoods, Pair
 
 # Window of the rolling likelihood where a model names no limit of its own; as the harness has it.
 _WINDOW = 2048
+# Tokens that an answer may have where its task does not say; as the harness has it.
+_LIMIT = 256
+Write = Callable[[Sequence[Prompt]], Sequence[Sequence[int]]]
 
 
 class BlockLM(TemplateLM):
-    """Answers the harness' requests with likelihoods that were measured block by block.
+    """Answers the harness' requests with likelihoods that were measured block by block, or with what a model writes.
 
     Contexts and continuations are tokenised by the harness' own code, with the special tokens that the tokenizer adds
     by default, so that items are the same as under the harness' `hf` model.
     """
 
     def __init__(
-        self, tokenizer: Any, positions: int | None, likelihoods: Callable[[Sequence[Pair]], Likelihoods]
+        self,
+        tokenizer: Any,
+        positions: int | None,
+        likelihoods: Callable[[Sequence[Pair]], Likelihoods],
+        write: Write,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self._positions, self._likelihoods = positions, likelihoods
+        self._positions, self._likelihoods, self._write = positions, likelihoods, write
         self._stderr = sys.stderr
 
     @property
@@ -74,10 +83,34 @@ class BlockLM(TemplateLM):
             sums[owner] += value
         return sums
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Refuse: `load_tasks` lets only tasks through that rank or score answers."""
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        """The likeliest texts after the requests' contexts, token by token, cut where a stop appears.
+
+        A context that leaves no place for the answer loses its beginning, as in the harness' `hf` model.
+        """
         del disable_tqdm
-        raise InputError(f"eval.tasks: {len(requests)} requests ask for generated text, which is not measured here")
+        prompts = [self._prompt(*request.args) for request in requests]
+        with contextlib.redirect_stderr(self._stderr):
+            answers = self._write(prompts)
+        texts = [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+        return [
+            postprocess_generated_text(text, list(prompt.stops), None)
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+
+    def _prompt(self, context: str, settings: Mapping[str, Any]) -> Prompt:
+        chosen: Mapping[str, Any] = dict(normalize_gen_kwargs(dict(settings), _LIMIT))
+        stops = chosen["until"]
+        end = self.tokenizer.decode([self.eot_token_id])
+        limit = chosen["max_gen_toks"]
+        if self._positions is not None and limit >= self._positions:
+            raise InputError(
+                f"eval.tasks: an answer of {limit} tokens has no place in a model of {self._positions} positions; "
+                "leave out its task"
+            )
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
+        kept = tokens if self._positions is None else tokens[-(self._positions - limit) :]
+        return Prompt(tuple(kept), tuple(dict.fromkeys([*filter(None, stops), end])), limit)
 
     def _measure(self, pairs: Sequence[Pair]) -> Likelihoods:
         with contextlib.redirect_stderr(self._stderr):  # the harness is kept quiet, our progress is not

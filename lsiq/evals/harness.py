@@ -18,8 +18,9 @@ from lsiq import distributed
 from lsiq.durable import replacing
 from lsiq.environment import variable
 from lsiq.evals.cache import EvaluationCache
+from lsiq.evals.generation import Prompt, check_room, hash_prompts, write_answers
 from lsiq.evals.likelihood import Likelihoods, Pair, hash_pairs, measure_pairs
-from lsiq.evals.tasks import Tasks
+from lsiq.evals.tasks import Tasks, generates
 from lsiq.evals.windows import Variant, by_model
 from lsiq.models.loading import Model
 from lsiq.results import Record
@@ -40,14 +41,18 @@ _BOOTSTRAP = 1000
 
 
 class Answers:
-    """The likelihoods of every pair that the tasks ask about, measured for all models when the first of them asks."""
+    """What models say to tasks.
+
+    The likelihoods of every pair that is asked about are measured for all models when the first of them asks. What a
+    model writes it writes when it is asked, with all its blocks on the device.
+    """
 
     def __init__(
         self, model: Model, variants: Mapping[str, Variant], batch_tokens: int, cache: EvaluationCache
     ) -> None:
         self._model, self._variants, self._batch_tokens, self._cache = model, variants, batch_tokens, cache
         self._known: dict[str, dict[str, Likelihoods]] = {}
-        self._origins: list[dict[str, Mapping[str, str]]] = []
+        self._origins: dict[str, dict[str, Mapping[str, str]]] = {}
 
     def of(self, prefix: str, pairs: Sequence[Pair]) -> Likelihoods:
         """Return the likelihoods under one model."""
@@ -62,13 +67,27 @@ class Answers:
                     self._cache,
                     partial(_next_stage, stack),
                 )
-            self._origins.append(origins)
+            self._origins[key] = origins
         return self._known[key][prefix]
 
+    def written(self, prefix: str, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the tokens that one model writes after each prompt."""
+        with contextlib.ExitStack() as stack:
+            answers, origin = write_answers(
+                self._model,
+                prompts,
+                self._variants[prefix],
+                self._batch_tokens,
+                self._cache,
+                partial(_next_stage, stack),
+            )
+        self._origins.setdefault(hash_prompts(prompts), {}).update({} if origin is None else {prefix: origin})
+        return answers
+
     def origin(self, prefix: str) -> Mapping[str, str] | None:
-        """Where a model's likelihoods come from, if all of them were in the cache."""
-        if all(prefix in origins for origins in self._origins):
-            return self._origins[0][prefix]
+        """Where a model's answers come from, if all of them were in the cache."""
+        if all(prefix in origins for origins in self._origins.values()):
+            return next(iter(self._origins.values()))[prefix]
         return None
 
 
@@ -107,7 +126,7 @@ def measure_tasks(
                     record.cached |= {f"{shown}{key}": dict(origin) for key in found}
             protocol = {
                 "task_version": results["versions"].get(name),
-                "items": len(samples),
+                "items": len({sample["doc_id"] for sample in samples}),
                 "fewshot": 0,
                 "requests": _hash_requests(samples),
                 "lm_eval": importlib.metadata.version("lm_eval"),
@@ -118,6 +137,12 @@ def measure_tasks(
             pandas.DataFrame(rows).to_parquet(partial, index=False)
 
 
+def check_tasks(model: Model, tasks: Tasks) -> None:
+    """Raise ResourceError before anything long where a task generates text and the whole model has no room for it."""
+    if any(generates(task) for task in tasks.values()):
+        check_room(model)
+
+
 def _hash_requests(samples: Sequence[Mapping[str, Any]]) -> str:
     """A hash of the prompts and answers of all items, and of which is right."""
     asked = [[sample["doc_id"], sample["arguments"], str(sample["target"])] for sample in samples]
@@ -125,21 +150,26 @@ def _hash_requests(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _metrics(results: Mapping[str, Any], task: str) -> dict[str, float]:
-    """Return the numbers of one task by our keys: `acc/piqa`, `acc_stderr/piqa`."""
+    """Return the numbers of one task by our keys: `acc/piqa`, `acc_stderr/piqa`, `exact_match_strict-match/gsm8k`."""
     found = {}
     for name, value in results.items():
-        metric, _, _ = name.partition(",")
+        metric, _, extract = name.partition(",")
         stderr = metric.endswith("_stderr")
-        metric = metric.removesuffix("_stderr")
+        metric = _key(metric.removesuffix("_stderr"), extract)
         if "," in name and isinstance(value, (int, float)) and value == value:
-            found[f"{METRICS.get(metric, metric)}{'_stderr' if stderr else ''}/{task}"] = float(value)
+            found[f"{metric}{'_stderr' if stderr else ''}/{task}"] = float(value)
     return found
+
+
+def _key(metric: str, extract: str) -> str:
+    """Return our name of a metric; `extract` says how answers are read off generated text, where that is done."""
+    return METRICS.get(metric, metric) + ("" if extract in ("", "none") else f"_{extract}")
 
 
 def _items(samples: Sequence[Mapping[str, Any]], task: str, prefix: str) -> list[dict[str, Any]]:
     return [
         {
-            "key": f"{prefix}{METRICS.get(metric, metric)}/{task}",
+            "key": f"{prefix}{_key(metric, sample.get('filter', ''))}/{task}",
             "item": sample["doc_id"],
             "value": float(sample[metric]),
         }
@@ -156,7 +186,7 @@ def _evaluate(
 
     from lsiq.evals.block_lm import BlockLM  # derives from a class of the harness
 
-    lm = BlockLM(model.tokenizer, positions, partial(answers.of, prefix))
+    lm = BlockLM(model.tokenizer, positions, partial(answers.of, prefix), partial(answers.written, prefix))
     with _quiet():
         found = evaluate(lm, {"tasks": dict(tasks)}, limit=items, bootstrap_iters=_BOOTSTRAP)
     assert found is not None  # None is for the lower ranks of a distributed evaluation

@@ -3,7 +3,8 @@
 Prompts, answers and metrics are the harness' own definitions in both cases. A local file holds either rows in the
 schema of the hub's data set, or the flat layout `query`, `choices`, `gold` that several public evaluations use; for the
 tasks in `FLAT`, flat rows are turned back into the hub's schema. A flat file under any other name is a task of its
-own: the choices are ranked after the query.
+own: the choices are ranked after the query, or, in the layout `query`, `answer`, the line that the model writes after
+the query is compared with the answer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Tasks = Mapping[str, Any]
-_SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+_MEASURED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 def _arc(row: Row) -> Row:
@@ -81,6 +82,7 @@ FLAT: dict[str, tuple[str, tuple[str, ...], Callable[[Row], Row]]] = {
     "arc_easy": ("arc", ("query", "choices", "gold"), _arc),
     "arc_challenge": ("arc", ("query", "choices", "gold"), _arc),
     "boolq": ("super_glue/boolq", ("query", "gold"), _boolq),
+    "gsm8k": ("gsm8k", ("question", "answer"), dict),
     "hellaswag": ("hellaswag", ("query", "choices", "gold"), _hellaswag),
     "lambada_openai": (
         "lambada",
@@ -96,13 +98,14 @@ FLAT: dict[str, tuple[str, tuple[str, ...], Callable[[Row], Row]]] = {
     "winogrande": ("winogrande", ("context_options", "continuation", "gold"), _winogrande),
 }
 _OWN = ("query", "choices", "gold")
+_OWN_TEXT = ("query", "answer")
 
 
 def load_tasks(settings: EvalSettings) -> Tasks:
     """Return the harness' task objects by name, their data at hand; empty where none is asked for.
 
     Raises:
-        ConfigError: the harness is not installed, knows no such task, or the task generates text.
+        ConfigError: the harness is not installed, knows no such task, or the task samples text.
         InputError: a file's rows do not fit, or the hub's data cannot be had.
     """
     if not settings.tasks:
@@ -117,11 +120,7 @@ def load_tasks(settings: EvalSettings) -> Tasks:
         path = settings.tasks_local.get(name) or bundled_task(name)
         tasks |= _load(name, None if path is None else read_rows(Path(path).expanduser(), name))
     for name, task in tasks.items():
-        if task.OUTPUT_TYPE not in _SCORED:
-            raise ConfigError(
-                f"eval.tasks: {name} generates text ({task.OUTPUT_TYPE}); "
-                "only tasks that rank or score answers are measured"
-            )
+        _check(name, task)
         task.set_config("num_fewshot", 0)
     return tasks
 
@@ -137,6 +136,21 @@ def no_such_task(name: str, near: Sequence[str]) -> str:
         + (f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them")
         + f" A file of your own items goes by +eval.tasks_local.{name}=FILE"
     )
+
+
+def _check(name: str, task: Any) -> None:
+    if task.OUTPUT_TYPE not in _MEASURED:
+        raise ConfigError(f"eval.tasks: {name} is of the kind {task.OUTPUT_TYPE}; there are {', '.join(_MEASURED)}")
+    if not generates(task):
+        return
+    asked = task.config.generation_kwargs or {}
+    if asked.get("do_sample") or (asked.get("temperature") or 0) > 0 or asked.get("num_beams", 1) > 1:
+        raise ConfigError(f"eval.tasks: {name} asks for sampled text or beams; text is generated greedily here only")
+
+
+def generates(task: Any) -> bool:
+    """Whether a task asks for text rather than for likelihoods."""
+    return task.OUTPUT_TYPE == "generate_until"
 
 
 def read_rows(path: Path, name: str) -> list[Row]:
@@ -170,8 +184,10 @@ def _load(name: str, rows: Sequence[Row] | None) -> dict[str, Any]:
     """Return the tasks that a name stands for; a group of the harness stands for several."""
     from lm_eval.tasks import TaskManager
 
-    if rows is not None and name not in FLAT and set(_OWN) <= set(rows[0]):
-        return _build(TaskManager(include_defaults=False), {**_own_definition(name), **_data(rows)}, name)
+    if rows is not None and name not in FLAT:
+        for fields, definition in ((_OWN, _own_definition), (_OWN_TEXT, _own_text_definition)):
+            if set(fields) <= set(rows[0]):
+                return _build(TaskManager(include_defaults=False), {**definition(name), **_data(rows)}, name)
     manager = _manager(name)
     if name not in manager.task_index:
         raise ConfigError(no_such_task(name, difflib.get_close_matches(name, manager.all_tasks, n=3)))
@@ -207,6 +223,21 @@ def _own_definition(name: str) -> Row:
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "gold",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "metadata": {"version": 1.0},
+    }
+
+
+def _own_text_definition(name: str) -> Row:
+    return {
+        "task": name,
+        "output_type": "generate_until",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "ignore_case": True, "ignore_punctuation": True}],
+        "filter_list": [
+            {"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]},
+        ],
         "metadata": {"version": 1.0},
     }
 

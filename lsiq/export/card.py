@@ -46,6 +46,7 @@ def write_card(
         f"{base}, quantised by lsiq and exported as {exporter.name}.",
         "",
         *_settings(described, record),
+        *(["", *record.notes] if record.notes else []),
         "",
         "## Results",
         "",

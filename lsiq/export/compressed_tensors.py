@@ -85,7 +85,7 @@ class CompressedTensors(Destination):
 
         write_packed(source, folder, _integers if source.quant.activation.active else _packed)
         write_json(folder / "config.json", {**source.config, "quantization_config": _config(source)})
-        copy_companions(source.checkpoint, folder)
+        copy_companions(source, folder)
 
 
 def _packed(weight: QuantizedTensor) -> dict[str, Tensor]:

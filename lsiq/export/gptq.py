@@ -86,7 +86,7 @@ class GPTQLayout(Destination):
         settings = _config(source)
         write_json(folder / "config.json", {**source.config, "quantization_config": settings})
         write_json(folder / "quantize_config.json", settings)
-        copy_companions(source.checkpoint, folder)
+        copy_companions(source, folder)
 
 
 def _packed(weight: QuantizedTensor) -> dict[str, Tensor]:

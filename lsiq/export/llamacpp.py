@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lsiq.errors import ConfigError, InputError
 from lsiq.export.gguf import ARCHITECTURES, BLOCK, RANGES
+from lsiq.export.shards import tokenizer_folder
 from lsiq.export.source import Source
 from lsiq.formats.tensor import QuantizedTensor
 
@@ -41,7 +42,8 @@ def check_architecture(source: Source) -> None:
             f"export=gguf: rotary embeddings of type {rope['rope_type']} are not written yet; "
             "use export=compressed-tensors, gptq or plain"
         )
-    _pre_tokenizer(source.checkpoint)
+    with tokenizer_folder(source) as folder:
+        _pre_tokenizer(folder)
 
 
 def write_file(source: Source, path: Path, kind: str) -> None:
@@ -51,7 +53,8 @@ def write_file(source: Source, path: Path, kind: str) -> None:
     architecture = ARCHITECTURES[source.model.config.model_type]
     writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)
     _add_settings(writer, source, kind)
-    _add_vocabulary(writer, source)
+    with tokenizer_folder(source) as folder:
+        _add_vocabulary(writer, source, folder)
     names = gguf.get_tensor_name_map(
         next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), source.model.depth
     )
@@ -151,11 +154,11 @@ def _add_settings(writer: Any, source: Source, kind: str) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _add_vocabulary(writer: Any, source: Source) -> None:
+def _add_vocabulary(writer: Any, source: Source, folder: Path) -> None:
     """Pieces, their kinds and merges; ids without a piece are padding."""
     import gguf
 
-    size, folder = source.model.config.vocab_size, source.checkpoint
+    size = source.model.config.vocab_size
     splitter = _pre_tokenizer(folder)
     if splitter is None:
         vocabulary = gguf.LlamaHfVocab(folder) if not (folder / "tokenizer.model").is_file() else None

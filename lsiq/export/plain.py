@@ -76,7 +76,7 @@ class Plain(Destination):
         writer.finish()
         config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
         write_json(folder / "config.json", {**config, "dtype": self.dtype})
-        copy_companions(source.checkpoint, folder)
+        copy_companions(source, folder)
 
 
 def _load(folder: Path) -> Logits:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from lsiq.models.gguf_file import is_gguf
 
 if TYPE_CHECKING:
     from lsiq.export.source import Source
@@ -68,12 +72,26 @@ class ShardWriter:
         return self._folder / f"part-{index:05d}.safetensors"
 
 
-def copy_companions(checkpoint: Path, folder: Path) -> None:
-    """Copy tokenizer and generation settings."""
+def copy_companions(source: Source, folder: Path) -> None:
+    """Write tokenizer and generation settings to `folder`, as they lie beside the weights or in the GGUF file."""
+    if is_gguf(source.checkpoint):
+        source.model.tokenizer.save_pretrained(folder)
+        return
     for pattern in _COMPANIONS:
-        for file in checkpoint.glob(pattern):
+        for file in source.checkpoint.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
+
+
+@contextlib.contextmanager
+def tokenizer_folder(source: Source) -> Iterator[Path]:
+    """A folder with the tokenizer's files: the checkpoint's own, or one that is gone afterwards."""
+    if not is_gguf(source.checkpoint):
+        yield source.checkpoint
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy_companions(source, Path(folder))
+        yield Path(folder)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from lsiq.errors import InputError
 from lsiq.memory_store import MemoryStore
 from lsiq.methods.base import BlockResult
 from lsiq.models.block import result_weights
+from lsiq.models.folder import read_config
 from lsiq.models.loading import Model
 from lsiq.store import BlockStore
 
@@ -44,10 +45,8 @@ class Source:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The checkpoint's `config.json`."""
-        import json
-
-        return json.loads((self.checkpoint / "config.json").read_text(encoding="utf-8"))
+        """The checkpoint's configuration, as `config.json` holds it."""
+        return read_config(self.checkpoint)
 
     @property
     def float_linears(self) -> list[str]:

@@ -241,6 +241,11 @@ def uncovered(parts: Sequence[Part], states: Sequence[PartState], block: Block, 
     kinds = [_kind(part) for part, state in zip(parts, states, strict=True) if state.parameters]
     if any(kind not in order for kind in kinds) or kinds != sorted(kinds, key=order.index):
         return "they cover the parts singular or expansion, equivalent, clip, in this order"
+    corners = [p for state in states for name, p in state.parameters.items() if name.endswith(":corner")]
+    if any(corner.shape[0] != corner.shape[1] for corner in corners):
+        return "their corners are square, so corner=full and not complete"
+    if any(isinstance(part, Clip) and part.span == "start" for part in parts):
+        return "their grids follow the changed weights, so span=present and not start"
     if any(name.endswith(":shift") for state in states for name in state.parameters):
         return "they fold scales, not shifts"
     widest = max(quant.weight.width or block.weights[name].shape[1] for name in block.linears)

@@ -86,6 +86,8 @@ class BlockResult:
             the block's own: folded scales belong to it, clipping and learned increments do not. With `floats` it
             makes the same float function as the block. Not stored.
         rotations: what turns the inputs of the linears, or queries and keys, while the block runs; named as in `Block`.
+        latents: by dotted name of the linear's weight, where in its cell each weight stood before it was rounded,
+            `(out, in)`, in steps from the centre, within one half; empty where a method does not keep them.
         kernels: how the weights were made while they were learned: triton, compile or plain; empty where nothing was
             learned.
     """
@@ -98,6 +100,7 @@ class BlockResult:
     branches: Mapping[str, SideBranch] = field(default_factory=dict)
     reference: Mapping[str, Tensor] = field(default_factory=dict)
     rotations: Mapping[str, Rotation] = field(default_factory=dict)
+    latents: Mapping[str, Tensor] = field(default_factory=dict)
     kernels: str = ""
 
 

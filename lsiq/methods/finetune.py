@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from lsiq.methods.base import Context, Method, Need, Traits, chain
-from lsiq.methods.learned import Course
+from lsiq.methods.base import Context, Method, Need, Traits, WholeMethod, chain
+from lsiq.methods.learned import Course, Learned
 from lsiq.parts.dense import Dense
 from lsiq.parts.singular import Singular
 from lsiq.settings import settings
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from lsiq.models.loading import Model
 
 
+def _keeps_latents(method: Method | WholeMethod) -> bool:
+    return isinstance(method, Learned) and method.latents
+
+
 @settings
 class FineTune(Traits):
     """Take a quantised model and train what costs nothing at inference in its last `blocks` blocks.
@@ -28,7 +32,8 @@ class FineTune(Traits):
     The model is a finished `run` of any method, or what the method `start` makes first. Trained are, as far as they
     have a learning rate: `part`, an increment of each decoded weight `Ŵ`, rounded on the grid that is there; `scales`,
     a factor of each of the grid's step sizes, at codes that stay as they are; `floats`, the norms and the biases. So
-    the start is the quantised model, bit for bit.
+    the start is the quantised model, bit for bit. With `latents` the increments add to the weights as they stood before
+    they were rounded, if the method that made them keeps these: then codes near an edge flip first, and in few steps.
 
     The loss is that of the model's outputs: with `loss=text` the mean next-token loss on the calibration text, with
     `loss=float` the mean divergence `KL(float ‖ quantised)` of the next-token distributions. The blocks are trained
@@ -52,6 +57,9 @@ class FineTune(Traits):
     blocks: int | None = Field(None, ge=1, description="how many of the last blocks are trained, at least 1; null: all")
     together: bool = Field(True, description="true trains all blocks at once, false one after the other")
     part: Any = Field(None, description="increments of the weights: singular, expansion or dense; null: none")
+    latents: bool = Field(
+        False, description="true starts the increments where the weights stood before rounding, which the start keeps"
+    )
     scales: float | None = Field(None, gt=0, description="learning rate of the step sizes' logarithms; null: fixed")
     floats: float | None = Field(None, gt=0, description="learning rate of norms and biases; null: fixed")
     loss: Literal["text", "float"] = Field(
@@ -68,6 +76,10 @@ class FineTune(Traits):
             raise ValueError(
                 f"part={type(self.part).__name__}: grids stay as they are here; use singular, expansion or dense"
             )
+        if self.latents and self.part is None:
+            raise ValueError("latents=true: there are no increments of weights that could start there; give a part")
+        if self.latents and self.start is not None and not any(_keeps_latents(m) for m in chain(self.start)):
+            raise ValueError(f"latents=true: {self.start.name} keeps none; set method.start.latents=true")
         if self.part is None and self.scales is None and self.floats is None:
             raise ValueError("part, scales and floats: all null leaves nothing to train; give one of them")
 

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, chain, quantize_prepared
 from lsiq.parts.base import Part
+from lsiq.parts.clip import Clip
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -160,6 +161,9 @@ class Learned(Traits):
         default=None,
         description="a method that rounds what was learned, such as gptq; null for the rounding it was learned in",
     )
+    latents: bool = Field(
+        False, description="true keeps where in its cell each weight stood before it was rounded, for a later stage"
+    )
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -184,6 +188,10 @@ class Learned(Traits):
                 f"then: {then.name} does more than round what {self.label} learned; put it outside "
                 f"(method={then.name} method@method.then=…), or use gptq"
             )
+        if self.latents:
+            raise ValueError(f"latents=true: {then.name} rounds to other codes than was learned; use then=null")
+        if any(isinstance(part, Clip) and part.span == "start" for part in self.parts):
+            raise ValueError(f"then: {then.name} fits its grids to the changed weights; use clip.span=present")
         if chosen := [part.name for part in self.parts if part.chooses_codes]:
             raise ValueError(
                 f"then: the part {chosen[0]} chooses codes that {then.name} would choose anew; use then=null"
@@ -201,7 +209,7 @@ class Learned(Traits):
         import torch
 
         from lsiq.learn import learn
-        from lsiq.merge import merge, prepared
+        from lsiq.merge import latents_of, merge, prepared
         from lsiq.step import apply_parts
         from lsiq.trajectory import trace
 
@@ -217,6 +225,8 @@ class Learned(Traits):
         reference = {name: folded[name] for name in block.linears}
         if self.then is None:
             result = replace(merge(draft, running, quant), reference=reference)
+            if self.latents:
+                result = replace(result, latents=latents_of(draft, result, quant))
         else:
             floats, linears = prepared(draft, running, quant)
             result = quantize_prepared(self.then, block, {**reference, **floats}, quant, context, linears)

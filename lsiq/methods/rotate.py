@@ -83,7 +83,7 @@ class Rotate(Traits):
         del tokens, batch
         if "residual" not in self.places:
             return model
-        if (reason := model.spec.why_not_foldable(model.config)) is not None:
+        if (reason := model.spec.why_not_turnable(model.config)) is not None:
             raise InputError(f"method.places={self.places}: the residual stream cannot be turned, for {reason}")
         turned = residual_rotation(model.config.hidden_size, model.spec.norm_subtracts_mean, generator)
         turned = turned.to(model.device)

@@ -48,7 +48,7 @@ class SmoothQuant(Traits):
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
         from lsiq.calib.statistics import extremes
-        from lsiq.fold import gather
+        from lsiq.fold import channels_of, gather
 
         if block.unfoldable:
             raise InputError(f"method=smoothquant folds scales into norms, but {block.unfoldable}")
@@ -58,7 +58,7 @@ class SmoothQuant(Traits):
         # From the back: a linear that writes channels also reads some, and its rows' scale decides how large it is.
         for group in reversed(self._groups(block)):
             now = replace(block, weights={**block.weights, **changed})
-            channels = len(now.weights[f"{group.producer}.weight"])
+            channels = channels_of(now.weights, group)
             reach = gather(ranges[group.consumers[0]].abs().amax(0), channels, block.head_dim)
             scale = smoothing_scale(now, group.consumers, reach, self.alpha)
             changed |= fold_scale(now.weights, group, scale, block.head_dim)

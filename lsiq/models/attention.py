@@ -30,6 +30,7 @@ NAME = "lsiq"
 class _Force:
     format: ActivationFormat | None
     query_key: Rotation | None
+    prefix: int
 
 
 _IN_FORCE: ContextVar[_Force | None] = ContextVar("what happens to queries, keys and values", default=None)
@@ -40,43 +41,56 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over `(batch, heads, T, head_dim)` in the signature of transformers' attention functions.
 
-    Keys and values that have no query of their own come from a prefix in the cache, and stay in float.
+    Keys and values of a prefix, the first in the cache, stay in float.
     """
     force = _IN_FORCE.get()
     if force is not None and force.query_key is not None:
         query, key = force.query_key.apply(query), force.query_key.apply(key)
     fmt = None if force is None else force.format
-    if fmt is None or not (fmt.attention or fmt.softmax):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if fmt.attention:
-        prefix = key.shape[2] - query.shape[2]
-        query, key, value = fmt.fake(query), _fake_after(prefix, key, fmt), _fake_after(prefix, value, fmt)
-    if not fmt.softmax:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _attend_with_quantised_softmax(query, key, value, attention_mask, kwargs.get("scaling"), fmt), None
+    if force is not None and fmt is not None and fmt.attention:
+        query, key, value = (
+            fmt.fake(query),
+            _fake_after(force.prefix, key, fmt),
+            _fake_after(force.prefix, value, fmt),
+        )
+    scaling, cap = kwargs.get("scaling"), kwargs.get("softcap")
+    if fmt is not None and fmt.softmax:
+        return _attend_step_by_step(query, key, value, attention_mask, scaling, cap, fmt), None
+    if cap is not None:
+        return _attend_step_by_step(query, key, value, attention_mask, scaling, cap, None), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _fake_after(prefix: int, x: Tensor, fmt: ActivationFormat) -> Tensor:
     return torch.cat([x[:, :, :prefix], fmt.fake(x[:, :, prefix:])], 2) if prefix else fmt.fake(x)
 
 
-def _attend_with_quantised_softmax(
+def _attend_step_by_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     scaling: float | None,
-    fmt: ActivationFormat,
+    cap: float | None,
+    fmt: ActivationFormat | None,
 ) -> Tensor:
+    """Attention whose scores are capped to `cap · tanh(scores / cap)`, or whose softmax is put into a format.
+
+    Scaled dot-product attention as torch has it can do neither.
+    """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = (query @ key.transpose(-1, -2)) * (scaling or 1 / math.sqrt(query.shape[-1]))
-    if mask is None:
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~causal, -torch.inf)
-    else:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = fmt.fake_softmax(scores.float().softmax(-1)).to(value.dtype)
+    if cap is not None:
+        scores = (scores / cap).tanh() * cap
+    if mask is None:  # plain causal attention; keys that came before the first query are in a cache
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        mask = allowed.tril(key.shape[2] - query.shape[2])
+    # The least number, not infinity: a padded token attends to nothing, and must not become NaN.
+    least = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
+    weights = scores.float().softmax(-1)
+    weights = (weights if fmt is None else fmt.fake_softmax(weights)).to(value.dtype)
     return (weights @ value).transpose(1, 2).contiguous()
 
 
@@ -86,11 +100,13 @@ def activations(
     linears: tuple[str, ...],
     fmt: ActivationFormat | None,
     rotations: Mapping[str, Rotation] | None = None,
+    prefix: int = 0,
 ) -> Iterator[None]:
     """While this lasts, the inputs of `linears` inside `module`, and queries, keys and values, are turned and in `fmt`.
 
     Args:
         rotations: by name of the linear whose input is turned, or `query_key`; turned first, then rounded.
+        prefix: how many keys and values, the first, are not put into the format.
     """
     rotations = rotations or {}
     active = fmt if fmt is not None and fmt.active else None
@@ -114,7 +130,7 @@ def activations(
         for name in linears
         if active is not None or name in rotations
     ]
-    token = _IN_FORCE.set(_Force(active, rotations.get(QUERY_KEY)))
+    token = _IN_FORCE.set(_Force(active, rotations.get(QUERY_KEY), prefix))
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from lsiq.formats import Activation, ActivationFormat
 from lsiq.microbatch import MicroBatch, in_parts
 from lsiq.models.attention import activations
 from lsiq.models.branch import Factors, side_branches
+from lsiq.models.entrance import for_kind
 from lsiq.models.prefix import BlockPrefix, KeysReached, PrefixCache, Recorder
 from lsiq.models.spec import Group, ModelSpec
 from lsiq.rotation import QUERY_KEY, Rotation
@@ -49,6 +50,7 @@ class Block:
             queries and keys, head by head after the rotary embedding. The weights are those of turned inputs.
         prefix: tokens whose keys and values stand before those of every sequence.
         compiled: whether the block runs compiled where gradients are wanted; turned inputs and prefixes do not.
+        kind: how the block attends, where the blocks of its model do not all attend alike.
     """
 
     module: nn.Module
@@ -61,6 +63,7 @@ class Block:
     rotations: Mapping[str, Rotation] = field(default_factory=dict)
     prefix: BlockPrefix | None = None
     compiled: bool = False
+    kind: str = ""
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -70,7 +73,13 @@ class Block:
     @property
     def head_dim(self) -> int:
         """Channels per attention head."""
-        return self.module.get_submodule(self.spec.query.rpartition(".")[0]).head_dim  # type: ignore[return-value]
+        return self._attention.head_dim  # type: ignore[return-value]
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """The number of query heads and of key-value heads."""
+        config: Any = self._attention.config
+        return config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -87,8 +96,16 @@ class Block:
 
     @property
     def identity(self) -> str:
-        """What decides the layer's function besides its weights."""
-        return self.module.get_submodule(self.spec.query.rpartition(".")[0]).config.to_json_string()  # type: ignore[union-attr]
+        """What decides the layer's function besides its weights: the configuration, and what is set layer by layer."""
+        attention = self._attention
+        plain = (bool, int, float, str, type(None))
+        own = {name: value for name, value in vars(attention).items() if isinstance(value, plain)}
+        own.pop("layer_idx", None)  # only says where its keys go in a cache
+        return f"{attention.config.to_json_string()} {sorted(own.items())}"  # type: ignore[union-attr]
+
+    @property
+    def _attention(self) -> nn.Module:
+        return self.module.get_submodule(self.spec.query.rpartition(".")[0])
 
     def rotation_of(self, linear: str) -> Rotation | None:
         """Return what turns the input of a linear, named without `.weight`."""
@@ -138,29 +155,34 @@ class Block:
         """
         cast = {name: weight.to(self.dtype) for name, weight in {**self.weights, **weights}.items()}
         # The function outlives the block, and must not keep its float32 weights alive.
-        module, linears, own = self.module, self.spec.linears, self.kwargs
+        module, linears, own, kind, index = self.module, self.spec.linears, self.kwargs, self.kind, self.index
         beside = {name: (up.to(self.dtype), down.to(self.dtype)) for name, (up, down) in (branches or {}).items()}
         rotations = {name: r for name in linears if (r := self.rotation_of(name)) is not None}
         if QUERY_KEY in self.rotations:
             rotations[QUERY_KEY] = self.rotations[QUERY_KEY]
 
+        prefix = 0 if self.prefix is None else self.prefix.hidden.shape[1]
+
         def call(hidden: Tensor, kwargs: Mapping[str, Any], fmt: ActivationFormat | None) -> Tensor:
-            with activations(module, linears, fmt, rotations), side_branches(module, beside, fmt):
+            with activations(module, linears, fmt, rotations, prefix), side_branches(module, beside, fmt):
                 return functional_call(module, cast, (hidden,), dict(kwargs))
 
         if self.compiled and not (rotations or beside or self.prefix) and compilable(activation):
             compiled_call = self._compiled(activation)
             # Evaluation comes in other shapes, and too few of them.
             return lambda hidden, kwargs=None, /: (
-                compiled_call(cast, hidden, dict(own if kwargs is None else kwargs))
+                compiled_call(cast, hidden, own if kwargs is None else for_kind(kwargs, kind))
                 if torch.is_grad_enabled()
-                else call(hidden, own if kwargs is None else kwargs, activation)
+                else call(hidden, own if kwargs is None else for_kind(kwargs, kind), activation)
             )
 
-        before = {} if self.prefix is None else {"past_key_values": _prefix_cache(self.prefix, self.dtype, call)}
+        before = None if self.prefix is None else _prefix_cache(self.prefix, self.dtype, call)
 
         def run(hidden: Tensor, kwargs: Mapping[str, Any] | None = None, /) -> Tensor:
-            return call(hidden, {**(own if kwargs is None else kwargs), **before}, activation)
+            given = own if kwargs is None else for_kind(kwargs, kind)
+            if before is not None:
+                given = before.begin(given, len(hidden), index)
+            return call(hidden, given, activation)
 
         return run
 

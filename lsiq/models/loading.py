@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,18 +17,16 @@ from lsiq.errors import InputError
 from lsiq.models.attention import NAME
 from lsiq.models.block import Block
 from lsiq.models.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
+from lsiq.models.folder import read_config
+from lsiq.models.gguf_file import is_gguf
+from lsiq.models.entrance import enter, for_kind, kinds_of_blocks
 from lsiq.models.planting import Planting
 from lsiq.models.prefix import BlockPrefix, Prefix, after_prefix
 from lsiq.models.residual import turn_block
-from lsiq.models.spec import ModelSpec, check_supported, find_spec
+from lsiq.models.spec import ModelSpec, check_supported, find_spec, refuse_other_kinds
 
 if TYPE_CHECKING:
     from lsiq.config import ModelSettings
-
-
-class _FirstBlockReached(Exception):  # noqa: N818 (not an error: it ends a forward pass early)
-    def __init__(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        self.hidden, self.kwargs = hidden, kwargs
 
 
 @dataclass(frozen=True)
@@ -68,15 +65,21 @@ class Model:
     @property
     def depth(self) -> int:
         """The number of blocks."""
-        return len(self._blocks)
+        return len(self.blocks)
 
     @property
-    def _blocks(self) -> nn.ModuleList:
+    def kinds(self) -> tuple[str, ...]:
+        """How each block attends; empty where all attend alike."""
+        return kinds_of_blocks(self.config)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers of transformers, on the meta device."""
         return self.skeleton.get_submodule(self.spec.blocks)  # type: ignore[return-value]
 
     def block(self, index: int, kwargs: Mapping[str, Any]) -> Block:
         """Read one block's weights onto the device; `kwargs` come from `embed`."""
-        module = self._blocks[index]
+        module = self.blocks[index]
         weights = {
             # Moved first, widened there: half as many bytes travel to a GPU.
             name: self.checkpoint.read(f"{self.spec.blocks}.{index}.{name}", parameter.shape)
@@ -85,17 +88,19 @@ class Model:
             for name, parameter in module.named_parameters()
         }
         unfoldable = self.spec.why_not_foldable(self.config)
-        block = Block(module, self.spec, index, weights, kwargs, self.dtype, unfoldable)
+        kind = self.kinds[index] if self.kinds else ""
+        block = Block(module, self.spec, index, weights, for_kind(kwargs, kind), self.dtype, unfoldable, kind=kind)
         if self.planting is not None:
             block = replace(block, weights=self.planting.apply(block.weights, self.spec, block.head_dim))
         if self.residual is not None:
             block = replace(block, weights=turn_block(block.weights, self.spec, self.residual))
         if self.prefix is not None:
-            hidden = self._turn(self.prefix.hidden[index].to(self.device)[None])
-            block = replace(block, prefix=BlockPrefix(hidden, self.prefix.kwargs))
+            hidden = self.turned(self.prefix.hidden[index].to(self.device)[None])
+            block = replace(block, prefix=BlockPrefix(hidden, for_kind(self.prefix.kwargs, block.kind)))
         return block
 
-    def _turn(self, hidden: Tensor) -> Tensor:
+    def turned(self, hidden: Tensor) -> Tensor:
+        """Return what enters the first block `(…, d)` in the coordinates of this model's residual stream."""
         return hidden if self.residual is None else (hidden.float() @ self.residual).to(hidden.dtype)
 
     def turned_back(self, hidden: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ class Model:
     def with_prefix(self, tokens: Tensor) -> Model:
         """Return the model with `tokens (P,)` before every sequence, read once by the float model."""
         plain = replace(self, residual=None, prefix=None)
-        hidden, kwargs = plain._reach_first_block(tokens[None])
+        hidden, kwargs = plain.enter(input_ids=tokens[None].to(self.device))
         states = []
         for index in range(self.depth):
             states.append(hidden[0].float().cpu())
@@ -126,12 +131,13 @@ class Model:
         before = 0 if self.prefix is None else len(self.prefix.tokens)
         if self.prefix is not None:
             tokens = torch.cat([self.prefix.tokens.expand(len(tokens), -1), tokens], 1)
-        _, kwargs = self._reach_first_block(tokens[:1])
-        if before:
-            kwargs = after_prefix(kwargs, before)
+        _, kwargs = self.enter(input_ids=tokens[:1].to(self.device))
+        if self.prefix is not None:
+            kwargs = after_prefix(kwargs, self.prefix)
         hidden: Tensor | None = None
         for start in range(0, len(tokens), batch):
-            part = self._turn(self._reach_first_block(tokens[start : start + batch])[0][:, before:])
+            entered, _ = self.enter(False, input_ids=tokens[start : start + batch].to(self.device))
+            part = self.turned(entered[:, before:])
             if hidden is None:
                 hidden = streams.empty((len(tokens), *part.shape[1:]), part.dtype, self.device.type == "cuda")
             hidden[start : start + batch] = part
@@ -139,21 +145,13 @@ class Model:
         assert hidden is not None  # there are tokens
         return hidden, kwargs
 
-    def _reach_first_block(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            raise _FirstBlockReached(
-                hidden, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
-            )
+    def enter(self, every_kind: bool = True, **inputs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Return what enters the first block, and the blocks' keyword arguments, for inputs of the skeleton.
 
-        handle = self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.skeleton(input_ids=tokens.to(self.device), use_cache=False)
-        except _FirstBlockReached as reached:
-            return reached.hidden, reached.kwargs
-        finally:
-            handle.remove()
-        raise AssertionError("the model ran without entering its first block")
+        Args:
+            every_kind: false gives the arguments of the first block's kind only.
+        """
+        return enter(self.skeleton, list(self.blocks), self.kinds if every_kind else (), inputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `(batch, T, vocabulary)` in float32 of what left the last block; differentiable."""
@@ -162,7 +160,8 @@ class Model:
         for name in ("norm", "final_layer_norm", "project_out"):
             if isinstance(module := getattr(base, name, None), nn.Module):
                 hidden = module(hidden)
-        return self.skeleton.get_output_embeddings()(hidden).float()  # type: ignore[operator]
+        logits = self.skeleton.get_output_embeddings()(hidden)  # type: ignore[operator]
+        return (logits if self.spec.logits is None else self.spec.logits(logits, self.config)).float()
 
 
 def load(
@@ -183,7 +182,7 @@ def load(
     config = _config(settings, folder)
     where = str(folder or settings.name)
     spec = find_spec(config.model_type, where)
-    check_supported(config, spec, where)
+    check_supported(config, where)
     if checkpoint is None:
         if settings.weights == "random" or folder is None:
             checkpoint = RandomCheckpoint(seed)
@@ -227,11 +226,8 @@ def _config(settings: ModelSettings, folder: Path | None) -> Any:
 
     try:
         if folder is not None:
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-                raise InputError(
-                    f"{folder / 'config.json'}: names no model_type; give a checkpoint in the transformers layout"
-                )
+            raw = read_config(folder)
+            refuse_other_kinds(raw, str(folder))
             find_spec(raw["model_type"], str(folder))  # before transformers, whose message lists every architecture
         else:
             raw = dict(settings.architecture or {})
@@ -250,7 +246,10 @@ def _tokenizer(folder: Path | None) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on other classes of tokenizer
-            return AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+            place = {"pretrained_model_name_or_path": where}
+            if is_gguf(where):
+                place = {"pretrained_model_name_or_path": where.parent, "gguf_file": where.name}
+            return AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception
         raise InputError(
             f"{where}: the tokenizer cannot be loaded ({error}); put its files beside the weights"
@@ -265,6 +264,7 @@ def _skeleton(
 
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=NAME).eval()
+    _fill_buffers(skeleton, device)
     state = {
         name: checkpoint.read(name, parameter.shape).to(device, dtype)
         for name, parameter in skeleton.named_parameters()  # tied parameters appear once, under their first name
@@ -272,11 +272,19 @@ def _skeleton(
     }
     skeleton.load_state_dict(state, strict=False, assign=True)
     skeleton.tie_weights()
-    # Buffers such as rotary frequencies are in no checkpoint: they are computed when their module is made.
-    for name, module in list(skeleton.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            parent, _, child = name.rpartition(".")
-            setattr(skeleton.get_submodule(parent), child, type(module)(config=config).to(device))
     for parameter in skeleton.parameters():
         parameter.requires_grad_(False)
     return skeleton
+
+
+def _fill_buffers(skeleton: nn.Module, device: torch.device) -> None:
+    """Compute rotary frequencies and embedding scales, which are in no checkpoint, as transformers does.
+
+    Parameters are on the meta device still, so initialising the modules leaves them alone.
+    """
+    for module in skeleton.modules():
+        meta = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in meta.items():
+            setattr(module, name, torch.empty_like(buffer, device=device))
+        if meta:
+            skeleton._init_weights(module)  # type: ignore[operator]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsiq.fold import fold_scale
+from lsiq.fold import channels_of, fold_scale
 from lsiq.models.spec import Group, ModelSpec
 
 # Which channels are giant belongs to the model, not to a run: every seed quantises the same planted model.
@@ -44,7 +44,7 @@ class Planting:
     def _scale(self, weights: Mapping[str, Tensor], group: Group) -> Tensor:
         """What the group's channels are divided by, `(channels,)`."""
         weight = weights[f"{group.producer}.weight"]
-        channels = weight.shape[0]
+        channels = channels_of(weights, group)
         order = torch.randperm(channels, generator=torch.Generator().manual_seed(_SEED))
         scale = weight.new_ones(channels)
         scale[order[: self.count].to(weight.device)] = 1 / self.strength

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsiq.errors import InputError
+from lsiq.models.entrance import for_kind, join_kinds, split_kinds
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -61,6 +64,15 @@ class PrefixCache:
     keys: Tensor
     values: Tensor
 
+    def begin(self, kwargs: Mapping[str, Any], batch: int, layer: int) -> Mapping[str, Any]:
+        """Return a block's keyword arguments with this cache, or with their own, which the prefix then begins."""
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            return {**kwargs, "past_key_values": self}
+        if not cache.get_seq_length(layer):
+            cache.update(*(part.expand(batch, -1, -1, -1) for part in (self.keys, self.values)), layer)
+        return kwargs
+
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         del layer
         batch = keys.shape[0]
@@ -70,16 +82,32 @@ class PrefixCache:
         )
 
 
-def after_prefix(kwargs: Mapping[str, Any], prefix: int) -> dict[str, Any]:
-    """Return the blocks' keyword arguments for what follows the first `prefix` tokens, which are in the cache.
+def after_prefix(kwargs: Mapping[str, Any], prefix: Prefix) -> dict[str, Any]:
+    """Return the blocks' keyword arguments for what follows the prefix, which is in the cache.
 
     Args:
-        kwargs: as the model gives them for prefix and sequence together, at batch 1.
+        kwargs: as the model gives them for prefix and sequence together.
+
+    Raises:
+        InputError: the rotary embedding of the prefix is not what it is alone.
     """
+    count = len(prefix.tokens)
+    return join_kinds(
+        {kind: _after(given, for_kind(prefix.kwargs, kind), count) for kind, given in split_kinds(kwargs).items()}
+    )
+
+
+def _after(kwargs: Mapping[str, Any], alone: Mapping[str, Any], prefix: int) -> dict[str, Any]:
     positions = kwargs["position_ids"].shape[1]
     changed = dict(kwargs)
     changed["position_ids"] = kwargs["position_ids"][:, prefix:]
     if "position_embeddings" in kwargs:
+        pairs = zip(kwargs["position_embeddings"], alone["position_embeddings"], strict=True)
+        if not all(torch.equal(part[:1, :prefix], own) for part, own in pairs):
+            raise InputError(
+                f"the rotary embedding of a prefix of {prefix} tokens changes with {positions} tokens (LongRoPE), "
+                "so its keys cannot be kept; use shorter sequences (calib.seqlen, eval.seqlen) or no prefix"
+            )
         changed["position_embeddings"] = tuple(part[:, prefix:] for part in kwargs["position_embeddings"])
     mask = kwargs["attention_mask"]
     if mask is None:  # plain causal attention, which has no short form where there are more keys than queries

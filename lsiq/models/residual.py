@@ -46,8 +46,9 @@ def turn_block(weights: Mapping[str, Tensor], spec: ModelSpec, rotation: Tensor)
     for group in spec.groups:
         if group.kind != "norm":
             continue
-        gain, shift = weights[f"{group.producer}.weight"], weights.get(f"{group.producer}.bias")
-        turned[f"{group.producer}.weight"] = torch.ones_like(gain)
+        own, shift = weights[f"{group.producer}.weight"], weights.get(f"{group.producer}.bias")
+        gain = own + group.offset if group.offset else own
+        turned[f"{group.producer}.weight"] = torch.full_like(own, 1 - group.offset)
         if shift is not None:
             turned[f"{group.producer}.bias"] = torch.zeros_like(shift)
         for name in group.consumers:

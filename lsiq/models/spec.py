@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lsiq.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -18,11 +21,15 @@ class Group:
         consumers: dotted names of the linears that read them.
         kind: `norm`: the producer's weight and bias take the scale; `linear`: the producer's rows do; `value`: as
             linear, but one value head feeds several query heads under grouped-query attention.
+        offset: of a norm: what it multiplies by is its weight plus this.
+        fused: whether the producer is one matrix for several projections, the last of which writes the channels.
     """
 
     producer: str
     consumers: tuple[str, ...]
     kind: Literal["norm", "linear", "value"]
+    offset: float = 0.0
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,10 @@ class ModelSpec:
         homogeneous: channels that reach their reader through a ReLU, which positive scales commute with; outliers can
             be planted there, and smoothing can be asked to fold a scale.
         norm_subtracts_mean: whether the norms are LayerNorms.
-        query, key: the linears whose outputs meet in the attention scores.
+        query, key: the linears whose outputs meet in the attention scores; one linear where both are fused.
+        unfoldable: why scales cannot be folded into the family's norms, or None where they can.
+        unturnable: why its residual stream cannot be turned, beyond `unfoldable`; None where it can.
+        logits: what the family does to the head's outputs, given its configuration; None for nothing.
     """
 
     model_type: str
@@ -48,6 +58,9 @@ class ModelSpec:
     norm_subtracts_mean: bool = False
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
+    unfoldable: str | None = None
+    unturnable: str | None = None
+    logits: Callable[[Tensor, Any], Tensor] | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -61,14 +74,19 @@ class ModelSpec:
         return output, last
 
     def inputs(self, places: Sequence[str]) -> tuple[str, ...]:
-        """Return the first linear of each stage whose input is at one of `places`: norm, output, down."""
+        """Return the first linear of each stage whose input is at one of `places`: norm, output, down.
+
+        `norm` is what reads the residual stream, behind a norm or, in families that normalise later, without one.
+        """
         output, last = self.writers
-        named = {"norm": [group.consumers[0] for group in self.groups if group.kind == "norm"]}
+        named = {"norm": [stage[0] for stage in self.stages if stage[0] not in self.writers]}
         named |= {"output": [output], "down": [last]}
         return tuple(name for place, names in named.items() if place in places for name in names)
 
     def why_not_foldable(self, config: Any) -> str | None:
         """Why scales cannot be folded into this model's norms, or None where they can."""
+        if self.unfoldable is not None:
+            return self.unfoldable
         if getattr(config, "do_layer_norm_before", True) is False:
             return (
                 "its blocks normalise after each sublayer (post-norm), so a scale folded into a norm would also "
@@ -80,17 +98,46 @@ class ModelSpec:
             )
         return None
 
+    def why_not_turnable(self, config: Any) -> str | None:
+        """Why the residual stream of this model cannot be turned, or None where it can."""
+        return self.unturnable or self.why_not_foldable(config)
 
-def check_supported(config: Any, spec: ModelSpec, where: str) -> None:
-    """Raise InputError for variants of a known family whose blocks do not all take the same keyword arguments."""
+
+def check_supported(config: Any, where: str) -> None:
+    """Raise InputError for variants of a known family whose blocks are of kinds that no block function here covers."""
     kinds = set(getattr(config, "layer_types", None) or [])
-    if len(kinds) > 1:
+    if strange := kinds - {"full_attention", "sliding_attention"}:
         raise InputError(
-            f"{where}: its blocks mix {', '.join(sorted(kinds))}; "
-            "only models whose blocks all attend alike are supported"
+            f"{where}: some of its blocks are of the kind {', '.join(sorted(strange))}; "
+            "only models whose blocks attend to all tokens or to a window are supported"
         )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise InputError(f"{where}: its tokens attend to later ones; only causal language models are supported")
     if getattr(config, "quantization_config", None):
         raise InputError(f"{where}: the checkpoint is quantised already; give the float checkpoint")
+
+
+# What the configuration of a model has that no family here has, by the keys that say so.
+_OTHER_KINDS = {
+    "a mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "a hybrid with state-space or recurrent blocks": (
+        *("layers_block_type", "hybrid_override_pattern", "attn_layer_period", "attn_layer_indices"),
+        *("mamba_d_state", "mamba_expand", "ssm_state_size", "linear_num_value_heads", "lru_width", "conv_L_cache"),
+    ),
+    "a state-space model": ("state_size", "time_step_rank"),
+    "multimodal": ("vision_config", "audio_config", "vision_tower", "mm_vision_tower"),
+    "a model with embeddings in every block": ("hidden_size_per_layer_input",),
+}
+
+
+def refuse_other_kinds(raw: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a configuration of a mixture of experts, a hybrid or a multimodal model."""
+    for kind, keys in _OTHER_KINDS.items():
+        if any(raw.get(key) not in (None, 0, 1, [], {}) for key in keys):
+            raise InputError(
+                f"{where}: model_type={raw.get('model_type')} is not supported, for it is {kind}; "
+                f"only dense text models are: {', '.join(families())}"
+            )
 
 
 def find_spec(model_type: str, where: str) -> ModelSpec:
@@ -99,10 +146,20 @@ def find_spec(model_type: str, where: str) -> ModelSpec:
     Raises:
         InputError: the family is not supported.
     """
-    from lsiq.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-    from lsiq.models.opt import OPT
-
-    specs = {spec.model_type: spec for spec in (LLAMA, MISTRAL, QWEN2, QWEN3, OPT)}
+    specs = families()
     if model_type not in specs:
         raise InputError(f"{where}: model_type={model_type} is not supported; there are {', '.join(specs)}")
     return specs[model_type]
+
+
+def families() -> dict[str, ModelSpec]:
+    """Return what is known of each family, by `config.model_type`."""
+    from lsiq.models.gemma import GEMMA2, GEMMA3
+    from lsiq.models.granite import GRANITE
+    from lsiq.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
+    from lsiq.models.olmo2 import OLMO2
+    from lsiq.models.opt import OPT
+    from lsiq.models.phi3 import PHI3
+
+    known = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, PHI3, GEMMA2, GEMMA3, GRANITE, OPT)
+    return {spec.model_type: spec for spec in known}

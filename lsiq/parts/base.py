@@ -24,6 +24,8 @@ class Draft:
         weights: every tensor of the block by dotted name, as changed so far.
         clip: by name of a linear's weight, the factors `(low, high)`, each `(out, groups, 1)`, that shrink the range
             of its grid; a linear that is not named keeps its full range.
+        extremes: by name of a linear's weight, the ends `(out, groups, 1)` that the factors shrink, where they are not
+            the smallest and largest weights of each group.
         offsets: by name of a linear's weight, what is added to each weight before it is rounded, `(out, in)`, in steps
             of its grid; the grid itself is fitted without it.
         softness: how much of the rounding is still left out, a scalar from 1 (all) to 0; None for 0. What is stored is
@@ -32,6 +34,7 @@ class Draft:
 
     weights: Tensors
     clip: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    extremes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     offsets: Tensors = field(default_factory=dict)
     softness: Tensor | None = None
 
@@ -84,7 +87,7 @@ class Part(Protocol):
 
     @property
     def lr(self) -> float | None:
-        """The learning rate; None for one over the number of steps."""
+        """The learning rate; None for `travel`, or 1 for a part without one, over the number of steps."""
         ...
 
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
@@ -96,9 +99,14 @@ class Part(Protocol):
         ...
 
 
+def rate_of(part: Part, steps: int) -> float:
+    """Return the learning rate of a part that is trained for so many steps: its `lr`, or its `travel` over them."""
+    return part.lr if part.lr is not None else getattr(part, "travel", 1.0) / steps
+
+
 def clipped_range(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor]:
     """Return both ends `(out, groups, 1)` of what a linear's grid spans under the draft's clipping."""
-    lo, hi = quant.weight.extremes(draft.weights[name])
+    lo, hi = draft.extremes.get(name) or quant.weight.extremes(draft.weights[name])
     if name in draft.clip:
         low, high = draft.clip[name]
         lo, hi = low * lo, high * hi

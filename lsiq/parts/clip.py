@@ -31,6 +31,9 @@ class Clip(PartTraits):
     factors themselves are, kept in 0 … 1. With `search` each group starts at the range whose rounding costs the least
     output error of its linear, among those down to half of the widest.
 
+    With `span=present` the grid follows what other parts make of the weights; with `span=start` it is that of the
+    weights that the part started on, so that only the factors move it.
+
     Source: OmniQuant (arXiv 2308.13137, equation 2) for the sigmoid; its code starts both logits at 4.0, which clips
     by 1.8 %, and learns them at rate 1e-2 (its text swaps the two rates). AutoRound (arXiv 2309.05516, equation 3) for
     the linear form, with signed-gradient steps. AWQ (arXiv 2306.00978) for the search, which clips both ends alike.
@@ -45,6 +48,10 @@ class Clip(PartTraits):
     )
     form: Literal["sigmoid", "linear"] = Field("sigmoid", description="sigmoid or linear: what is learned")
     search: bool = Field(False, description="true starts each group at the range with the least output error")
+    span: Literal["present", "start"] = Field(
+        "present",
+        description="whose extremes the factors scale: present (the changed weights'), or start (as they were)",
+    )
 
     def __post_init__(self) -> None:
         if self.start_logit is None and self.form == "sigmoid":
@@ -56,23 +63,28 @@ class Clip(PartTraits):
 
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
         ends: dict[str, Tensor] = {}
+        constants: dict[str, Tensor] = {}
         for name in block.linears:
-            lo, _ = quant.weight.extremes(block.weights[name])
+            lo, hi = quant.weight.extremes(block.weights[name])
+            if self.span == "start":
+                constants |= {f"{name}:least": lo, f"{name}:largest": hi}
             full = lo.new_full(lo.shape, self._widest)
             ends |= {f"{name}:low": full, f"{name}:high": full.clone()}
         if self.search and quant.weight.bits < 16:
             ends |= self._searched(block, quant, context)
         if self.form == "linear":
-            return PartState(ends, bounds=dict.fromkeys(ends, (0.0, 1.0)))
+            return PartState(ends, constants, bounds=dict.fromkeys(ends, (0.0, 1.0)))
         if self.search or self.start_logit is None:
-            return PartState({key: end.logit() for key, end in ends.items()})
-        return PartState({key: end.new_full(end.shape, self.start_logit) for key, end in ends.items()})
+            return PartState({key: end.logit() for key, end in ends.items()}, constants)
+        return PartState({key: end.new_full(end.shape, self.start_logit) for key, end in ends.items()}, constants)
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
         p = state.parameters
         ends = p if self.form == "linear" else {key: logit.sigmoid() for key, logit in p.items()}
         clip = {name: (ends[f"{name}:low"], ends[f"{name}:high"]) for name in block.linears}
-        return replace(draft, clip=clip)
+        c = state.constants
+        extremes = {name: (c[f"{name}:least"], c[f"{name}:largest"]) for name in block.linears} if c else {}
+        return replace(draft, clip=clip, extremes=extremes)
 
     @property
     def _widest(self) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.fold import fold_scale, fold_shift, gather
+from lsiq.fold import channels_of, fold_scale, fold_shift, gather
 from lsiq.models.spec import Group
 from lsiq.parts.base import Draft, PartState, PartTraits
 from lsiq.settings import settings
@@ -32,7 +32,8 @@ class Equivalent(PartTraits):
 
     Pairs: norm → (q, k, v), norm → (fc1 | gate, up), value → output projection, query ↔ key. The last linear of the
     feed-forward part has no partner. All are exact in float: a value scale is shared by the query heads that read the
-    value head, and under a rotary embedding the two channels of a rotated pair share their query-key scale.
+    value head, and under a rotary embedding the two channels of a rotated pair share their query-key scale. Queries and
+    keys that are normalised after their projections, or that one fused matrix writes, have none.
 
     The scale starts at `max|x|^α / max|W|^(1-α)`, the query-key scale at 1, the shift at the middle of the range. With
     `search` it starts at AWQ's instead: `mean|x|^r / sqrt(max · min)` with the exponent `r` whose scale rounds the
@@ -80,7 +81,7 @@ class Equivalent(PartTraits):
         for group in self._groups(block):
             key = group.producer
             width = block.weights[f"{group.consumers[0]}.weight"].shape[1]
-            channels = block.weights[f"{key}.weight"].shape[0]
+            channels = channels_of(block.weights, group)
             lo, hi = (gather(side, channels, block.head_dim) for side in _signed(ranges[group.consumers[0]], width))
             shift = (hi - lo) / 2 if self._shifts(group, block, quant) else None
             if shift is not None:
@@ -89,7 +90,7 @@ class Equivalent(PartTraits):
             consumers = group.consumers if self.start_from == "all" else group.consumers[:1]
             scale = searched[key] if self.search else smoothing_scale(block, consumers, reach, self.alpha)
             parameters[f"{key}:log_scale"] = scale.log()
-        if "query_key" in self.pairs and not _normalises_queries(block):
+        if "query_key" in self.pairs and not _fixed_queries(block):
             keys = block.weights[f"{block.spec.key}.weight"]
             pairs = 2 if "position_embeddings" in block.kwargs else 1
             parameters["query_key:log_scale"] = keys.new_zeros(keys.shape[0] // block.head_dim, block.head_dim // pairs)
@@ -156,9 +157,9 @@ def _signed(ranges: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return -ranges[0], ranges[1]
 
 
-def _normalises_queries(block: Block) -> bool:
-    """Qwen3 normalises queries and keys after their projections, which undoes any scale of theirs."""
-    return any("q_norm" in name for name in block.weights)
+def _fixed_queries(block: Block) -> bool:
+    """Whether queries and keys take no scale: a norm after their projections undoes it, or one matrix writes both."""
+    return block.spec.query == block.spec.key or any("q_norm" in name for name in block.weights)
 
 
 def _fold_query_key(weights: dict[str, Tensor], block: Block, scale: Tensor) -> dict[str, Tensor]:

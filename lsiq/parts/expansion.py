@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
     from lsiq.methods.base import Context
     from lsiq.models.block import Block
 
@@ -43,10 +42,10 @@ class Expansion(Singular):
     def name(self) -> str:
         return "expansion" if self.directions == "singular" else "random"
 
-    def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
+    def _at_rest(self, block: Block, context: Context) -> PartState:
         import torch
 
-        state = super().start(block, quant, context)
+        state = super()._at_rest(block, context)
         if not self.width:
             return state
         parameters, constants = dict(state.parameters), dict(state.constants)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from lsiq.distributed import divided
 from lsiq.errors import ConfigError
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 HALF_SCALE = 4096.0
 
 
+def _corner(value: int | float | str) -> int | float | str:
+    if isinstance(value, str) and value not in ("full", "complete"):
+        raise ValueError("no such size of a corner")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError("a share of the rank lies above 0 and up to 1, and a size is a whole number")
+    if isinstance(value, int) and value < 0:
+        raise ValueError("a size is 0 or more")
+    return value
+
+
 @settings
 class Singular(PartTraits):
     """Learnable singular value increments: `W' = W + U diag(I) Vᵀ`, with `W = U diag(S) Vᵀ` decomposed once.
@@ -35,12 +46,26 @@ class Singular(PartTraits):
     a dense `(c, c)` block in the directions of the `c` largest singular values is trained as well. The result is an
     ordinary grid: nothing is left to do at inference.
 
+    With `unit=step` the increments of a linear are scaled so that one rate suits every width, every size of the weights
+    and every corner: when all `n` trained entries of its core move by `r`, its weights `(out, in)` move by `r` steps of
+    their grid, root mean square. One unit is then `h · √(out · in / n)`, with `h` the mean step of the float weights.
+
     Source: LSI (arXiv 2406.16299). Its text leaves open which linears are trained and whether the fold comes first;
     here the order of the parts in a method says what comes first.
     """
 
-    lr: float = Field(1e-3, gt=0, description="learning rate of the increments, above 0")
-    corner: int = Field(0, ge=0, description="size of the dense block of the largest singular directions; 0 for none")
+    lr: float | None = Field(1e-3, gt=0, description="learning rate of the increments, above 0; null: travel / steps")
+    travel: float = Field(
+        1.0, gt=0, description="with lr=null: how far an increment goes in steps that all point one way"
+    )
+    unit: Literal["value", "step"] = Field(
+        "value", description="what the rate counts in: value (of the singular values), or step (of the weights' grid)"
+    )
+    corner: Annotated[int | float | str, AfterValidator(_corner)] = Field(
+        0,
+        description="the dense block of the largest singular directions: its size, a share of the rank such as 0.5, "
+        "full (all of the rank) or complete (those of no singular value too); 0 for none",
+    )
     top: int | None = Field(None, ge=1, description="train only the increments of the largest values; null for all")
     linears: list[str] | None = Field(
         None, description="names of linears such as self_attn.q_proj or mlp.down_proj; null for all"
@@ -59,10 +84,13 @@ class Singular(PartTraits):
         return "singular" if self.directions == "singular" else "random"
 
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
-        from lsiq.factors import factors
-        from lsiq.svd import random_directions
+        return self._in_units(self._at_rest(block, context), block, quant)
 
-        del quant
+    def _at_rest(self, block: Block, context: Context) -> PartState:
+        """Return the directions of every linear and its core of zeros."""
+        from lsiq.factors import factors
+        from lsiq.svd import completed, random_directions
+
         parameters: dict[str, Tensor] = {}
         constants: dict[str, Tensor] = {}
         names = self._names(block)
@@ -74,11 +102,32 @@ class Singular(PartTraits):
         for name in names:
             u, s, vh = found.get(name) or random_directions(block.weights[name], context.generator)
             parameters[f"{name}:increment"] = s.new_zeros(min(self.top or len(s), len(s)))
-            if self.corner:
-                c = min(self.corner, len(s))
+            if self.corner == "complete":
+                u, vh = completed(u), completed(vh.T).T.contiguous()
+                parameters[f"{name}:corner"] = s.new_zeros(u.shape[1], len(vh))
+            elif c := self.corner_size(len(s)):
                 parameters[f"{name}:corner"] = s.new_zeros(c, c)
             constants |= {f"{name}:u": u, f"{name}:s": s, f"{name}:vh": vh}
         return PartState(parameters, constants)
+
+    def corner_size(self, rank: int) -> int:
+        """How many of the `rank` directions of a linear the corner spans; a share is rounded up."""
+        if isinstance(self.corner, str):
+            return rank
+        return min(self.corner, rank) if isinstance(self.corner, int) else math.ceil(self.corner * rank)
+
+    def _in_units(self, state: PartState, block: Block, quant: QuantSettings) -> PartState:
+        """Return the state with its left directions scaled, so that increments count in steps of the grid."""
+        if self.unit == "value" or quant.weight.bits == 16:
+            return state
+        constants = dict(state.constants)
+        for name in self._names(block):
+            w = block.weights[name]
+            step = quant.weight.fit(*quant.weight.extremes(w))[0].mean()
+            trained = sum(p.numel() for key, p in state.parameters.items() if key.startswith(f"{name}:"))
+            unit = step * math.sqrt(w.numel() / trained)
+            constants |= {f"{name}:unit": unit, f"{name}:u": constants[f"{name}:u"] * unit}
+        return replace(state, constants=constants)
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
         weights = dict(draft.weights)
@@ -112,7 +161,7 @@ class Singular(PartTraits):
             c = len(corner)
             if len(rows) < width:
                 rows = torch.nn.functional.pad(rows, (0, 0, 0, width - len(rows)))
-            rows = torch.cat([rows[:c] + corner @ state.constants[f"{name}:vh"][:c], rows[c:]])
+            rows = torch.cat([rows[:c] + corner @ state.constants[f"{name}:vh"][: corner.shape[1]], rows[c:]])
         if dtype.itemsize > 2:
             return u @ rows
         return (u.to(dtype) @ (rows * HALF_SCALE).to(dtype)).float() / HALF_SCALE

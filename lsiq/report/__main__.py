@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lsiq.errors import InputError, LsiqError
-from lsiq.report.runs import find_run, list_table, read_runs
+from lsiq.report.runs import find_run, list_table, notes, read_runs
 from lsiq.report.summary import summary
 from lsiq.track.panels import Table, markdown, right_aligned, shown
 
@@ -41,7 +41,8 @@ def main() -> None:
 
 def _tables(given: argparse.Namespace) -> Iterable[Table | str]:
     if given.command == "list":
-        return [list_table(read_runs(given.runs, given.where), given.metric, given.sort)]
+        records = read_runs(given.runs, given.where)
+        return [list_table(records, given.metric, given.sort), *notes(records)]
     from lsiq.report.differences import side_by_side, what_got_worse
 
     if not 0 < given.level < 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lsiq.compare import compare
 from lsiq.errors import InputError
-from lsiq.report.runs import SHOWN, settings_of, written
+from lsiq.report.runs import SHOWN, notes, settings_of, written
 from lsiq.results import Record
 from lsiq.track.panels import Cell, Table
 
@@ -30,6 +30,7 @@ def side_by_side(runs: Sequence[Run], level: float, whole: bool) -> Iterator[Tab
     )
     yield from _settings([settings_of(record) for record, _ in runs], letters, whole)
     yield _metrics([record for record, _ in runs], letters, whole)
+    yield from notes(record for record, _ in runs)
     for letter, (_, folder) in list(zip(letters, runs, strict=True))[1:]:
         try:
             yield _intervals(runs[0][1], folder, letter, level)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,13 @@ def read_runs(runs: Path, where: Sequence[str] = ()) -> list[Record]:
 def about(record: Record) -> dict[str, Any]:
     """What a run can be chosen by: its names, and its settings by the keys of the command line."""
     names = {"model": record.model, "setting": record.setting, "method": record.method}
-    return {**settings_of(record), **names, "seed": record.seed, "status": record.status}
+    facts = {"seed": record.seed, "status": record.status, "weights_from": record.weights_from}
+    return {**settings_of(record), **names, **facts}
+
+
+def notes(records: Iterable[Record]) -> list[str]:
+    """What must be said beside numbers of these runs, once each."""
+    return list(dict.fromkeys(note for record in records for note in record.notes))
 
 
 def settings_of(record: Record) -> dict[str, Any]:

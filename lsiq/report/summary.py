@@ -17,6 +17,7 @@ def summary(record: Record) -> str:
         f"### {record.model} · {record.setting} · {record.method} · seed {record.seed}",
         f"`{record.run_id}`, {record.status}, {record.created}" + (f"\n\n> {record.error}" if record.error else ""),
         f"    {record.command}",
+        *record.notes,
         "; ".join(part for part in (versions, machine, f"commit {(record.commit or 'unknown')[:12]}{clean}") if part),
     ]
     for table in record_panels(record):

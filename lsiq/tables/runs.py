@@ -36,6 +36,7 @@ class Run:
         seconds: of quantising all blocks, with a start from another method.
         errors: by block, the relative squared error of its output.
         machine: device, GPU, threads and version of torch.
+        weights_from: what the float weights were de-quantised from; None, and left out of files, for float ones.
     """
 
     run_id: str | None
@@ -55,6 +56,7 @@ class Run:
     errors: list[float | None]
     machine: Mapping[str, Any]
     commit: str | None
+    weights_from: str | None = None
 
     @property
     def dtype(self) -> str | None:
@@ -114,6 +116,7 @@ def compact(record: Record) -> Run:
         machine={key: record.machine[key] for key in ("device", "gpu", "threads") if key in record.machine}
         | {"torch": record.versions.get("torch")},
         commit=record.commit,
+        weights_from=record.weights_from,
     )
 
 
@@ -147,7 +150,7 @@ def read_runs(file: Path) -> list[Run]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             values = json.loads(line)
-            wrong = names.symmetric_difference(values)
+            wrong = names.symmetric_difference({"weights_from", *values})
         except (ValueError, TypeError) as error:
             raise InputError(f"{file}:{number}: not JSON ({error}); collect the records again") from error
         if wrong:
@@ -165,5 +168,7 @@ def write_runs(runs: Iterable[Run], file: Path) -> None:
         runs, key=lambda run: (run.model, run.setting, run.method, run.seed, run.run_id or "", run.created)
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(asdict(run), separators=(",", ":"), allow_nan=False) for run in ordered)
+    values = (asdict(run) for run in ordered)
+    kept = ({key: value for key, value in run.items() if key != "weights_from" or value} for run in values)
+    lines = (json.dumps(run, separators=(",", ":"), allow_nan=False) for run in kept)
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lsiq.results import origin_note
 from lsiq.tables.protocol import ROOT, Protocol
 from lsiq.tables.published import Literature
 from lsiq.tables.runs import Run, read_runs
@@ -23,10 +24,12 @@ class Sample:
 
     Attributes:
         exact: the seed does not matter, so that one value says all.
+        notes: what must be said beside the numbers.
     """
 
     values: tuple[float, ...]
     exact: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -105,7 +108,12 @@ class Runs:
         known = [value for value in values if value is not None]
         if not known:
             return None
-        return Sample(tuple(known[-1:] if exact else known), exact)
+        return Sample(tuple(known[-1:] if exact else known), exact, self.notes(model))
+
+    def notes(self, model: str) -> tuple[str, ...]:
+        """What must be said wherever numbers of a model stand."""
+        origins = dict.fromkeys(run.weights_from for run in self.runs if run.model == model)
+        return tuple(origin_note(model, origin) for origin in origins if origin is not None)
 
     def mean(
         self, protocol: Protocol, model: str, setting: str, method: str, of: Callable[[Run], float | None]

@@ -106,9 +106,9 @@ class Table:
         lines += [
             _line([*row.labels, *(cell.write(self.number, self.beside) for cell in row.cells)]) for row in self.rows
         ]
-        parts = [f"**{self.caption}**", "\n".join(lines)]
+        parts = [f"**{self.caption}**", "\n".join(lines), *self.notes]
         if self.folded:
-            parts = [f"<details><summary>{self.caption}</summary>", parts[1], "</details>"]
+            parts = [f"<details><summary>{self.caption}</summary>", *parts[1:], "</details>"]
         if self.commands:
             listed = "\n".join(self.commands)
             parts.append(
@@ -116,6 +116,12 @@ class Table:
                 f"{len(self.commands)}</summary>\n\n```sh\n{listed}\n```\n\n</details>"
             )
         return "\n\n".join(parts) + "\n"
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be said beside the numbers, once each."""
+        samples = (cell.ours for row in self.rows for cell in row.cells if cell.ours is not None)
+        return list(dict.fromkeys(note for sample in samples for note in sample.notes))
 
     def latex(self) -> str:
         """Return the table as a booktabs environment."""
@@ -127,7 +133,8 @@ class Table:
         for row in self.rows:
             cells = (_marks(cell.write(self.number, self.beside, tex=True)) for cell in row.cells)
             lines.append(" & ".join([*(_tex(label) for label in row.labels), *cells]) + r" \\")
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+        lines += [r"\bottomrule", r"\end{tabular}", *(rf"\par {_tex(note)}" for note in self.notes), r"\end{table}"]
+        return "\n".join(lines) + "\n"
 
     @property
     def empty(self) -> int:

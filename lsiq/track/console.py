@@ -144,6 +144,8 @@ def show_record(record: Record) -> None:
         cost = ("", "", "")
     OUT.print(table)
     _show_tasks(record, prefixes)
+    for note in record.notes:
+        OUT.print(note, soft_wrap=True)
     for key, value in record.config["model"]["published"].items():
         if key in keys:
             OUT.print(f"published float perplexity of {model}, {key}: {value}")

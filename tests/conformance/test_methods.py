@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import CONF, compose_run
+from conftest import CONF, SHAPES, compose_run, save_model
+from families import FAMILIES
 from torch import Tensor
 
 from lsiq.config import QuantSettings, RunConfig, parse
+from lsiq.errors import InputError
 from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.methods.base import BlockResult, Context, Method
 from lsiq.methods.rtn import round_to_nearest
@@ -28,10 +32,44 @@ SHORTER = {"duquant": ["method.steps=8"]}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=METHODS)
+# The method that stands for all on the families beside LLaMA and OPT; the whole product is `slow`.
+REPRESENTATIVE = dict.fromkeys(FAMILIES, "awq") | {"olmo2": "gptq"}
+# Methods that fold into norms or turn the residual stream, by the family whose blocks allow it not.
+REFUSED = {"olmo2": {"awq", "smoothquant"}}
+
+
+def pairs() -> Iterator[Any]:
+    """Every method with every family."""
+    for method, family in itertools.product(METHODS, [*sorted(SHAPES), *sorted(FAMILIES)]):
+        if method not in REFUSED.get(family, ()):
+            quick = family in SHAPES or method == REPRESENTATIVE[family]
+            yield pytest.param(method, family, id=f"{method}-{family}", marks=[] if quick else [pytest.mark.slow])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "config" in metafunc.fixturenames:
+        metafunc.parametrize(("config", "checkpoint"), list(pairs()), indirect=True)
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: save_model(shape, root / name) for name, shape in FAMILIES.items()}
+
+
+@pytest.fixture
+def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Path], family_folders: dict[str, Path]) -> Path:
+    return {**checkpoints, **family_folders}[request.param]
+
+
+@pytest.fixture
 def config(request: pytest.FixtureRequest, checkpoint: Path) -> RunConfig:
-    shorter = SHORTER.get(request.param, [])
-    return parse(compose_run(f"model.path={checkpoint}", f"method={request.param}", "quant.weight.group=32", *shorter))
+    return composed(request.param, checkpoint)
+
+
+def composed(method: str, checkpoint: Path) -> RunConfig:
+    shorter = SHORTER.get(method, [])
+    return parse(compose_run(f"model.path={checkpoint}", f"method={method}", "quant.weight.group=32", *shorter))
 
 
 @pytest.fixture
@@ -106,3 +144,16 @@ def test_metrics_are_finite_numbers(config: RunConfig, model: Model) -> None:
     hidden, block = stream(model)
     result = quantize(config, block, hidden)
     assert all(isinstance(value, float) and abs(value) < float("inf") for value in result.metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [(family, method) for family, some in REFUSED.items() for method in sorted(some)]
+)
+def test_a_family_without_folds_is_refused_with_the_reason(
+    family: str, method: str, family_folders: dict[str, Path]
+) -> None:
+    config = composed(method, family_folders[family])
+    hidden, block = stream(load(config.model, family_folders[family], CPU, seed=0))
+    with pytest.raises(InputError, match="post-norm") as why:
+        quantize(config, block, hidden)
+    assert "\n" not in str(why.value)
