@@ -115,7 +115,7 @@ def precision_of(
 def _courses(method: Any) -> list[Any]:
     links = list(chain(method))
     links += [one for link in links if (start := getattr(link, "start", None)) is not None for one in chain(start)]
-    return [training for link in links if (training := getattr(link, "training", None)) is not None]
+    return [link.training for link in links if link.training is not None]
 
 
 def _machine() -> str:

@@ -118,7 +118,7 @@ def narrowed(architecture: Mapping[str, Any], quant: QuantSettings, depth: int) 
 def one_at_a_time(method: Any) -> Any:
     """Return the method, and what it hands on to, with steps of one sequence and few epochs."""
     changes: dict[str, Any] = {}
-    if (training := getattr(method, "training", None)) is not None:
+    if (training := method.training) is not None:
         changes["training"] = replace(training, batch=1)
     if isinstance(then := getattr(method, "then", None), Method):
         changes["then"] = one_at_a_time(then)
