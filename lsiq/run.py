@@ -21,6 +21,7 @@ from lsiq.lock import run_lock
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder
 from lsiq.models.gguf_file import weights_from
+from lsiq.models.widths import check_groups
 from lsiq.results import Record, command_line, read_record, source_state, versions, write_record
 from lsiq.secrets import redacted
 from lsiq.track.console import say, show_record

@@ -31,7 +31,8 @@ from lsiq.memory_store import MemoryStore
 from lsiq.methods.base import BlockResult, Method, WholeMethod
 from lsiq.methods.finetune import FineTune
 from lsiq.models.loading import Model
-from lsiq.quantize import BlockReport, quantize as quantize_blocks
+from lsiq.quantize import BlockReport
+from lsiq.quantize import quantize as quantize_blocks
 from lsiq.quantize_stage import block_row, prepare
 from lsiq.results import Record, source_state, versions
 from lsiq.settings import fill

@@ -17,9 +17,9 @@ from lsiq.errors import InputError
 from lsiq.models.attention import NAME
 from lsiq.models.block import Block
 from lsiq.models.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
+from lsiq.models.entrance import enter, for_kind, kinds_of_blocks
 from lsiq.models.folder import read_config
 from lsiq.models.gguf_file import is_gguf
-from lsiq.models.entrance import enter, for_kind, kinds_of_blocks
 from lsiq.models.planting import Planting
 from lsiq.models.prefix import BlockPrefix, Prefix, after_prefix
 from lsiq.models.residual import turn_block
