@@ -52,13 +52,14 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
     """
     check_device(config.device)
     shape = config.model.architecture or {} if folder is None else _read_shape(folder)
-    check_groups(config.quant, shape, config.model.name)
-    if folder is not None and not is_gguf(folder):  # a GGUF file holds its tokenizer
+    shapes: Shapes = {}
+    if folder is not None and not is_gguf(folder):  # a GGUF file holds its tokenizer, and its header has been read
         _check_tokenizer_files(folder)
-    if folder is not None and not is_gguf(folder) and config.model.weights == "checkpoint":
-        spec = find_spec(shape["model_type"], str(folder))
-        shapes = _stored_shapes(folder, config.model.allow_pickle)
-        _check_linears(config, spec, shapes)
+        if config.model.weights == "checkpoint":
+            shapes = _stored_shapes(folder, config.model.allow_pickle)
+    check_groups(config.quant, shape, config.model.name)
+    if shapes:
+        _check_linears(config, find_spec(shape["model_type"], str(folder)), shapes)
     check_window_lengths(config, shape.get("max_position_embeddings"))
     for corpus in config.eval.corpora:
         path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)

@@ -153,7 +153,7 @@ CONFIG_ERRORS = {
     ),
     "best-inside": (
         ["method=best", "method.weight_only.start.parts.0.lr=-1"],
-        ["method.weight_only.start.parts[0].lr=-1", "above 0"],
+        ["method.weight_only.start.parts.dense.lr=-1", "above 0"],
     ),
     "whole-method-inside": (
         ["method=rotate", "method@method.then=e2e", "method.then.run=x"],
@@ -267,7 +267,7 @@ INPUT_ERRORS: dict[str, tuple[Callable[..., list[str]], list[str]]] = {
     "no-tokenizer": (no_tokenizer, ["tokenizer"]),
     "other-family": (other_family, ["gpt2", "llama"]),
     "windows-too-long": (lambda _: ["eval.seqlen=4096"], ["eval.seqlen=4096", "1024"]),
-    "group-that-does-not-divide": (lambda _: ["quant.weight.group=100"], ["quant.weight.group=100", "384", "128"]),
+    "group-that-does-not-divide": (lambda _: ["quant.weight.group=100"], ["quant.weight.group=100", "384", "64"]),
     "block-that-does-not-divide": (
         lambda _: ["quant=w4a8-mxint", "quant.weight.block=24"],
         ["quant.weight.block=24", "1024", "16"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import save_model
 from families import FAMILIES
+from omegaconf import DictConfig
 from test_block import load_small
 from test_hosts import Seen, hosts, quantised
 from torch import Tensor
@@ -26,6 +28,7 @@ from lsiq.models.block import Block
 from lsiq.models.loading import Model
 from lsiq.models.planting import Planting
 from lsiq.models.spec import families, find_spec
+from lsiq.run import run
 
 OLMO, PHI, SANDWICH = "olmo2", "phi3", ("gemma2", "gemma3")
 
@@ -237,3 +240,22 @@ def test_a_family_with_strange_blocks_is_refused(folders: dict[str, Path], tmp_p
 def test_every_family_is_found_by_its_name() -> None:
     assert all(find_spec(name, "here").model_type == name for name in families())
     assert {shape["model_type"] for shape in FAMILIES.values()} <= set(families())
+
+
+@pytest.mark.parametrize("method", ["omniquant", "prefix"])
+def test_a_run_of_a_model_with_windows_and_caps(
+    method: str, folders: dict[str, Path], small_run: Callable[..., DictConfig]
+) -> None:
+    overrides = ["method.training.epochs=1"] if method == "omniquant" else []
+    record = run(small_run(folders["gemma2"], f"method={method}", "quant=w4a4", "quant.weight.group=null", *overrides))
+    assert record.status == "finished"
+    key = "ppl/file@64"
+    assert record.metrics[f"float/{key}"] != record.metrics[key]
+    assert 0.5 < record.metrics[key] / record.metrics[f"float/{key}"] < 2
+
+
+def test_scales_are_refused_where_only_learning_would_fold_them(
+    folders: dict[str, Path], small_run: Callable[..., DictConfig]
+) -> None:
+    with pytest.raises(InputError, match="the part equivalent folds scales into norms, but its blocks have no norms"):
+        run(small_run(folders["olmo2"], "method=omniquant", "quant=w4a4", "quant.weight.group=null"))

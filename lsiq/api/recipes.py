@@ -19,7 +19,7 @@ from lsiq.settings import describe_settings
 _ASIDE = ("calib=none", "eval=none", "tracker=none")
 
 
-def format(name: str, *overrides: str) -> QuantSettings:  # noqa: A001 (the word of the field)
+def format(name: str, *overrides: str) -> QuantSettings:
     """Return the number formats of a file of conf/quant/, such as `w3a16g128`.
 
     Args:

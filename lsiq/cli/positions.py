@@ -39,7 +39,7 @@ def named(words: Sequence[str], compose: Callable[[list[str]], DictConfig]) -> l
 
 
 def _replacing(word: str) -> list[str]:
-    """Return the overrides that put a list in the place of named parts, which hydra would try to merge; else the word."""
+    """Return the overrides that put a list in the place of named parts, which hydra would merge."""
     match = _LIST.match(word)
     return [word] if match is None else [f"~{match[1]}", f"+{word}"]
 

@@ -79,7 +79,7 @@ class Run:
 
 
 def _item(items: Sequence[Any], name: str) -> Any:
-    """Return the item of a list at a position, or the part in it whose module is called `name`; None if there is none."""
+    """Return the item of a list at a position, or the part whose module is called `name`; else None."""
     if name.isdigit():
         return items[int(name)] if int(name) < len(items) else None
     targets = ((item, str(item.get("_target_"))) for item in items if isinstance(item, Mapping))
