@@ -15,7 +15,7 @@ from torch import Tensor
 from lsiq import distributed
 from lsiq.errors import InputError, NumericalError
 from lsiq.exchange import fetch
-from lsiq.methods.base import BlockResult, Context, Method, Need
+from lsiq.methods.base import BlockResult, Context, Method, Need, Traits
 from lsiq.microbatch import MicroBatch
 from lsiq.models.block import Block, BlockFunction, run_stream
 from lsiq.store import BlockStore
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Finished:
+class Finished(Traits):
     """A method that hands out blocks which are done."""
 
     name: str

@@ -133,7 +133,7 @@ CONFIG_ERRORS = {
     "export-scales": (["export=gptq"], ["quant.weight.scale=float32", "export.round_scales=true"]),
     "export-blocks": (
         ["export=gptq", "quant=w4a8-mxint", "quant.activation.bits=16"],
-        ["export=gptq", "shared exponent"],
+        ["export=gptq", "integers in groups", "export=plain"],
     ),
     "export-low-rank": (
         ["export=compressed-tensors", "method=lqer"],

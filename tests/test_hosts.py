@@ -20,7 +20,7 @@ from lsiq.config import QuantSettings
 from lsiq.errors import InputError
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
-from lsiq.methods.base import BlockResult, Context, Method, Need
+from lsiq.methods.base import BlockResult, Context, Method, Need, Traits
 from lsiq.methods.duquant import DuQuant
 from lsiq.methods.rotate import Rotate
 from lsiq.methods.rtn import RTN, round_to_nearest
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 W4A4 = QuantSettings(weight=Integer(bits=4), activation=Activation(bits=4))
 
 
-class Seen:
+class Seen(Traits):
     """A method for `then` that keeps the block it is handed, and rounds it."""
 
     name = "seen"
