@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from lsiq.assets import bundled_model
-from lsiq.config import ModelSettings
 from lsiq.evals.perplexity import perplexity
 from lsiq.models.loading import load
+from lsiq.models.settings import ModelSettings
 
 
 def random_checkpoint(shape: list[int], vocab: int, seqlen: int, dtype: torch.dtype, folder: Path) -> Path:

@@ -18,13 +18,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from lsiq.assets import bundled_model
-from lsiq.calib.corpora import read_corpus
-from lsiq.calib.tokens import cut_windows
-from lsiq.config import parse
+from lsiq.data.corpora import read_corpus
+from lsiq.data.tokens import cut_windows
 from lsiq.errors import LsiqError
+from lsiq.experiment.config import parse
+from lsiq.experiment.run import run
 from lsiq.export.base import Logits, installed
-from lsiq.results import Record
-from lsiq.run import run
+from lsiq.results.record import Record
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FORMATS = ("compressed-tensors", "gptq", "gguf", "plain")

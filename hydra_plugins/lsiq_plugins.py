@@ -62,8 +62,8 @@ class Grid(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Carry out all jobs; raises where some failed, after all have ended."""
+        from lsiq.runtime.terminal import say
         from lsiq.sweeps.jobs import raise_failures
-        from lsiq.track.console import say
 
         assert self.config is not None
         outcomes = self.carry_out(self.jobs(arguments))
@@ -129,7 +129,7 @@ class Search(Grid):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Try values, going on with what an earlier call tried; raises where some failed."""
-        from lsiq.identity import NOT_IDENTITY
+        from lsiq.experiment.identity import NOT_IDENTITY
         from lsiq.settings import fill
         from lsiq.sweeps.jobs import raise_failures
         from lsiq.sweeps.search import SearchSettings, search

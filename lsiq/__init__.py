@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lsiq.api.runs import records, run
     from lsiq.errors import ConfigError, InputError, LsiqError, NumericalError, OutputError, ResourceError
 
+
 __version__ = "0.1.0"
 __all__ = [
     "ConfigError",

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lsiq.durable import read_tensors
-from lsiq.results import Record, read_record
+from lsiq.results.record import Record, read_record
+from lsiq.runtime.files import read_tensors
 
 # What a record says of time, memory and the place a run was made at; everything else must not depend on a stop.
 _OF_THE_PROCESS = ("created", "seconds", "peak_bytes", "command", "commit", "clean", "cached", "config", "blocks")

@@ -12,9 +12,11 @@ from typing import Any
 
 from conftest import compose_run
 
-from lsiq import distributed, quantize
-from lsiq.errors import InputError, one_line
-from lsiq.run import run
+from lsiq.cli.messages import one_line
+from lsiq.errors import InputError
+from lsiq.experiment.run import run
+from lsiq.pipeline import block_loop
+from lsiq.runtime import processes
 
 
 def broken(*_: Any) -> float:
@@ -22,8 +24,8 @@ def broken(*_: Any) -> float:
 
 
 if __name__ == "__main__":
-    with one_line(multirun=False), distributed.together("cpu"):
-        if "--break" in sys.argv and not distributed.first():
-            quantize._relative_error = broken
+    with one_line(multirun=False), processes.together("cpu"):
+        if "--break" in sys.argv and not processes.first():
+            block_loop._relative_error = broken
         for overrides in json.loads(Path(sys.argv[1]).read_text()):
             run(compose_run(*overrides))

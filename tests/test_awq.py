@@ -12,18 +12,20 @@ from conftest import SHAPES, compose_run, save_model
 from test_block import load_small
 from torch import Tensor
 
-from lsiq.config import QuantSettings, parse
+from lsiq.calib.scale_search import candidate_scale, observe_inputs, round_to_nearest, search_clip
 from lsiq.errors import ConfigError, InputError
-from lsiq.fold import fold_scale
+from lsiq.experiment.config import parse
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
+from lsiq.formats.quant import QuantSettings
 from lsiq.formats.tensor import quantize
 from lsiq.methods.awq import AWQ
-from lsiq.methods.base import Context, Method
+from lsiq.methods.base import Method
 from lsiq.methods.gptq import GPTQ
 from lsiq.methods.rtn import RTN
 from lsiq.models.block import Block
-from lsiq.salience import candidate_scale, observe_inputs, round_to_nearest, search_clip
+from lsiq.models.context import Context
+from lsiq.models.folding import fold_scale
 
 SEARCHES: list[Literal["linear", "block"]] = ["linear", "block"]
 

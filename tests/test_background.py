@@ -20,14 +20,14 @@ from interruption import at_rename, before_rename, interrupt, only_run, outcome
 from omegaconf import DictConfig
 from test_block import load_small
 
-from lsiq import distributed
-from lsiq.config import parse
-from lsiq.durable import read_tensors
 from lsiq.errors import OutputError
-from lsiq.methods.base import BlockResult
-from lsiq.quantize import quantize
-from lsiq.run import run
-from lsiq.store import BlockStore, Streams
+from lsiq.experiment.config import parse
+from lsiq.experiment.run import run
+from lsiq.models.result import BlockResult
+from lsiq.pipeline.block_loop import quantize
+from lsiq.results.store import BlockStore, Streams
+from lsiq.runtime import processes
+from lsiq.runtime.files import read_tensors
 
 SmallRun = Callable[..., DictConfig]
 LSI = ["method=lsi", "method.training.epochs=2", "method.training.batch=2"]
@@ -42,7 +42,7 @@ def model(checkpoints: dict[str, Path]) -> Path:
 @pytest.fixture(autouse=True)
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every block count as large."""
-    monkeypatch.setattr("lsiq.store.LARGE", 0)
+    monkeypatch.setattr("lsiq.results.store.LARGE", 0)
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def test_the_files_are_those_of_waiting_for_each_block(
         run(small_run(model, *METHODS[name], "eval=none"))
     _, slow = only_run(tmp_path / "runs")
     assert late.count("block_000.safetensors") == late.count("block_001.safetensors") == (2 if name == "e2e" else 1)
-    monkeypatch.setattr("lsiq.store.LARGE", 2**26)
+    monkeypatch.setattr("lsiq.results.store.LARGE", 2**26)
     run(small_run(model, *METHODS[name], "eval=none", f"paths.runs={tmp_path / 'small'}"))
     _, alone = only_run(tmp_path / "small")
     assert outcome(folder) == outcome(slow) == outcome(alone)
@@ -181,7 +181,7 @@ def test_streams_on_their_way_hold_up_no_block(tmp_path: Path) -> None:
 
 
 def test_small_streams_of_a_large_block_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsiq.store.LARGE", STREAM.nbytes * 2 + 1)
+    monkeypatch.setattr("lsiq.results.store.LARGE", STREAM.nbytes * 2 + 1)
     store = BlockStore(tmp_path / "blocks")
     store.open()
     with held_up("block_000.safetensors") as gate:
@@ -207,7 +207,7 @@ def test_who_is_interrupted_while_waiting_for_a_block_can_wait_again(tmp_path: P
 
 
 def test_several_processes_wait_for_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_group", distributed._Group(rank=0, size=2))
+    monkeypatch.setattr(processes, "_group", processes._Group(rank=0, size=2))
     store = BlockStore(tmp_path / "blocks")
     store.open()
     digest = store.write(0, result(1.0))

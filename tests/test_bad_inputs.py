@@ -54,9 +54,15 @@ CONFIG_ERRORS = {
     "wrong-bool": (["quant.weight.symmetric=perhaps"], ["quant.weight.symmetric=perhaps"]),
     "wrong-scale": (["quant.weight.scale=float8"], ["quant.weight.scale=float8", "float16"]),
     "target-outside": (["method._target_=os.system"], ["os.system", "lsiq"]),
-    "target-not-settings": (["method._target_=lsiq.run.run"], ["lsiq.run.run", "not a settings class"]),
+    "target-not-settings": (
+        ["method._target_=lsiq.experiment.run.run"],
+        ["lsiq.experiment.run.run", "not a settings class"],
+    ),
     "target-missing": (["method._target_=lsiq.methods.magic.Magic"], ["lsiq.methods.magic.Magic", "no such class"]),
-    "target-of-another-kind": (["method=rtn", "method._target_=lsiq.config.PathSettings"], ["method", "not a method"]),
+    "target-of-another-kind": (
+        ["method=rtn", "method._target_=lsiq.runtime.settings.PathSettings"],
+        ["method", "not a method"],
+    ),
     "block-bits": (["quant=w4a8-mxint", "quant.weight.bits=9"], ["quant.weight.bits=9", "2 to 8"]),
     "block-exponent": (["quant=w4a8-mxint", "quant.weight.exponent=5"], ["quant.weight.exponent=5", "4 or 8"]),
     "negative-rank": (["method=lqer", "method.rank=-1"], ["method.rank=-1", "at least 0"]),

@@ -8,7 +8,7 @@ import torch
 from conftest import compose_run
 from transformers import AutoModelForCausalLM
 
-from lsiq.config import parse
+from lsiq.experiment.config import parse
 from lsiq.models.loading import Model, load
 
 

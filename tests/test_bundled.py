@@ -11,8 +11,8 @@ from test_block import load_small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lsiq.assets import bundled_model, bundled_text
-from lsiq.calib.corpora import read_corpus
-from lsiq.calib.tokens import cut_windows
+from lsiq.data.corpora import read_corpus
+from lsiq.data.tokens import cut_windows
 from lsiq.evals.perplexity import perplexity
 
 MODELS = ["tiny-llama", "tiny-opt"]

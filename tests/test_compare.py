@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig
 
-from lsiq.compare import Difference, block_means, bootstrap_interval, compare
 from lsiq.errors import InputError
-from lsiq.run import run
+from lsiq.experiment.run import run
+from lsiq.report.significance import Difference, block_means, bootstrap_interval, compare
 
 SmallRun = Callable[..., DictConfig]
 
@@ -115,7 +115,7 @@ def test_the_command_prints_a_table_or_one_line(
     record = run(small_run(checkpoints["llama"]))
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lsiq.compare", *arguments, "--runs", str(tmp_path / "runs")]
+        command = [sys.executable, "-m", "lsiq.report.significance", *arguments, "--runs", str(tmp_path / "runs")]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     done = call(record.run_id, record.run_id)

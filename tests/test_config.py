@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import CONF, compose_run
 
-from lsiq.composed import plain_config
-from lsiq.config import parse
 from lsiq.errors import ConfigError
-from lsiq.identity import run_id
+from lsiq.experiment.composed import plain_config
+from lsiq.experiment.config import parse
+from lsiq.experiment.identity import run_id
 
 FILES = sorted(
     (file.parent.name, file.stem)
@@ -64,15 +64,15 @@ def test_quant_files_are_called_what_they_are() -> None:
 def test_settings_are_checked_without_importing_torch() -> None:
     code = (
         "import sys; sys.argv=['run.py']\n"
-        "import lsiq.run\n"
+        "import lsiq.experiment.run\n"
         "from hydra import compose, initialize_config_dir\n"
         f"with initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
         "    from pathlib import Path\n"
         f"    for file in sorted(Path({str(CONF)!r}, 'method').glob('*.yaml')):\n"
         "        run = ['method.run=x'] if 'run: ???' in file.read_text() else []\n"
-        "        lsiq.run.parse(compose('config', overrides=[f'method={file.stem}', *run]))\n"
+        "        lsiq.experiment.run.parse(compose('config', overrides=[f'method={file.stem}', *run]))\n"
         f"    for file in Path({str(CONF)!r}, 'export').glob('*.yaml'):\n"
-        "        lsiq.run.parse(compose('config', overrides=[f'export={file.stem}', 'quant.weight.scale=float16']))\n"
+        "        lsiq.experiment.run.parse(compose('config', overrides=[f'export={file.stem}', 'quant.weight.scale=float16']))\n"
         "assert not {'torch', 'transformers', 'wandb', 'datasets'} & set(sys.modules), sorted(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

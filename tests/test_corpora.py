@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lsiq.assets import bundled_model, bundled_text
-from lsiq.calib.corpora import Text, read_corpus
-from lsiq.calib.tokens import cut_windows, draw_windows, random_windows, token_hash
+from lsiq.data.corpora import Text, read_corpus
+from lsiq.data.tokens import cut_windows, draw_windows, random_windows, token_hash
 from lsiq.errors import InputError
 
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import SHARED, compose_run
 from omegaconf import DictConfig
 
-from lsiq.cost import relative_area
-from lsiq.run import run
+from lsiq.experiment.run import run
+from lsiq.pipeline.cost import relative_area
 
 # The small llama: hidden 96, feed-forward 160, two of six heads for keys and values, two blocks, vocabulary 4096.
 WEIGHTS = 2 * (96 * 96 * 2 + 32 * 96 * 2 + 96 * 160 * 3)

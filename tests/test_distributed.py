@@ -14,14 +14,14 @@ import torch
 from conftest import compose_run
 from omegaconf import DictConfig
 
-from lsiq import distributed
-from lsiq.checks import check_processes
-from lsiq.config import parse
 from lsiq.errors import ConfigError
-from lsiq.exchange import part_of
-from lsiq.results import Record, read_record
-from lsiq.run import run
-from lsiq.store import BlockStore
+from lsiq.experiment.checks import check_processes
+from lsiq.experiment.config import parse
+from lsiq.experiment.run import run
+from lsiq.results.record import Record, read_record
+from lsiq.results.store import BlockStore
+from lsiq.runtime import processes as distributed
+from lsiq.runtime.batch_exchange import part_of
 
 SmallRun = Callable[..., DictConfig]
 FLOAT32 = "method.training.precision=float32"

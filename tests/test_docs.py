@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from pages import ROOT, anchors, commands, links, pages
 
-from lsiq.config import parse
+from lsiq.experiment.config import parse
 
 # Programs of others. Their commands are not tried: they want a server, a GPU or a browser.
 OTHERS = {"wandb", "tensorboard", "nvidia-cuda-mps-control"}

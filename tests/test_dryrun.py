@@ -12,10 +12,10 @@ import pytest
 from conftest import SHAPES, compose_run, save_model
 from omegaconf import DictConfig
 
-from lsiq.config import parse
 from lsiq.errors import InputError
-from lsiq.probe import EvaluationCost, widened
-from lsiq.run import run
+from lsiq.experiment.config import parse
+from lsiq.experiment.probe import EvaluationCost, widened
+from lsiq.experiment.run import run
 
 SmallRun = Callable[..., DictConfig]
 # Runs in a process of its own, whose memory is that of the run alone.

@@ -15,12 +15,12 @@ from omegaconf import DictConfig
 from test_block import load_small
 from transformers import AutoModelForCausalLM
 
-from lsiq.evals.cache import EvaluationCache
+from lsiq.evals.block_pass import prefetched, run_blocks
 from lsiq.evals.perplexity import perplexity
-from lsiq.evals.stream import prefetched, run_blocks
 from lsiq.evals.windows import FLOAT, Variant, measure_windows
+from lsiq.experiment.run import run
 from lsiq.models.block import Block, BlockFunction
-from lsiq.run import run
+from lsiq.runtime.cache import EvaluationCache
 
 SmallRun = Callable[..., DictConfig]
 NO_CACHE = EvaluationCache(None, {}, {})

@@ -14,8 +14,9 @@ from conftest import SHAPES, compose_run, save_model
 from omegaconf import DictConfig
 from torch import Tensor
 
-from lsiq.config import RunConfig, parse
 from lsiq.errors import ConfigError, InputError, LsiqError, OutputError
+from lsiq.experiment.config import RunConfig, parse
+from lsiq.experiment.run import run
 from lsiq.export.gguf import exact_type
 from lsiq.export.packing import pack
 from lsiq.export.source import Source
@@ -23,9 +24,8 @@ from lsiq.export.verify import verify
 from lsiq.formats.integer import Integer
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.models.loading import load
-from lsiq.results import Record, read_record
-from lsiq.run import run
-from lsiq.store import BlockStore
+from lsiq.results.record import Record, read_record
+from lsiq.results.store import BlockStore
 
 SmallRun = Callable[..., DictConfig]
 W8A8 = ("quant=w8a8", "quant.weight.group=null", "quant.activation.attention=false")
@@ -72,7 +72,7 @@ def random_weight(fmt: Integer) -> QuantizedTensor:
 def test_a_gguf_type_holds_the_grid_bit_for_bit(bits: int, symmetric: bool, kind: str) -> None:
     from gguf import GGMLQuantizationType, quants
 
-    from lsiq.export.llamacpp import encode
+    from lsiq.export.gguf_file import encode
 
     fmt = Integer(bits=bits, group=64, symmetric=symmetric, scale="float16")
     assert exact_type(fmt) == kind

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import lsiq.factors
-from lsiq.factors import factors
-from lsiq.svd import decompose
+import lsiq.linalg.svd
+from lsiq.linalg.svd import decompose, factors
 
 
 def weight(seed: int = 0) -> torch.Tensor:
@@ -23,7 +22,7 @@ def refuse(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_the_second_run_reads_what_the_first_one_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = factors(weight(), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first, decompose(weight()), strict=True))
-    monkeypatch.setattr(lsiq.factors, "decompose", refuse)
+    monkeypatch.setattr(lsiq.linalg.svd, "decompose", refuse)
     assert all(torch.equal(a, b) for a, b in zip(first, factors(weight(), tmp_path), strict=True))
     with pytest.raises(AssertionError, match="again"):
         factors(weight(1), tmp_path)

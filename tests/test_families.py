@@ -19,16 +19,16 @@ from transformers import AutoModelForCausalLM
 
 from lsiq.errors import InputError
 from lsiq.evals.perplexity import perplexity
-from lsiq.fold import channels_of, fold_scale
-from lsiq.formats import Activation
+from lsiq.experiment.run import run
+from lsiq.formats.activation import Activation
 from lsiq.methods.rotate import Rotate
 from lsiq.methods.rtn import RTN
 from lsiq.models.attention import activations, attend
 from lsiq.models.block import Block
+from lsiq.models.families import families, find_spec
+from lsiq.models.folding import channels_of, fold_scale
 from lsiq.models.loading import Model
-from lsiq.models.planting import Planting
-from lsiq.models.spec import families, find_spec
-from lsiq.run import run
+from lsiq.models.outliers import Planting
 
 OLMO, PHI, SANDWICH = "olmo2", "phi3", ("gemma2", "gemma3")
 

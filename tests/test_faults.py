@@ -17,14 +17,14 @@ from conftest import SHAPES, save_model
 from interruption import at_rename, kill, outcome
 from omegaconf import DictConfig, OmegaConf
 
-from lsiq.results import read_record
+from lsiq.results.record import read_record
 
 SmallRun = Callable[..., DictConfig]
 pytestmark = pytest.mark.faults
 
 # Processes that have imported what a run needs, so that moments fall into its work.
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["lsiq.experiment", "interruption"])
+FRESH.set_forkserver_preload(["lsiq.experiment.stages", "interruption"])
 MOMENTS = 30
 
 
@@ -38,12 +38,12 @@ def carry_out(cfg: str, rename: int | str | None, background: bool) -> None:
 
     import torch
 
-    import lsiq.store
-    from lsiq.run import run
+    import lsiq.results.store
+    from lsiq.experiment.run import run
 
     torch.set_num_threads(1)
     if background:
-        lsiq.store.LARGE = 0
+        lsiq.results.store.LARGE = 0
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     with contextlib.nullcontext() if rename is None else at_rename(rename, kill):
         run(OmegaConf.create(cfg))

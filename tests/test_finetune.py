@@ -11,13 +11,13 @@ from conftest import compose_run
 from omegaconf import DictConfig
 from test_block import load_small
 
-from lsiq.config import parse
 from lsiq.errors import ConfigError, InputError
-from lsiq.methods.base import Context
-from lsiq.models.block import result_weights
-from lsiq.run import run
-from lsiq.store import BlockStore
-from lsiq.tuned import TunedBlock
+from lsiq.experiment.config import parse
+from lsiq.experiment.run import run
+from lsiq.methods.finetune.tuned_block import TunedBlock
+from lsiq.models.context import Context
+from lsiq.models.result import result_weights
+from lsiq.results.store import BlockStore
 
 SmallRun = Callable[..., DictConfig]
 TUNE = ("method=lsi-finetune", "method.training.batch=2")

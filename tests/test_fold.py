@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from test_block import load_small
 
-from lsiq.fold import fold_scale, fold_shift, gather, spread
+from lsiq.models.folding import fold_scale, fold_shift, gather, spread
 
 
 def test_fold_keeps_block_function(checkpoint: Path) -> None:

@@ -15,21 +15,23 @@ from test_evaluation import NO_CACHE, unchanged
 from transformers import AutoModelForCausalLM
 
 from lsiq.assets import bundled_model
-from lsiq.config import ModelSettings, parse
 from lsiq.errors import ConfigError, InputError, ResourceError
-from lsiq.evals.block_lm import BlockLM
-from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.generation import Prompt, Writer, check_room, write_answers
+from lsiq.evals.harness_model import BlockLM
 from lsiq.evals.tasks import load_tasks
 from lsiq.evals.windows import Variant
-from lsiq.formats import Activation, Integer
+from lsiq.experiment.config import parse
+from lsiq.experiment.run import run
+from lsiq.formats.activation import Activation
+from lsiq.formats.integer import Integer
 from lsiq.formats.tensor import quantize
-from lsiq.methods.base import BlockResult
 from lsiq.methods.rotate import Rotate
 from lsiq.methods.rtn import RTN
 from lsiq.models.block import Block, BlockFunction
 from lsiq.models.loading import Model, load
-from lsiq.run import run
+from lsiq.models.result import BlockResult
+from lsiq.models.settings import ModelSettings
+from lsiq.runtime.cache import EvaluationCache
 
 TEXTS = ["The first president of the United States was", "In 1969,", "A river is", "The city of Paris lies on the"]
 

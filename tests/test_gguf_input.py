@@ -16,15 +16,15 @@ from conftest import SHAPES, compose_run, save_model
 from gguf_files import ARCHITECTURES, all_weights, finish, write_gguf
 from omegaconf import DictConfig
 
-from lsiq.config import ModelSettings
 from lsiq.errors import ConfigError, InputError
+from lsiq.experiment.run import run
 from lsiq.models.folder import find_folder, fingerprint, packaged_file, read_config
 from lsiq.models.gguf_config import llama3_factors
 from lsiq.models.gguf_file import is_gguf, read_header, weights_from
 from lsiq.models.gguf_tensors import GGUFTensors
 from lsiq.models.loading import Model, load
+from lsiq.models.settings import ModelSettings
 from lsiq.models.widths import largest_group
-from lsiq.run import run
 from lsiq.tables.runs import compact, read_runs, write_runs
 from lsiq.tables.study import Sample
 from lsiq.tables.table import Cell, Row, Table

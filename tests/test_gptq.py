@@ -10,15 +10,16 @@ from test_block import load_small
 from torch import Tensor
 
 from lsiq.calib.gram import input_grams, output_error
-from lsiq.config import QuantSettings
 from lsiq.errors import ConfigError, NumericalError
-from lsiq.feedback import factorise, round_with_feedback
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
+from lsiq.formats.quant import QuantSettings
 from lsiq.formats.tensor import quantize
-from lsiq.methods.base import BlockResult, Context
 from lsiq.methods.gptq import GPTQ
+from lsiq.methods.gptq.columns import factorise, round_with_feedback
 from lsiq.models.block import Block
+from lsiq.models.context import Context
+from lsiq.models.result import BlockResult
 from lsiq.settings import fill
 
 

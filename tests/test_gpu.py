@@ -9,13 +9,14 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from lsiq.experiment.run import run
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
-from lsiq.learn import _power
-from lsiq.machine import find_device
-from lsiq.methods.base import BlockResult, Context
-from lsiq.run import run
-from lsiq.store import BlockStore
+from lsiq.learning.learner import _power
+from lsiq.models.context import Context
+from lsiq.models.result import BlockResult
+from lsiq.results.store import BlockStore
+from lsiq.runtime.device import find_device
 
 SmallRun = Callable[..., DictConfig]
 METHODS = {
@@ -59,7 +60,7 @@ def test_the_power_of_a_stream_is_found_where_the_stream_lies() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_block_on_a_gpu_is_stored_as_it_was_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsiq.store.LARGE", 0)
+    monkeypatch.setattr("lsiq.results.store.LARGE", 0)
     store, before = BlockStore(tmp_path / "blocks"), None
     store.open()
     for index, width in enumerate([2**20, 2**20, 2**19]):  # the copies' memory is taken again where it fits

@@ -13,17 +13,17 @@ from test_block import load_small
 from test_evaluation import NO_CACHE, halved, unchanged
 from test_hosts import W4A4, first_block, quantised, seeded, some_tokens
 
-import lsiq.experiment
+import lsiq.experiment.stages
 from lsiq.errors import ConfigError, InputError
 from lsiq.evals.likelihood import measure_pairs
 from lsiq.evals.perplexity import perplexity
 from lsiq.evals.windows import FLOAT, Variant, measure_windows
+from lsiq.experiment.run import run
 from lsiq.formats.activation import Activation
 from lsiq.methods.base import Method
 from lsiq.methods.lqer import LQER
 from lsiq.methods.rotate import Rotate
 from lsiq.methods.rtn import RTN
-from lsiq.run import run
 
 SmallRun = Callable[..., DictConfig]
 
@@ -74,7 +74,7 @@ def test_a_run_that_goes_on_with_its_evaluation_has_the_prepared_model_again(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lsiq.experiment, "evaluate", out_of_memory)
+        patch.setattr(lsiq.experiment.stages, "evaluate", out_of_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
             run(small_run(checkpoint, *made))
     again = run(small_run(checkpoint, *made))

@@ -15,23 +15,26 @@ from transformers import AutoModelForCausalLM
 
 from lsiq.assets import bundled_model
 from lsiq.calib.gram import input_grams
-from lsiq.calib.massive import outlier_tokens
-from lsiq.config import QuantSettings
+from lsiq.calib.outlier_tokens import outlier_tokens
 from lsiq.errors import InputError
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
-from lsiq.methods.base import BlockResult, Context, Method, Need, Traits
+from lsiq.formats.quant import QuantSettings
+from lsiq.linalg.rotation import factored_hadamard
+from lsiq.methods.base import Method, Traits
 from lsiq.methods.duquant import DuQuant
 from lsiq.methods.rotate import Rotate
-from lsiq.methods.rtn import RTN, round_to_nearest
+from lsiq.methods.rtn import RTN
 from lsiq.methods.smoothquant import SmoothQuant
 from lsiq.models.attention import activations, attend
 from lsiq.models.block import Block, run_stream
+from lsiq.models.context import Context, Need
 from lsiq.models.loading import Model
-from lsiq.models.planting import Planting
+from lsiq.models.outliers import Planting
 from lsiq.models.residual import residual_rotation
-from lsiq.rotation import factored_hadamard
-from lsiq.store import BlockStore
+from lsiq.models.result import BlockResult
+from lsiq.models.rounding import round_to_nearest
+from lsiq.results.store import BlockStore
 
 CPU = torch.device("cpu")
 W4A4 = QuantSettings(weight=Integer(bits=4), activation=Activation(bits=4))

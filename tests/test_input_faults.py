@@ -16,10 +16,10 @@ from interruption import at_rename, interrupt, only_run, outcome
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
-from lsiq.durable import read_tensors
 from lsiq.errors import InputError, OutputError
-from lsiq.results import Record
-from lsiq.run import run
+from lsiq.experiment.run import run
+from lsiq.results.record import Record
+from lsiq.runtime.files import read_tensors
 
 SmallRun = Callable[..., DictConfig]
 # When this one comes, the first of two blocks, the streams after it and the record of it are there.

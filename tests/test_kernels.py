@@ -13,14 +13,16 @@ from test_block import load_small
 from test_learn import W2, fresh, schedule_of, setting
 from torch import Tensor
 
-from lsiq.config import QuantSettings, parse
 from lsiq.errors import ConfigError
-from lsiq.formats import MXInt
+from lsiq.experiment.config import parse
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
-from lsiq.kernels.choice import choose
+from lsiq.formats.mxint import MXInt
+from lsiq.formats.quant import QuantSettings
 from lsiq.kernels.compiled import COMPILED
-from lsiq.learn import learn
+from lsiq.learning.learner import learn
+from lsiq.learning.trained import compiled_weights, plain_weights, start_parts
+from lsiq.learning.weight_path import choose
 from lsiq.models.block import Block
 from lsiq.parts.base import Part, PartState
 from lsiq.parts.clip import Clip
@@ -28,13 +30,12 @@ from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.expansion import Expansion
 from lsiq.parts.rounding import Rounding
 from lsiq.parts.singular import Singular
-from lsiq.step import compiled_weights, plain_weights, start_parts
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from lsiq.kernels import band, fakequant
 from lsiq.kernels.activation import FusedActivation
-from lsiq.kernels.weights import FusedWeights, Scaled, uncovered
+from lsiq.learning.fused_weights import FusedWeights, Scaled, uncovered
 
 A16 = Activation()
 ALL: tuple[Part, ...] = (Singular(corner=8), Equivalent(), Clip())

@@ -11,15 +11,17 @@ from conftest import compose_run
 from test_block import load_small
 from torch import Tensor
 
-from lsiq.config import QuantSettings, parse
 from lsiq.errors import InputError, NumericalError
+from lsiq.experiment.config import parse
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
-from lsiq.learn import learn
-from lsiq.merge import merge
-from lsiq.methods.base import Context
-from lsiq.methods.learned import Training
+from lsiq.formats.quant import QuantSettings
+from lsiq.learning.encode import merge
+from lsiq.learning.learner import learn
+from lsiq.learning.schedule import Training
+from lsiq.learning.trained import apply_parts, start_parts
 from lsiq.models.block import Block, run_stream
+from lsiq.models.context import Context
 from lsiq.parts.base import Part, PartState, rounded
 from lsiq.parts.clip import Clip
 from lsiq.parts.dense import Dense
@@ -27,7 +29,6 @@ from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.expansion import Expansion
 from lsiq.parts.rounding import Rounding
 from lsiq.parts.singular import Singular
-from lsiq.step import apply_parts, start_parts
 
 CPU = torch.device("cpu")
 W2 = QuantSettings(weight=Integer(bits=2, group=32), activation=Activation())

@@ -11,19 +11,22 @@ from conftest import compose_run
 from test_learn import PARTS, W2, W4A4, fresh, moved, schedule_of, setting
 
 from lsiq.calib.gram import input_grams, output_error
-from lsiq.config import QuantSettings, parse
 from lsiq.errors import ConfigError
+from lsiq.experiment.config import parse
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
 from lsiq.formats.mxint import MXInt
+from lsiq.formats.quant import QuantSettings
 from lsiq.formats.tensor import quantize
-from lsiq.merge import merge, prepared
-from lsiq.methods.base import BlockResult, Context, Method
+from lsiq.learning.encode import merge, prepared
+from lsiq.learning.trained import apply_parts, start_parts
+from lsiq.methods.base import Method
 from lsiq.methods.gptq import GPTQ
 from lsiq.methods.learned import Learned
 from lsiq.methods.rtn import RTN
 from lsiq.models.block import Block
-from lsiq.step import apply_parts, start_parts
+from lsiq.models.context import Context
+from lsiq.models.result import BlockResult
 
 FORMATS = {
     "asymmetric": Integer(bits=3, group=32),

@@ -12,10 +12,11 @@ from conftest import SHAPES, compose_run, save_model
 from safetensors.torch import load_file, save_file
 from test_block import load_small
 
-from lsiq.config import ModelSettings, parse
 from lsiq.errors import InputError
+from lsiq.experiment.config import parse
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.models.loading import load
+from lsiq.models.settings import ModelSettings
 
 CPU = torch.device("cpu")
 

@@ -17,9 +17,9 @@ from conftest import CONF
 from omegaconf import DictConfig
 
 from lsiq.errors import OutputError
-from lsiq.lock import exclusive
-from lsiq.results import read_record
-from lsiq.run import run
+from lsiq.experiment.run import run
+from lsiq.results.record import read_record
+from lsiq.runtime.locks import exclusive
 
 # Takes the lock argv[1] as soon as the file argv[2] is there, writes down when it held it, and holds it for argv[3] s.
 HOLD = """

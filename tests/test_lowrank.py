@@ -15,24 +15,27 @@ from omegaconf import DictConfig
 from test_block import load_small
 from torch import Tensor
 
-from lsiq.config import QuantSettings, parse
 from lsiq.errors import ConfigError
+from lsiq.experiment.config import parse
+from lsiq.experiment.run import run
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
 from lsiq.formats.mxint import MXActivation, MXInt
+from lsiq.formats.quant import QuantSettings
 from lsiq.formats.tensor import QuantizedTensor
-from lsiq.lowrank import input_costs, project
 from lsiq.methods.awq import AWQ
-from lsiq.methods.base import Context, Method
+from lsiq.methods.base import Method
 from lsiq.methods.gptq import GPTQ
 from lsiq.methods.lqer import LQER
+from lsiq.methods.lqer.repair import input_costs, project
 from lsiq.methods.rtn import RTN
 from lsiq.methods.smoothquant import SmoothQuant
 from lsiq.models.attention import activations
-from lsiq.models.block import Block, result_weights, run_stream
-from lsiq.models.branch import side_branches
-from lsiq.run import run
-from lsiq.store import BlockStore
+from lsiq.models.block import Block, run_stream
+from lsiq.models.context import Context
+from lsiq.models.result import result_weights
+from lsiq.models.side_branches import side_branches
+from lsiq.results.store import BlockStore
 
 SCALES = ("none", "magnitude", "rms", "covariance")
 CPU = torch.device("cpu")

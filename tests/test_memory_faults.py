@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from lsiq.errors import ResourceError
+from lsiq.experiment.run import run
 from lsiq.models import block as block_module
-from lsiq.run import run
 
 SmallRun = Callable[..., DictConfig]
 

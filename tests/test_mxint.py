@@ -10,8 +10,8 @@ from conftest import compose_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsiq.config import parse
 from lsiq.errors import ConfigError, NumericalError
+from lsiq.experiment.config import parse
 from lsiq.formats.mxint import MXActivation, MXInt, power_of_two_step
 from lsiq.formats.tensor import quantize
 

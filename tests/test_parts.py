@@ -11,12 +11,13 @@ from conftest import compose_run
 from test_learn import W2, fresh, moved, schedule_of, setting
 from torch import Tensor
 
-from lsiq.config import parse
 from lsiq.errors import ConfigError
-from lsiq.learn import learn
-from lsiq.merge import merge
-from lsiq.methods.base import Context
+from lsiq.experiment.config import parse
+from lsiq.learning.encode import merge
+from lsiq.learning.learner import learn
+from lsiq.learning.trained import Trained, apply_parts, start_parts
 from lsiq.models.block import Block
+from lsiq.models.context import Context
 from lsiq.parts.base import Draft, Part, PartState, quantized_ranges
 from lsiq.parts.clip import Clip
 from lsiq.parts.dense import Dense
@@ -24,7 +25,6 @@ from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.expansion import Expansion
 from lsiq.parts.rounding import Rounding
 from lsiq.parts.singular import Singular
-from lsiq.step import Trained, apply_parts, start_parts
 
 
 def dense_core(state: PartState, name: str) -> Tensor:

@@ -6,9 +6,9 @@ import pytest
 from conftest import CONF
 
 from lsiq.cli.compose import compose
-from lsiq.composed import plain_config
-from lsiq.config import parse
 from lsiq.errors import ConfigError
+from lsiq.experiment.composed import plain_config
+from lsiq.experiment.config import parse
 
 
 def test_a_part_is_changed_by_its_name_and_by_its_old_position_alike():

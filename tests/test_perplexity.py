@@ -10,8 +10,8 @@ import torch
 from test_block import load_small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lsiq.calib.corpora import read_corpus
-from lsiq.calib.tokens import cut_windows
+from lsiq.data.corpora import read_corpus
+from lsiq.data.tokens import cut_windows
 from lsiq.evals.perplexity import perplexity
 
 

@@ -15,20 +15,21 @@ from conftest import compose_run
 from omegaconf import DictConfig
 from test_learn import W2, fresh, schedule_of, setting
 
-from lsiq.composed import plain_config
-from lsiq.config import parse
-from lsiq.learn import learn
+from lsiq.experiment.composed import plain_config
+from lsiq.experiment.config import parse
+from lsiq.experiment.precision import precision_of
+from lsiq.experiment.run import run
+from lsiq.experiment.stamp import stamp
+from lsiq.learning.learner import learn
 from lsiq.parts.clip import Clip
-from lsiq.precision import Choice, bfloat16_features, fastest, precision_of
-from lsiq.results import Record
-from lsiq.resume import stamp
-from lsiq.run import run
+from lsiq.results.record import Record
+from lsiq.runtime.precision import Choice, bfloat16_features, fastest
 from lsiq.tables.protocol import contradiction
 from lsiq.tables.runs import compact
 
 CLIP = Clip(lr=1e-2, start_logit=4.0, form="sigmoid", search=False)
 CPU = torch.device("cpu")
-ASK = "import torch; from lsiq.precision import fastest; print(fastest(torch.device('cpu'), torch.float32).chosen)"
+ASK = "import torch; from lsiq.runtime.precision import fastest; print(fastest(torch.device('cpu'), torch.float32).chosen)"
 
 
 def test_auto_is_bfloat16_only_where_the_cpu_has_instructions_for_it() -> None:

@@ -11,8 +11,8 @@ import pytest
 from conftest import compose_run
 from pages import ROOT, blocks, commands
 
-from lsiq.results import Record
-from lsiq.run import run
+from lsiq.experiment.run import run
+from lsiq.results.record import Record
 
 README = ROOT / "README.md"
 COMMANDS = commands(README)

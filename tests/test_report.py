@@ -12,11 +12,11 @@ import pytest
 from omegaconf import DictConfig
 
 from lsiq.errors import InputError
+from lsiq.experiment.run import run
 from lsiq.report.differences import side_by_side, what_got_worse
 from lsiq.report.runs import find_run, list_table, read_runs
 from lsiq.report.summary import summary
-from lsiq.results import Record
-from lsiq.run import run
+from lsiq.results.record import Record
 from lsiq.track.panels import Table
 
 KEY = "ppl/file@64"

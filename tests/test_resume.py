@@ -14,11 +14,11 @@ from conftest import SHAPES, save_model
 from interruption import at_rename, interrupt, only_run, outcome
 from omegaconf import DictConfig
 
-import lsiq.experiment
-from lsiq.durable import read_tensors, write_tensors
+import lsiq.experiment.stages
 from lsiq.errors import ConfigError, InputError, LsiqError, NumericalError, OutputError
-from lsiq.run import run
-from lsiq.store import BlockStore, Streams
+from lsiq.experiment.run import run
+from lsiq.results.store import BlockStore, Streams
+from lsiq.runtime.files import read_tensors, write_tensors
 
 SmallRun = Callable[..., DictConfig]
 
@@ -36,12 +36,12 @@ def test_an_evaluation_that_fails_leaves_the_blocks_and_is_repeated_from_there(
     model: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = run(small_run(model, f"paths.runs={tmp_path / 'other'}"))
-    measure = lsiq.experiment.evaluate
+    measure = lsiq.experiment.stages.evaluate
 
     def out_of_memory(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(lsiq.experiment, "evaluate", out_of_memory)
+    monkeypatch.setattr(lsiq.experiment.stages, "evaluate", out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(small_run(model))
     failed, folder = only_run(tmp_path / "runs")
@@ -51,7 +51,7 @@ def test_an_evaluation_that_fails_leaves_the_blocks_and_is_repeated_from_there(
     before = block_times(folder)
     assert len(before) == 2
 
-    monkeypatch.setattr(lsiq.experiment, "evaluate", measure)
+    monkeypatch.setattr(lsiq.experiment.stages, "evaluate", measure)
     again = run(small_run(model))
     assert (again.status, again.error) == ("finished", None)
     assert block_times(folder) == before
@@ -237,7 +237,7 @@ def test_large_streams_are_written_beside_the_next_block(
 ) -> None:
     run(small_run(model, "method=gptq", f"paths.runs={tmp_path / 'other'}"))
     _, alone = only_run(tmp_path / "other")
-    monkeypatch.setattr("lsiq.store.LARGE", 1)
+    monkeypatch.setattr("lsiq.results.store.LARGE", 1)
     run(small_run(model, "method=gptq"))
     _, folder = only_run(tmp_path / "runs")
     assert outcome(folder) == outcome(alone)
@@ -245,7 +245,7 @@ def test_large_streams_are_written_beside_the_next_block(
 
 
 def test_streams_make_way_while_others_are_still_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsiq.store.LARGE", 1)
+    monkeypatch.setattr("lsiq.results.store.LARGE", 1)
     store, gate, stream = BlockStore(tmp_path / "blocks"), threading.Event(), torch.ones(2, 3, 4)
     store._streams.start(gate.wait)
     store.write_streams(Streams(1, [0.1], stream, stream + 1), "first")
@@ -260,7 +260,7 @@ def test_streams_make_way_while_others_are_still_being_written(tmp_path: Path, m
 def test_a_disk_that_refuses_large_streams_is_named_at_the_next_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lsiq.store.LARGE", 1)
+    monkeypatch.setattr("lsiq.results.store.LARGE", 1)
     store, stream = BlockStore(tmp_path / "nowhere" / "blocks"), torch.ones(2, 3, 4)
     store.write_streams(Streams(1, [0.1], stream, stream + 1), "first")
     with pytest.raises(OutputError, match=r"streams\.safetensors: cannot be written"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lsiq.block_rotation import even_rotation, find_rotation, greedy_blocks, zigzag
-from lsiq.hadamard import hadamard, mean_keeping, random_hadamard, random_orthogonal, split
-from lsiq.rotation import Rotation, factored_hadamard
+from lsiq.linalg.hadamard import hadamard, mean_keeping, random_hadamard, random_orthogonal, split
+from lsiq.linalg.rotation import Rotation, factored_hadamard
+from lsiq.methods.duquant.search import even_rotation, find_rotation, greedy_blocks, zigzag
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -17,9 +17,9 @@ from test_perplexity import plain_perplexity
 from transformers import AutoModelForCausalLM
 
 from lsiq.errors import LsiqError, OutputError
-from lsiq.results import Record, read_record, write_record
-from lsiq.run import run
-from lsiq.store import BlockStore
+from lsiq.experiment.run import run
+from lsiq.results.record import Record, read_record, write_record
+from lsiq.results.store import BlockStore
 
 SmallRun = Callable[..., DictConfig]
 

@@ -12,8 +12,8 @@ from interruption import only_run
 from omegaconf import DictConfig
 from test_bad_inputs import assert_one_line, call
 
-from lsiq.run import run
-from lsiq.secrets import redacted
+from lsiq.experiment.run import run
+from lsiq.runtime.redaction import redacted
 
 SmallRun = Callable[..., DictConfig]
 LETTERS = string.ascii_letters + string.digits

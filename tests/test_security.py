@@ -24,19 +24,21 @@ from omegaconf.errors import OmegaConfBaseException
 from test_bad_inputs import assert_one_line, call
 from test_block import load_small
 
-from lsiq.composed import plain_config
-from lsiq.config import ModelSettings, parse
-from lsiq.durable import read_tensors, write_tensors
-from lsiq.errors import ConfigError, InputError, LsiqError, explain_hydra
-from lsiq.guard import check_hydra, guarded
-from lsiq.identity import run_id
+from lsiq.cli.hydra_guard import check_hydra, guarded
+from lsiq.cli.messages import explain_hydra
+from lsiq.errors import ConfigError, InputError, LsiqError
+from lsiq.experiment.composed import plain_config
+from lsiq.experiment.config import parse
+from lsiq.experiment.identity import run_id
+from lsiq.experiment.run import run
 from lsiq.models.folder import weight_files
 from lsiq.models.loading import load
-from lsiq.results import read_record
-from lsiq.run import run
-from lsiq.secrets import redacted
+from lsiq.models.settings import ModelSettings
+from lsiq.results.record import read_record
+from lsiq.results.store import BlockStore
+from lsiq.runtime.files import read_tensors, write_tensors
+from lsiq.runtime.redaction import redacted
 from lsiq.settings import find_target
-from lsiq.store import BlockStore
 
 SmallRun = Callable[..., DictConfig]
 # Few numbers in the everyday suite; the many are tried with -m faults.
@@ -129,14 +131,14 @@ def test_the_command_line_is_guarded(tmp_path: Path) -> None:
     "target",
     [
         "os.system",
-        "lsiq.run.run",
+        "lsiq.experiment.run.run",
         "lsiq.settings.importlib.import_module",
-        "lsiq.store.BlockStore",
-        "lsiq.store.DictConfig",
-        "lsiq.config.OmegaConf",
+        "lsiq.results.store.BlockStore",
+        "lsiq.results.store.DictConfig",
+        "lsiq.experiment.config.OmegaConf",
         "lsiq..os.system",
         "lsiq.",
-        "lsiq.config.__builtins__",
+        "lsiq.experiment.config.__builtins__",
         "lsiq.methods.rtn.RTN.name",
         7,
         None,
@@ -193,7 +195,9 @@ JUNK = st.one_of(
     st.floats(),
     st.text(max_size=12),
     st.sampled_from(["../../x", "/etc/passwd", "a/b", "~", "x\x00y", "\n", "${seed}", "${oc.env:HOME}", "${a", "??"]),
-    st.sampled_from(["os.system", "lsiq.methods.rtn.RTN", "lsiq.run.run"]).map(lambda name: {"_target_": name}),
+    st.sampled_from(["os.system", "lsiq.methods.rtn.RTN", "lsiq.experiment.run.run"]).map(
+        lambda name: {"_target_": name}
+    ),
     st.lists(st.integers(), max_size=3),
     st.dictionaries(st.text(max_size=8), st.integers(), max_size=3),
 )
@@ -310,7 +314,7 @@ def test_a_damaged_block_is_never_read_as_a_block(
     fuzz(check, examples, damage())
 
 
-@pytest.mark.parametrize("target", ["lsiq.config.PathSettings", "os.system", "lsiq.methods.rtn.RTN"])
+@pytest.mark.parametrize("target", ["lsiq.runtime.settings.PathSettings", "os.system", "lsiq.methods.rtn.RTN"])
 def test_a_block_with_a_fitting_checksum_builds_number_formats_only(
     checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path, target: str
 ) -> None:

@@ -12,11 +12,11 @@ from test_block import load_small
 from test_tasks import FLAT_ROWS, by_item, plain_accuracy
 
 from lsiq.assets import bundled_model
-from lsiq.calib.corpora import read_corpus
-from lsiq.calib.tokens import cut_windows
+from lsiq.data.corpora import read_corpus
+from lsiq.data.tokens import cut_windows
 from lsiq.evals.perplexity import perplexity
 from lsiq.evals.tasks import FLAT, read_rows
-from lsiq.run import run
+from lsiq.experiment.run import run
 
 pytestmark = pytest.mark.shared
 WIKI = SHARED / "data" / "wikitext2" / "wiki.test.raw"

@@ -12,9 +12,9 @@ import torch
 from conftest import CONF
 from omegaconf import DictConfig
 
-from lsiq.calib.kept import TokenRequest, kept_tokens, token_cache
-from lsiq.results import read_record
-from lsiq.run import run
+from lsiq.data.token_cache import TokenRequest, kept_tokens, token_cache
+from lsiq.experiment.run import run
+from lsiq.results.record import read_record
 
 # Wants one entry of the cache argv[1], which takes a second to measure, and says so in the file argv[2].
 WANT = """
@@ -110,7 +110,7 @@ def test_the_tokens_of_a_run_do_not_depend_on_the_cache(
         raise AssertionError("tokenised again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lsiq.calib.kept.read_corpus", not_again)
+        patch.setattr("lsiq.data.token_cache.read_corpus", not_again)
         kept = run(small_run(checkpoints["llama"], "method=gptq", "force=true"))
     alone = run(small_run(checkpoints["llama"], "method=gptq", "force=true", "paths.cache=null"))
     assert kept.calibration == alone.calibration == drawn.calibration

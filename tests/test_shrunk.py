@@ -12,11 +12,11 @@ from conftest import CONF, SHAPES, compose_run, save_model
 from omegaconf import DictConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lsiq.config import parse
 from lsiq.errors import ConfigError
-from lsiq.models.spec import find_spec
-from lsiq.run import run
-from lsiq.shrunk import Shape, narrowed
+from lsiq.experiment.config import parse
+from lsiq.experiment.narrow_model import Shape, narrowed
+from lsiq.experiment.run import run
+from lsiq.models.families import find_spec
 
 SmallRun = Callable[..., DictConfig]
 LARGE = ("llama-2-7b", "llama-2-70b", "opt-125m", "opt-6.7b")

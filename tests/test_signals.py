@@ -15,7 +15,7 @@ import pytest
 from conftest import CONF, SHAPES, save_model
 from interruption import only_run, outcome
 
-from lsiq.interrupt import Terminated, terminable
+from lsiq.runtime.signals import Terminated, terminable
 
 RUN = str(CONF.parent / "run.py")
 

@@ -12,12 +12,12 @@ from conftest import compose_run
 from omegaconf import DictConfig
 from test_block import load_small
 
-from lsiq import streams
-from lsiq.config import parse
 from lsiq.errors import OutputError
-from lsiq.quantize import quantize
-from lsiq.run import run
-from lsiq.store import BlockStore
+from lsiq.experiment.config import parse
+from lsiq.experiment.run import run
+from lsiq.pipeline.block_loop import quantize
+from lsiq.results.store import BlockStore
+from lsiq.runtime import streams
 
 SmallRun = Callable[..., DictConfig]
 

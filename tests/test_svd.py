@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lsiq.errors import NumericalError
-from lsiq.svd import TOLERANCE, decompose, errors, random_directions
+from lsiq.linalg.svd import TOLERANCE, decompose, errors, random_directions
 
 
 def matrix(kind: str) -> torch.Tensor:

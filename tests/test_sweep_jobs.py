@@ -23,9 +23,10 @@ from conftest import CONF
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from lsiq.identity import run_id
-from lsiq.results import read_record, write_record
-from lsiq.run import prepare, run
+from lsiq.experiment.identity import run_id
+from lsiq.experiment.request import prepare
+from lsiq.experiment.run import run
+from lsiq.results.record import read_record, write_record
 from lsiq.sweeps.ledger import Ledger
 
 Sweep = Callable[..., subprocess.CompletedProcess[str]]

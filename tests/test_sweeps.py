@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.utils import instantiate
 
-from lsiq.config import parse
 from lsiq.errors import ConfigError
+from lsiq.experiment.config import parse
 
 SWEEPS = sorted(file.stem for file in (CONF.parent / "sweeps").glob("*.yaml"))
 

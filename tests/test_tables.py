@@ -17,16 +17,16 @@ import yaml
 from conftest import CONF, SHARED, compose_run
 from omegaconf import DictConfig
 
-from lsiq.composed import plain_config
-from lsiq.config import parse
 from lsiq.errors import InputError
-from lsiq.results import Record, write_record
-from lsiq.run import run
+from lsiq.experiment.composed import plain_config
+from lsiq.experiment.config import parse
+from lsiq.experiment.run import run
+from lsiq.results.record import Record, write_record
 from lsiq.tables.agree import pairs
 from lsiq.tables.collect import collect, strangers
-from lsiq.tables.comparison_plots import EXCESS, excess_by_method, quality_against_bits
-from lsiq.tables.layout import study_jobs
-from lsiq.tables.perplexity import bundled_perplexity
+from lsiq.tables.papers.comparison_plots import EXCESS, excess_by_method, quality_against_bits
+from lsiq.tables.papers.layout import study_jobs
+from lsiq.tables.papers.perplexity import bundled_perplexity
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
 from lsiq.tables.published import Literature, Published
 from lsiq.tables.render import README_MARKS, in_readme, render

@@ -15,12 +15,12 @@ from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lsiq.assets import bundled_model, bundled_task
-from lsiq.assets.cloze import items
-from lsiq.config import EvalSettings
+from lsiq.bundle.cloze import items
 from lsiq.errors import ConfigError, InputError
+from lsiq.evals.settings import EvalSettings
 from lsiq.evals.tasks import load_tasks, read_rows
-from lsiq.results import Record
-from lsiq.run import run
+from lsiq.experiment.run import run
+from lsiq.results.record import Record
 
 SmallRun = Callable[..., DictConfig]
 # Two rows in the flat layout of each task, as public evaluation sets have it, and the first prompt and answers that
@@ -70,7 +70,7 @@ FLAT_ROWS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
 
 
 def settings(*overrides: str) -> EvalSettings:
-    from lsiq.config import parse
+    from lsiq.experiment.config import parse
 
     return parse(compose_run(*overrides)).eval
 
@@ -247,8 +247,8 @@ def test_the_harness_own_model_class_gives_the_same_likelihoods(checkpoint: Path
     from test_block import load_small
     from test_evaluation import NO_CACHE, unchanged
 
-    from lsiq.evals.block_lm import BlockLM
     from lsiq.evals.generation import Writer
+    from lsiq.evals.harness_model import BlockLM
     from lsiq.evals.likelihood import measure_pairs
     from lsiq.evals.windows import Variant
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lsiq.calib.text import read_documents
+from lsiq.data.documents import read_documents
 from lsiq.errors import InputError
 
 
@@ -70,5 +70,5 @@ def test_a_missing_file_is_an_input_error(tmp_path):
 
 
 def test_reading_text_does_not_import_torch():
-    code = "import sys, lsiq.calib.text; sys.exit('torch' in sys.modules)"
+    code = "import sys, lsiq.data.documents; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

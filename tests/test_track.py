@@ -18,15 +18,15 @@ from conftest import SHAPES, save_model
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lsiq.config import TrackerSettings
 from lsiq.errors import NumericalError
-from lsiq.results import Record
-from lsiq.run import run
-from lsiq.track import console
-from lsiq.track.live import block_table
-from lsiq.track.mirror import Mirror
+from lsiq.experiment.run import run
+from lsiq.results.record import Record
+from lsiq.runtime import terminal
+from lsiq.track.background_tracker import Mirror
+from lsiq.track.block_table import block_table
 from lsiq.track.panels import Lines, Table, markdown, spread
-from lsiq.track.story import own_layers, record_panels, trajectory_panels
+from lsiq.track.run_panels import own_layers, record_panels, trajectory_panels
+from lsiq.track.settings import TrackerSettings
 from lsiq.track.tensorboard import TensorBoard
 from lsiq.track.wandb import COUNTERS
 
@@ -355,8 +355,8 @@ def test_where_runs_share_the_terminal_it_is_said_once_that_they_are_offline(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(console, "_BRIEF", True)
-    monkeypatch.setattr(console, "_TOLD", set())
+    monkeypatch.setattr(terminal, "_BRIEF", True)
+    monkeypatch.setattr(terminal, "_TOLD", set())
     for seed in (0, 1):
         run(small_run(model, "tracker=wandb", f"seed={seed}"))
     told = capsys.readouterr()
@@ -406,9 +406,9 @@ def test_tables_of_a_record_hold_tasks_and_costs() -> None:
 
 def test_the_block_table_follows_training_and_keeps_the_last_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     def shown() -> list[list[str]]:
-        console = Console(file=io.StringIO(), width=100)
-        console.print(table.render())
-        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        terminal = Console(file=io.StringIO(), width=100)
+        terminal.print(table.render())
+        lines = terminal.file.getvalue().splitlines()  # type: ignore[attr-defined]
         return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
 
     with block_table(10) as table:

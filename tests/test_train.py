@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lsiq.assets.ladder import LADDER
-from lsiq.assets.model import build_model, hidden_states
-from lsiq.assets.tokenizer import Source, encode_documents, load_tokenizer, token_stream
-from lsiq.assets.train import main
-from lsiq.assets.training import Plan, Run, Windows, train
+from lsiq.bundle.ladder import LADDER
+from lsiq.bundle.model import build_model, hidden_states
+from lsiq.bundle.tokenizer import Source, encode_documents, load_tokenizer, token_stream
+from lsiq.bundle.train import main
+from lsiq.bundle.training import Plan, Run, Windows, train
 from lsiq.errors import InputError
 
 TEXT = "the a small river runs past old stone houses where people read long books about stars and salt"
@@ -157,7 +157,7 @@ def test_card_tells_shape_recipe_and_curve(trained):
 def test_two_processes_take_the_steps_of_one(trained, folder, tmp_path):
     family = json.loads((trained / "config.json").read_text())["model_type"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "-m", "lsiq.assets.train", *arguments(folder, family, tmp_path, 8)]
+    command = [*launch, "-m", "lsiq.bundle.train", *arguments(folder, family, tmp_path, 8)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 8 ") == 1  # one speaks
@@ -169,7 +169,7 @@ def test_two_processes_take_the_steps_of_one(trained, folder, tmp_path):
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(folder, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "-m", "lsiq.assets.train", *arguments(folder, "opt", tmp_path, 8), "--batch", "3"]
+    command = [*launch, "-m", "lsiq.bundle.train", *arguments(folder, "opt", tmp_path, 8), "--batch", "3"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True)
     assert "--batch 3: does not divide among 2 processes" in done.stderr
 

@@ -7,12 +7,12 @@ import torch
 from conftest import compose_run
 from torch import Tensor
 
-from lsiq.config import parse
 from lsiq.errors import ConfigError
+from lsiq.experiment.config import parse
 from lsiq.export.base import integers
-from lsiq.feedback import factorise, round_with_feedback
 from lsiq.formats.integer import Integer
 from lsiq.formats.mxint import MXInt
+from lsiq.methods.gptq.columns import factorise, round_with_feedback
 from lsiq.methods.rtn import RTN
 from lsiq.settings import fill, settings
 

@@ -11,17 +11,17 @@ from conftest import compose_run
 from test_block import load_small
 from test_learn import CPU, W2, fresh, schedule_of
 
-from lsiq.config import parse
 from lsiq.errors import ConfigError
-from lsiq.learn import learn
-from lsiq.methods.base import Ahead, Context
-from lsiq.methods.learned import LookAhead, Training
-from lsiq.methods.rtn import round_to_nearest
+from lsiq.experiment.config import parse
+from lsiq.learning.learner import learn
+from lsiq.learning.look_ahead import look_ahead
+from lsiq.learning.schedule import LookAhead, Training
 from lsiq.models.block import Block, FloatStream, run_stream
+from lsiq.models.context import Ahead, Context
+from lsiq.models.rounding import round_to_nearest
 from lsiq.parts.clip import Clip
 from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.singular import Singular
-from lsiq.window import look_ahead
 
 
 def first_block(checkpoint: Path, depth: int = 2) -> tuple[Block, Block, Context]:

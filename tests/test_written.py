@@ -14,11 +14,11 @@ from test_block import load_small
 from test_hosts import logits
 
 from lsiq.assets import bundled_model
-from lsiq.calib.written import write_sequences
-from lsiq.config import parse
+from lsiq.calib.generated_text import write_sequences
 from lsiq.errors import ConfigError
-from lsiq.models.planting import Planting
-from lsiq.run import run
+from lsiq.experiment.config import parse
+from lsiq.experiment.run import run
+from lsiq.models.outliers import Planting
 
 
 def test_a_seed_gives_its_tokens_and_another_seed_others(checkpoint: Path) -> None:

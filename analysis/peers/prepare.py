@@ -11,11 +11,11 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lsiq.assets import bundled_model
-from lsiq.calib.sequences import calibration_tokens
-from lsiq.calib.tokens import token_hash
-from lsiq.config import parse
-from lsiq.evals.cache import EvaluationCache
+from lsiq.data.tokens import token_hash
+from lsiq.experiment.calibrate import calibration_tokens
+from lsiq.experiment.config import parse
 from lsiq.models.loading import load
+from lsiq.runtime.cache import EvaluationCache
 
 name, samples, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 conf = Path(__file__).resolve().parents[2] / "conf"

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lsiq.cli.compose import compose
-from lsiq.config import ModelSettings, parse
 from lsiq.errors import ConfigError, InputError
-from lsiq.evals.stream import run_blocks
-from lsiq.machine import find_device
+from lsiq.evals.block_pass import run_blocks
+from lsiq.experiment.config import parse
 from lsiq.models.folder import find_folder
 from lsiq.models.loading import Model, load
+from lsiq.models.settings import ModelSettings
+from lsiq.runtime.device import find_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 # Tokens per window of a model whose configuration file names none: what most published tables use.
 _SEQLEN = 2048

@@ -14,30 +14,33 @@ from torch import Tensor
 
 from lsiq.api.models import FloatModel, load_model
 from lsiq.api.recipes import Calibration, Recipe
-from lsiq.calib.corpora import read_corpus
-from lsiq.calib.tokens import cut_windows, draw_windows, random_windows, token_hash
-from lsiq.calib.written import write_sequences
-from lsiq.checks import check_formats
+from lsiq.calib.generated_text import write_sequences
 from lsiq.cli.compose import compose
-from lsiq.config import QuantSettings, RunConfig, parse
-from lsiq.cost import float_cost, model_cost
+from lsiq.data.corpora import read_corpus
+from lsiq.data.tokens import cut_windows, draw_windows, random_windows, token_hash
 from lsiq.errors import ConfigError
+from lsiq.evals.block_pass import FunctionOf, run_blocks
 from lsiq.evals.perplexity import Perplexity
 from lsiq.evals.perplexity import perplexity as measure
-from lsiq.evals.stream import FunctionOf, run_blocks
+from lsiq.experiment.checks import check_formats
+from lsiq.experiment.config import RunConfig, parse
+from lsiq.experiment.export import export
+from lsiq.experiment.quantize import block_row
 from lsiq.export.source import Source
-from lsiq.export.stage import export
-from lsiq.memory_store import MemoryStore
-from lsiq.methods.base import BlockResult, Method, WholeMethod
+from lsiq.formats.quant import QuantSettings
+from lsiq.methods.base import Method, WholeMethod
 from lsiq.methods.finetune import FineTune
 from lsiq.models.loading import Model
-from lsiq.quantize import BlockReport
-from lsiq.quantize import quantize as quantize_blocks
-from lsiq.quantize_stage import block_row, prepare
-from lsiq.results import Record, source_state, versions
+from lsiq.models.result import BlockResult
+from lsiq.pipeline.block_loop import BlockReport
+from lsiq.pipeline.block_loop import quantize as quantize_blocks
+from lsiq.pipeline.cost import float_cost, model_cost
+from lsiq.pipeline.prepare import prepare
+from lsiq.results.memory_store import MemoryStore
+from lsiq.results.record import Record, source_state, versions
+from lsiq.results.store import BlockStore
 from lsiq.settings import fill
-from lsiq.store import BlockStore
-from lsiq.track.live import block_table
+from lsiq.track.block_table import block_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +55,7 @@ class QuantizedModel:
         prepared: the same as the blocks want it: rotated or after a prefix where the method asked for that.
         store: the blocks.
         reports: one row per block: error, seconds, average bits, metrics of the method.
-        cost: bits, bytes and multiply-accumulates; see `lsiq.cost.model_cost`.
+        cost: bits, bytes and multiply-accumulates; see `lsiq.pipeline.cost.model_cost`.
         calibration: samples, sequence length and hash of the calibration tokens; empty where there were none.
         seed: of everything random.
     """

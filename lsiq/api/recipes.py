@@ -9,9 +9,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lsiq.cli.compose import compose
-from lsiq.composed import plain_config, recipe_family
-from lsiq.config import CalibSettings, QuantSettings, parse
+from lsiq.data.settings import CalibSettings
 from lsiq.errors import ConfigError
+from lsiq.experiment.composed import plain_config, recipe_family
+from lsiq.experiment.config import parse
+from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.settings import describe_settings
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsiq.cli.compose import compose
+from lsiq.experiment.run import run as carry_out
 from lsiq.report.runs import about, read_runs
-from lsiq.results import Record
-from lsiq.run import run as carry_out
+from lsiq.results.record import Record
 
 if TYPE_CHECKING:
     import pandas

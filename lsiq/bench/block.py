@@ -14,17 +14,19 @@ from torch import Tensor
 
 from lsiq.bench.shapes import LLAMA, formats
 from lsiq.bench.timing import FlopsByDtype, measured_rate
-from lsiq.clock import collect_stages
-from lsiq.config import ModelSettings, QuantSettings
-from lsiq.machine import find_device
-from lsiq.memory import peak_bytes, reset_peak
+from lsiq.formats.quant import QuantSettings
 from lsiq.methods.awq import AWQ
-from lsiq.methods.base import Context, Method
+from lsiq.methods.base import Method
 from lsiq.methods.gptq import GPTQ
 from lsiq.methods.lqer import LQER
 from lsiq.methods.rtn import RTN
 from lsiq.models.block import Block
+from lsiq.models.context import Context
 from lsiq.models.loading import Model, load
+from lsiq.models.settings import ModelSettings
+from lsiq.runtime.device import find_device
+from lsiq.runtime.memory import peak_bytes, reset_peak
+from lsiq.runtime.timing import collect_stages
 from lsiq.settings import fill
 
 SCALES = {"lqer": "none", "l2qer": "magnitude", "qera-approx": "rms", "qera-exact": "covariance"}

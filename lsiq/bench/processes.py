@@ -18,15 +18,15 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from lsiq import distributed
-from lsiq.calib.tokens import random_windows
-from lsiq.config import RunConfig, parse
-from lsiq.machine import find_device
-from lsiq.memory import peak_bytes, reset_peak
+from lsiq.data.tokens import random_windows
+from lsiq.experiment.config import RunConfig, parse
+from lsiq.models.checkpoint import HeldCheckpoint
 from lsiq.models.loading import Model, load
-from lsiq.probe import HeldCheckpoint
-from lsiq.quantize import quantize
-from lsiq.store import BlockStore
+from lsiq.pipeline.block_loop import quantize
+from lsiq.results.store import BlockStore
+from lsiq.runtime import processes as distributed
+from lsiq.runtime.device import find_device
+from lsiq.runtime.memory import peak_bytes, reset_peak
 
 _CONF = Path(__file__).parent.parent.parent / "conf"
 # What the recipes of learned methods take; measured are fewer.

@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lsiq.config import ModelSettings, QuantSettings
-from lsiq.formats import Activation, Integer
-from lsiq.methods.learned import Training
+from lsiq.formats.activation import Activation
+from lsiq.formats.integer import Integer
+from lsiq.formats.quant import QuantSettings
+from lsiq.learning.schedule import Training
+from lsiq.models.checkpoint import DeviceCheckpoint
 from lsiq.models.loading import Model, load
+from lsiq.models.settings import ModelSettings
 from lsiq.settings import fill
 
 LLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
@@ -21,22 +23,6 @@ OPT = {"model_type": "opt", "vocab_size": 50272, "hidden_size": 4096, "word_embe
        "num_attention_heads": 32, "max_position_embeddings": 2048}  # fmt: skip
 SMALL = {"hidden_size": 128, "word_embed_proj_dim": 128, "intermediate_size": 256, "ffn_dim": 256,
          "num_attention_heads": 2}  # fmt: skip
-
-
-class DeviceCheckpoint:
-    """Random half-precision weights, drawn where they are used."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._generator = torch.Generator(device).manual_seed(0)
-
-    def read(self, name: str, shape: torch.Size) -> Tensor:
-        device = self._generator.device
-        if len(shape) == 1:
-            return (torch.ones if "norm" in name and name.endswith("weight") else torch.zeros)(shape, device=device)
-        return torch.empty(shape, dtype=torch.float16, device=device).normal_(0.0, 0.02, generator=self._generator)
-
-    def check_unchanged(self) -> None:
-        """Nothing lies on a disk that could have changed."""
 
 
 def random_model(options: argparse.Namespace, shape: dict[str, Any], depth: int, device: torch.device) -> Model:

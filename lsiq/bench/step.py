@@ -19,21 +19,22 @@ import torch
 from lsiq.bench.shapes import LLAMA, OPT, course, formats, random_model
 from lsiq.bench.timing import FlopsByDtype, Mark, measured_rate, median_ms
 from lsiq.bench.whole import run_whole
-from lsiq.feed import Feed
-from lsiq.kernels.choice import choose, compiles
-from lsiq.machine import find_device
-from lsiq.memory import peak_bytes, reset_peak
-from lsiq.methods.base import Ahead, Context
-from lsiq.methods.learned import LookAhead
+from lsiq.learning.batches import Feed
+from lsiq.learning.look_ahead import look_ahead
+from lsiq.learning.schedule import LookAhead
+from lsiq.learning.step import Stepper
+from lsiq.learning.trained import Trained, start_parts
+from lsiq.learning.weight_path import choose, compiles
 from lsiq.models.block import Block, FloatStream
+from lsiq.models.context import Ahead, Context
 from lsiq.parts.base import Part, PartState
 from lsiq.parts.clip import Clip
 from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.expansion import Expansion
 from lsiq.parts.singular import Singular
+from lsiq.runtime.device import find_device
+from lsiq.runtime.memory import peak_bytes, reset_peak
 from lsiq.settings import fill
-from lsiq.step import Stepper, Trained, start_parts
-from lsiq.window import look_ahead
 
 SAMPLES, DEPTH = 8, 3
 LSI, LET, CLIP = fill(Singular, {}), fill(Equivalent, {}), fill(Clip, {})

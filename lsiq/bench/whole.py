@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from lsiq.bench.shapes import LLAMA, course, formats, random_model
-from lsiq.memory import peak_bytes, reset_peak
 from lsiq.methods.learned import Learned
 from lsiq.parts.clip import Clip
 from lsiq.parts.singular import Singular
-from lsiq.quantize import quantize
+from lsiq.pipeline.block_loop import quantize
+from lsiq.results.store import BlockStore
+from lsiq.runtime.memory import peak_bytes, reset_peak
 from lsiq.settings import fill
-from lsiq.store import BlockStore
 
 
 def run_whole(options: argparse.Namespace, device: torch.device) -> None:

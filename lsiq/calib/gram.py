@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lsiq import distributed
-from lsiq.calib.statistics import visit_inputs
+from lsiq.calib.input_statistics import visit_inputs
 from lsiq.errors import NumericalError
-from lsiq.formats import ActivationFormat
+from lsiq.formats.base import ActivationFormat
 from lsiq.models.block import Block
+from lsiq.runtime import processes
 
 
 def input_grams(
@@ -42,9 +42,9 @@ def input_grams(
         found[name] = gram if name not in found else found[name].add_(gram)
 
     visit_inputs(block, weights, inputs, batch, linears, update, activation)
-    tokens = int(distributed.add_number(inputs.shape[0] * inputs.shape[1]))
+    tokens = int(processes.add_number(inputs.shape[0] * inputs.shape[1]))
     for name, gram in found.items():
-        check_finite(distributed.add(gram), block, name)
+        check_finite(processes.add(gram), block, name)
         gram /= tokens
     return found
 

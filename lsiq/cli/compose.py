@@ -5,8 +5,9 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from lsiq.cli.folders import conf_folder, user_folder
-from lsiq.errors import ConfigError, choices, explain_hydra
-from lsiq.guard import guarded
+from lsiq.cli.hydra_guard import guarded
+from lsiq.cli.messages import choices, explain_hydra
+from lsiq.errors import ConfigError
 
 
 def compose(*overrides: str) -> DictConfig:

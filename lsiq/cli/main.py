@@ -18,13 +18,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lsiq.cli.folders import conf_folder, user_folder
-from lsiq.distributed import together
-from lsiq.errors import one_line, reporting
-from lsiq.interrupt import terminable
-from lsiq.run import run
+from lsiq.cli.messages import one_line, reporting
+from lsiq.experiment.run import run
+from lsiq.runtime.processes import together
+from lsiq.runtime.signals import terminable
+from lsiq.runtime.terminal import be_brief
 from lsiq.sweeps.jobs import refuse_engines
 from lsiq.sweeps.ledger import Ledger
-from lsiq.track.console import be_brief
 
 # First words that are no setting: the module whose `main` reads the rest, and words put before the rest.
 COMMANDS: dict[str, tuple[str, list[str]]] = {

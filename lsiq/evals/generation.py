@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lsiq import distributed
 from lsiq.errors import InputError, ResourceError
-from lsiq.evals.cache import EvaluationCache
-from lsiq.evals.stream import FunctionOf
+from lsiq.evals.block_pass import FunctionOf
 from lsiq.evals.windows import Variant
-from lsiq.microbatch import MicroBatch
 from lsiq.models.loading import Model
 from lsiq.models.prefix import after_prefix
+from lsiq.runtime import processes
+from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.micro_batch import MicroBatch
 
 # Of the memory that is free, what the blocks of a model may take; the rest is for keys, values and activations.
 _SHARE = 0.8
@@ -113,11 +113,11 @@ def _write(
     batches = _batches([(index, prompts[index]) for index in order], batch_tokens)
     advance = progress(len(batches))
     written: list[tuple[int, list[int]]] = []
-    for batch in batches[distributed.share(len(batches))]:
+    for batch in batches[processes.share(len(batches))]:
         answers = _fitting(writer, [prompt for _, prompt in batch])
         written += zip((index for index, _ in batch), answers, strict=True)
         advance()
-    found = dict(pair for part in distributed.gather(written) for pair in part)
+    found = dict(pair for part in processes.gather(written) for pair in part)
     return [found[index] for index in range(len(prompts))]
 
 

@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import pandas
 
-from lsiq import distributed
-from lsiq.durable import replacing
-from lsiq.environment import variable
-from lsiq.evals.cache import EvaluationCache
 from lsiq.evals.generation import Prompt, check_room, hash_prompts, write_answers
 from lsiq.evals.likelihood import Likelihoods, Pair, hash_pairs, measure_pairs
 from lsiq.evals.tasks import Tasks, generates
 from lsiq.evals.windows import Variant, by_model
 from lsiq.models.loading import Model
-from lsiq.results import Record
-from lsiq.track.console import stage
+from lsiq.results.record import Record
+from lsiq.runtime import processes
+from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.files import replacing
+from lsiq.runtime.signals import variable
+from lsiq.runtime.terminal import stage
 
 if TYPE_CHECKING:
-    from lsiq.config import EvalSettings
+    from lsiq.evals.settings import EvalSettings
+
 
 # The harness' name of a metric, and ours. Its perplexities are per word or byte of the untokenised text, or of the
 # last word alone, and none is the perplexity per token of `ppl/`.
@@ -132,7 +133,7 @@ def measure_tasks(
                 "lm_eval": importlib.metadata.version("lm_eval"),
             }
             record.protocol |= {key: protocol for key in found if not key.partition("/")[0].endswith("_stderr")}
-    if distributed.first():
+    if processes.first():
         with replacing(folder / "items.parquet") as partial:
             pandas.DataFrame(rows).to_parquet(partial, index=False)
 
@@ -184,7 +185,7 @@ def _evaluate(
 ) -> Mapping[str, Any]:
     from lm_eval.evaluator import evaluate
 
-    from lsiq.evals.block_lm import BlockLM  # derives from a class of the harness
+    from lsiq.evals.harness_model import BlockLM  # derives from a class of the harness
 
     lm = BlockLM(model.tokenizer, positions, partial(answers.of, prefix), partial(answers.written, prefix))
     with _quiet():

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsiq import distributed
 from lsiq.errors import InputError
-from lsiq.evals.cache import EvaluationCache
-from lsiq.evals.stream import run_blocks
+from lsiq.evals.block_pass import run_blocks
 from lsiq.evals.windows import Variant, by_model
 from lsiq.models.loading import Model
+from lsiq.runtime import processes
+from lsiq.runtime.cache import EvaluationCache
 
 # A context and what follows it, as token ids.
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -104,15 +104,15 @@ def _measure(
     }
     functions = {prefix: variant.function_of for prefix, variant in variants.items()}
     for everyone in passes:
-        batches = everyone[distributed.share(len(everyone))]
+        batches = everyone[processes.share(len(everyone))]
         ids = [_padded(batch) for batch in batches]
         left = run_blocks(model, dict.fromkeys(variants, ids), functions, advance)
         for prefix, stream in left.items():
             for batch, hidden in zip(batches, stream, strict=True):
                 _read_off(model, batch, hidden, out[prefix])
     for found in out.values():
-        distributed.add(found.log_likelihood)
-        found.greedy.copy_(distributed.least(found.greedy.byte()))
+        processes.add(found.log_likelihood)
+        found.greedy.copy_(processes.least(found.greedy.byte()))
     return out
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import NumericalError
-from lsiq.evals.stream import FunctionOf, run_blocks
+from lsiq.evals.block_pass import FunctionOf, run_blocks
 from lsiq.models.loading import Model
 
 # Tokens, and logits (256 MiB in float32), that are held at once for each model.

@@ -24,7 +24,8 @@ from lsiq.assets import bundled_task
 from lsiq.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from lsiq.config import EvalSettings
+    from lsiq.evals.settings import EvalSettings
+
 
 Row = dict[str, Any]
 Tasks = Mapping[str, Any]
@@ -275,7 +276,7 @@ def _short_patience() -> Iterator[None]:
     import datasets.config as datasets_config
     import huggingface_hub.constants as hub_constants
 
-    from lsiq.models.hub import answers
+    from lsiq.data.hub import answers
 
     before = datasets_config.HF_HUB_OFFLINE, hub_constants.HF_HUB_OFFLINE
     if not any(before) and not answers():

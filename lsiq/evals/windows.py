@@ -12,13 +12,13 @@ import pandas
 import torch
 from torch import Tensor
 
-from lsiq import distributed
-from lsiq.calib.tokens import token_hash
-from lsiq.durable import replacing
-from lsiq.evals.cache import EvaluationCache
+from lsiq.data.tokens import token_hash
+from lsiq.evals.block_pass import FunctionOf, run_blocks
 from lsiq.evals.perplexity import TokenScores, score_tokens
-from lsiq.evals.stream import FunctionOf, run_blocks
 from lsiq.models.loading import Model
+from lsiq.runtime import processes
+from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.files import replacing
 
 FLOAT = "float/"
 # What the float model leaves its last block with is kept for later comparisons up to this size; a larger model runs
@@ -90,7 +90,7 @@ def measure_windows(
         divergence: whether the others are compared with the float model token by token.
         advance: called after each block of each pass; there is none where everything was measured before.
     """
-    own = {corpus: distributed.share(-(-len(ids) // batch)) for corpus, ids in windows.items()}
+    own = {corpus: processes.share(-(-len(ids) // batch)) for corpus, ids in windows.items()}
     batches = {corpus: ids.split(batch)[own[corpus]] for corpus, ids in windows.items()}
     shelf = _Shelf(cache, windows, divergence)
     found = {corpus: shelf.take(corpus, variants) for corpus in windows}
@@ -102,7 +102,7 @@ def measure_windows(
         elif (kept := states[corpus]) is not None:
             left[FLOAT] = list(kept.split(batch)[own[corpus]])
         scored = score_tokens(model, batches[corpus], left, FLOAT if divergence else None) if batches[corpus] else {}
-        scored = _joined(distributed.gather(scored))
+        scored = _joined(processes.gather(scored))
         for prefix in to_run[corpus]:
             found[corpus][prefix] = Measured(scored[prefix])
             shelf.put(corpus, variants[prefix], scored[prefix])
@@ -219,8 +219,8 @@ class _Shelf:
         return None if entry is None else entry.tensors["states"]
 
     def keep_states(self, corpus: str, left: Sequence[Tensor]) -> None:
-        if self._divergence and distributed.add_number(sum(part.nbytes for part in left)) <= STATES_BYTES:
-            states = torch.cat([part.cpu() for some in distributed.gather(list(left)) for part in some])
+        if self._divergence and processes.add_number(sum(part.nbytes for part in left)) <= STATES_BYTES:
+            states = torch.cat([part.cpu() for some in processes.gather(list(left)) for part in some])
             self._cache.write(self._cache.key(**self._tokens[corpus], kind="states"), {"states": states})
 
     def _key(self, corpus: str, reference: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pydantic import Field
 
-from lsiq.formats import WeightFormat
+from lsiq.formats.base import WeightFormat
 from lsiq.formats.integer import Integer
 from lsiq.methods.base import Method, WholeMethod, chain
 from lsiq.settings import settings
@@ -17,9 +17,10 @@ from lsiq.settings import settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
     from lsiq.export.source import Source
-    from lsiq.methods.base import BlockResult
+    from lsiq.formats.quant import QuantSettings
+    from lsiq.models.result import BlockResult
+
 
 # The largest difference of logits, in float32, between an export read by its foreign loader and what was written.
 TOLERANCE = 1e-3

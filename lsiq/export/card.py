@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lsiq.config import ModelSettings, QuantSettings
 from lsiq.export.base import Exporter
 from lsiq.formats.mxint import MXActivation, MXInt
-from lsiq.results import Record, command_line
+from lsiq.formats.quant import QuantSettings
+from lsiq.models.settings import ModelSettings
+from lsiq.results.record import Record, command_line
 
 
 @dataclass(frozen=True)

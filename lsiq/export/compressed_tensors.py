@@ -13,10 +13,11 @@ from lsiq.settings import settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
     from lsiq.export.source import Source
+    from lsiq.formats.quant import QuantSettings
     from lsiq.formats.tensor import QuantizedTensor
-    from lsiq.methods.base import BlockResult
+    from lsiq.models.result import BlockResult
+
 
 _NAME = "export=compressed-tensors"
 

@@ -18,22 +18,19 @@ from lsiq.export.base import (
     refuse_float,
     refuse_wide_scales,
 )
+from lsiq.export.gguf_types import BLOCK, RANGES
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
     from lsiq.export.source import Source
     from lsiq.formats.integer import Integer
-    from lsiq.methods.base import BlockResult
+    from lsiq.formats.quant import QuantSettings
+    from lsiq.models.result import BlockResult
+
 
 FILE = "model.gguf"
-BLOCK = 32
-# Types that store `scale · number` with a float16 scale for 32 numbers in a row, and the numbers they hold. The types
-# with a minimum beside the scale (Q4_1, Q5_1) round it to float16, so an asymmetric grid does not survive in them.
-RANGES = {"Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_0": (-128, 127)}
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
 @settings
@@ -94,7 +91,7 @@ class GGUF(Destination):
     def check_model(self, source: Source) -> None:
         if installed(("gguf",))["gguf"] is None:
             raise ConfigError("export=gguf: the package gguf writes it and is not installed; install lsiq[export]")
-        from lsiq.export.llamacpp import check_architecture
+        from lsiq.export.gguf_file import check_architecture
 
         check_architecture(source)
         for name, (_, columns) in source.shapes.items():
@@ -113,7 +110,7 @@ class GGUF(Destination):
         return decoded(with_half_scales(result))
 
     def write(self, source: Source, folder: Path) -> None:
-        from lsiq.export.llamacpp import write_file
+        from lsiq.export.gguf_file import write_file
 
         kind = exact_type(integers(source.quant.weight, "export=gguf")) if self.type == "auto" else self.type
         assert kind is not None  # `check` sees to it

@@ -8,24 +8,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from lsiq.errors import ConfigError
-from lsiq.export.base import (
-    Destination,
-    Loader,
-    Logits,
-    integers,
-    refuse_activations,
-    refuse_float,
-    refuse_wide_scales,
-)
+from lsiq.export.base import Destination, Loader, Logits, integers, refuse_activations, refuse_float, refuse_wide_scales
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
     from lsiq.export.source import Source
+    from lsiq.formats.quant import QuantSettings
     from lsiq.formats.tensor import QuantizedTensor
-    from lsiq.methods.base import BlockResult
+    from lsiq.models.result import BlockResult
+
 
 _BITS = (2, 3, 4, 8)
 _WORD = 32

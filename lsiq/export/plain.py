@@ -13,9 +13,9 @@ from lsiq.settings import settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
     from lsiq.export.source import Source
-    from lsiq.methods.base import BlockResult
+    from lsiq.formats.quant import QuantSettings
+    from lsiq.models.result import BlockResult
 
 
 @settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lsiq.errors import OutputError
-from lsiq.track.console import say
+from lsiq.runtime.terminal import say
 
 
 def push(folder: Path, repository: str) -> str:

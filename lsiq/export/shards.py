@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lsiq.export.source import Source
     from lsiq.formats.tensor import QuantizedTensor
 
+
 # What lies beside the weights of a checkpoint and holds for its quantised form as well.
 _COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 _COMPANIONS += ("chat_template*", "generation_config.json")

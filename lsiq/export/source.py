@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lsiq.errors import InputError
-from lsiq.memory_store import MemoryStore
-from lsiq.methods.base import BlockResult
-from lsiq.models.block import result_weights
 from lsiq.models.folder import read_config
 from lsiq.models.loading import Model
-from lsiq.store import BlockStore
+from lsiq.models.result import BlockResult, result_weights
+from lsiq.results.memory_store import MemoryStore
+from lsiq.results.store import BlockStore
 
 if TYPE_CHECKING:
-    from lsiq.config import QuantSettings
+    from lsiq.formats.quant import QuantSettings
 
 
 NO_BRANCHES = (

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsiq.calib.tokens import random_windows
-from lsiq.config import ModelSettings
+from lsiq.data.tokens import random_windows
 from lsiq.errors import OutputError
 from lsiq.export.base import TOLERANCE, Exporter, Loader, Logits, installed
 from lsiq.export.source import Source, decoded
 from lsiq.models.block import run_stream
 from lsiq.models.loading import Model, load
-from lsiq.track.console import say, warn
+from lsiq.models.settings import ModelSettings
+from lsiq.runtime.terminal import say, warn
 
 # Tokens that are compared: random ones, for every id counts the same.
 _WINDOWS, _SEQLEN = 4, 64

@@ -12,6 +12,7 @@ from lsiq.settings import settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 # The smallest and largest steps: the smallest normal float32, so that a dead group divides by something, and a step
 # at which even a group that spans all of float32 stays finite.
 MIN_SCALE = 1.1754944e-38

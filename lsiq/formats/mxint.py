@@ -14,6 +14,7 @@ from lsiq.settings import settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 BLOCK = 16
 _SMALLEST, _LARGEST = -126, 127  # exponents of normal float32 numbers
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lsiq.errors import NumericalError
-from lsiq.formats import WeightFormat
+from lsiq.formats.base import WeightFormat
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.distributed import share
 from lsiq.errors import InputError
-from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, chain, quantize_prepared
+from lsiq.methods.base import Method, Traits, chain, quantize_prepared
 from lsiq.methods.rtn import RTN
+from lsiq.models.context import Context, Need
+from lsiq.models.result import BlockResult
+from lsiq.runtime.processes import share
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
+    from lsiq.calib.scale_search import BlockError, InputStatistics
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
-    from lsiq.salience import BlockError, InputStatistics
 
 
 @settings
@@ -85,8 +87,8 @@ class AWQ(Traits):
         """
         import torch
 
-        from lsiq.clock import stage
-        from lsiq.salience import observe_inputs
+        from lsiq.calib.scale_search import observe_inputs
+        from lsiq.runtime.timing import stage
 
         if block.unfoldable is not None:
             raise InputError(f"method {self.name} does not fit this {block.spec.model_type} model: {block.unfoldable}")
@@ -104,8 +106,8 @@ class AWQ(Traits):
         self, block: Block, quant: QuantSettings, context: Context, statistics: dict[str, InputStatistics]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Search and fold the scale of every group; `statistics` become those of the scaled channels."""
-        from lsiq.fold import fold_scale, spread
-        from lsiq.salience import LinearError, search_scale
+        from lsiq.calib.scale_search import LinearError, search_scale
+        from lsiq.models.folding import fold_scale, spread
 
         changed: dict[str, Tensor] = {}
         metrics: dict[str, float] = {}
@@ -122,7 +124,7 @@ class AWQ(Traits):
         return changed, metrics
 
     def _block_error(self, block: Block, context: Context) -> BlockError:
-        from lsiq.salience import BlockError
+        from lsiq.calib.scale_search import BlockError
 
         assert context.inputs is not None
         chosen = range(0, context.samples, max(1, context.samples // self.samples))[: self.samples]
@@ -138,7 +140,7 @@ class AWQ(Traits):
         statistics: dict[str, InputStatistics],
     ) -> dict[str, Tensor]:
         """Return the clamped linears; query and key keep their range, for attention scores multiply their errors."""
-        from lsiq.salience import search_clip
+        from lsiq.calib.scale_search import search_clip
 
         clipped = {}
         for name in block.spec.linears:

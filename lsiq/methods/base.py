@@ -2,106 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from lsiq.models.context import Context, Need
+from lsiq.models.result import BlockResult
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
-    from lsiq.formats.branch import SideBranch
-    from lsiq.formats.tensor import QuantizedTensor
+    from lsiq.formats.quant import QuantSettings
+    from lsiq.linalg.rotation import Rotation
     from lsiq.models.block import Block
     from lsiq.models.loading import Model
-    from lsiq.rotation import Rotation
-
-Need = Literal["inputs", "targets"]
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """The rest of the model.
-
-    Attributes:
-        depth: how many blocks the model has.
-        block: gives a later block by its index, float.
-        logits: turns what leaves the last block, `(batch, T, d)`, into `(batch, T, vocabulary)`; differentiable.
-        stream: gives what leaves a later block of the float model, `(N, T, d)`, by its index.
-    """
-
-    depth: int
-    block: Callable[[int], Block]
-    logits: Callable[[Tensor], Tensor]
-    stream: Callable[[int], Tensor]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a method may look at besides the block and the formats.
-
-    Attributes:
-        inputs: `(N, T, d)`, what the quantised model feeds the block; None unless the method needs it. Of several
-            processes each holds its share of the sequences.
-        targets: `(N, T, d)`, what the float block makes of the float stream; None unless the method needs it.
-        generator: seeded for this run and block; the only source of chance.
-        batch: sequences that pass through the block at once.
-        log: takes named numbers of one step or epoch, for the tracker.
-        tokens: `(N, T)` calibration tokens of all processes; None for `calib=none`.
-        ahead: what lies between this block and the model's logits.
-        cache: a folder for what is worth keeping from run to run; None for no such folder.
-    """
-
-    inputs: Tensor | None
-    targets: Tensor | None
-    generator: torch.Generator
-    batch: int
-    log: Callable[[Mapping[str, float]], None]
-    tokens: Tensor | None = None
-    ahead: Ahead | None = None
-    cache: Path | None = None
-
-    @property
-    def samples(self) -> int:
-        """The number of sequences, those of all processes."""
-        held = self.tokens if self.tokens is not None else self.inputs
-        return 0 if held is None else len(held)
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """What a method made of a block.
-
-    Attributes:
-        weights: by dotted name of the linear's weight, its codes.
-        floats: by dotted name, norms and biases that were folded into; replaces the block's own.
-        metrics: numbers worth a row in the record.
-        state: learned parameters worth keeping, by part and name.
-        trace: rows of what happened while learning, for the run's trajectory table.
-        branches: by dotted name of the linear's weight, the low-rank product that runs beside its codes.
-        reference: by dotted name of the linear's weight, the float weight that its codes stand for, where that is not
-            the block's own: folded scales belong to it, clipping and learned increments do not. With `floats` it
-            makes the same float function as the block. Not stored.
-        rotations: what turns the inputs of the linears, or queries and keys, while the block runs; named as in `Block`.
-        latents: by dotted name of the linear's weight, where in its cell each weight stood before it was rounded,
-            `(out, in)`, in steps from the centre, within one half; empty where a method does not keep them.
-        kernels: how the weights were made while they were learned: triton, compile or plain; empty where nothing was
-            learned.
-    """
-
-    weights: Mapping[str, QuantizedTensor]
-    floats: Mapping[str, Tensor] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-    trace: Sequence[Mapping[str, Any]] = ()
-    branches: Mapping[str, SideBranch] = field(default_factory=dict)
-    reference: Mapping[str, Tensor] = field(default_factory=dict)
-    rotations: Mapping[str, Rotation] = field(default_factory=dict)
-    latents: Mapping[str, Tensor] = field(default_factory=dict)
-    kernels: str = ""
 
 
 class Traits:

@@ -3,137 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, chain, quantize_prepared
+from lsiq.learning.schedule import Training
+from lsiq.methods.base import Method, Traits, chain, quantize_prepared
+from lsiq.models.context import Context, Need
+from lsiq.models.result import BlockResult
 from lsiq.parts.base import Part
 from lsiq.parts.clip import Clip
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lsiq.config import QuantSettings
-    from lsiq.learn import Learned as Trajectory
+    from lsiq.formats.quant import QuantSettings
+    from lsiq.learning.learner import Learned as Trajectory
     from lsiq.models.block import Block
-
-
-@settings
-class Course:
-    """How long and how fast something is trained."""
-
-    epochs: int = Field(ge=0, description="passes over the calibration samples for each block, at least 0")
-    batch: int = Field(ge=1, description="sequences per step, at least 1")
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        description="the learning rates' course: constant, linear or cosine (both to 0)"
-    )
-    precision: Literal["auto", "model", "float32", "bfloat16", "float16"] = Field(
-        "model",
-        description="of the block while it is trained: auto (what the machine multiplies fastest; the record says what "
-        "that was), model (the model's), float32, bfloat16 or float16",
-    )
-
-    def steps(self, samples: int) -> int:
-        """Optimizer steps per block."""
-        return max(1, self.epochs * math.ceil(samples / self.batch))
-
-    def rate_factor(self, done: float) -> float:
-        """What the learning rates are multiplied by when `done` (0 … 1) of the steps are behind."""
-        if self.decay == "linear":
-            return 1 - done
-        return (1 + math.cos(math.pi * done)) / 2 if self.decay == "cosine" else 1.0
-
-    def in_precision(self, block: Block, cache: Path | None = None) -> Block:
-        """Return the block running in the precision it is trained in.
-
-        Args:
-            cache: the folder where a machine keeps what auto stands for on it.
-        """
-        import torch
-
-        name = self.precision
-        if name == "auto":
-            from lsiq.precision import fastest
-
-            name = fastest(next(iter(block.weights.values())).device, block.dtype, cache).chosen
-        return block if name == "model" else block.in_dtype(getattr(torch, name))
-
-
-@settings
-class LookAhead:
-    """How far the loss of a block looks past it: `Σ_j weights[j] · mean‖difference of the outputs of block l + j‖²`.
-
-    Source: CL (arXiv 2407.15508), with two blocks and, by default, equal weights.
-    """
-
-    blocks: int = Field(0, ge=0, description="how many later blocks count, at least 0; fewer where the model ends")
-    weights: list[float] | None = Field(None, description="one per block from the trained one on; null for equal ones")
-    later: Literal["float", "rtn", "learned"] = Field(
-        "float", description="float, rtn (rounded to nearest) or learned (trained along, and anew in their turn)"
-    )
-
-    def __post_init__(self) -> None:
-        if self.weights is None:
-            return
-        if len(self.weights) != self.blocks + 1:
-            raise ValueError(f"weights={self.weights}: blocks={self.blocks} needs {self.blocks + 1} of them, or null")
-        if min(self.weights) < 0 or not any(self.weights):
-            raise ValueError(f"weights={self.weights}: each must be 0 or more, and one of them more")
-
-    def within(self, count: int) -> list[float]:
-        """Return the weights of a window of `count` later blocks, which is all that follow.
-
-        Where only weights of 0 are left the farthest block takes 1, so that every block has a loss.
-        """
-        left = (self.weights or [1.0] * (self.blocks + 1))[: count + 1]
-        return left if any(left) else [*left[:-1], 1.0]
-
-
-@settings
-class Training(Course):
-    """How the parts of a method are trained on a block, one learning rate per part."""
-
-    schedule: Literal["joint", "staged"] = Field(
-        "joint", description="joint, or staged: the parts named in late stand still for the first wait epochs"
-    )
-    late: list[str] = Field(
-        ["singular", "expansion", "random"], description="names of the parts that a staged schedule starts late"
-    )
-    wait: int = Field(0, ge=0, description="epochs before the late parts of a staged schedule move")
-    signed: list[str] = Field(
-        [], description="names of the parts that take signed-gradient steps; the others take AdamW's"
-    )
-    ahead: LookAhead = Field(
-        LookAhead(blocks=0, weights=None, later="float"), description="how far the loss looks past the block"
-    )
-    aug_loss: bool = Field(False, description="true adds the loss against the float block on the quantised stream")
-    keep: Literal["last", "best"] = Field(
-        "last", description="last iterate, or best by calibration loss after an epoch, start included"
-    )
-    retries: int = Field(3, ge=0, description="tries at half the rates after a loss that is not finite")
-    seconds: float | None = Field(
-        None, gt=0, description="stop a block after the epoch that passes this; null for none"
-    )
-    graphs: bool = Field(True, description="true records a step on a GPU as a CUDA graph and replays it")
-    kernels: Literal["auto", "triton", "compile", "plain"] = Field(
-        "auto",
-        description="auto (triton for large blocks on a GPU where its kernels cover the method, else plain), triton, "
-        "compile or plain: how the weights are made and the block is run while it is trained",
-    )
-
-    def __post_init__(self) -> None:
-        if self.schedule == "joint" and self.wait:
-            raise ValueError(f"wait={self.wait}: nothing waits in a joint schedule; set schedule=staged or wait=0")
-        if self.schedule == "staged" and not 0 < self.wait < max(self.epochs, 1):
-            raise ValueError(
-                f"wait={self.wait}: a staged schedule needs 1 to epochs-1={self.epochs - 1} epochs to wait"
-            )
 
 
 def _listed(parts: Any) -> Any:
@@ -208,10 +96,10 @@ class Learned(Traits):
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
         import torch
 
-        from lsiq.learn import learn
-        from lsiq.merge import latents_of, merge, prepared
-        from lsiq.step import apply_parts
-        from lsiq.trajectory import trace
+        from lsiq.learning.encode import latents_of, merge, prepared
+        from lsiq.learning.learner import learn
+        from lsiq.learning.trained import apply_parts
+        from lsiq.learning.trajectory import trace
 
         parts = tuple(self.parts)
         learned = learn(parts, self.training, block, quant, context)

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.methods.base import BlockResult, Context, Method, Need, Traits
+from lsiq.methods.base import Method, Traits
+from lsiq.models.context import Context, Need
+from lsiq.models.result import BlockResult
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
     from lsiq.models.loading import Model
 
@@ -85,7 +87,7 @@ class Prefix(Traits):
         return self.then.quantize_block(block, quant, context)
 
     def _search(self, model: Model, tokens: Tensor, batch: int) -> list[int]:
-        from lsiq.calib.massive import outlier_tokens
+        from lsiq.calib.outlier_tokens import outlier_tokens
 
         found = outlier_tokens(model, tokens[: self.samples], batch, self.threshold)[: self.count]
         if self.bos:

@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, quantize_prepared
+from lsiq.methods.base import Method, Traits, quantize_prepared
 from lsiq.methods.learned import refuse_rounded_ahead
+from lsiq.models.context import Context, Need
+from lsiq.models.result import BlockResult
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
     from lsiq.models.loading import Model
+
 
 Place = Literal["residual", "norm", "value", "output", "down", "query_key"]
 
@@ -90,7 +93,8 @@ class Rotate(Traits):
         return replace(model, residual=turned if model.residual is None else model.residual @ turned)
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
-        from lsiq.rotation import factored_hadamard, online_share
+        from lsiq.linalg.rotation import factored_hadamard
+        from lsiq.models.online import online_share
 
         changed = self._fold_value(block, context) if "value" in self.places else {}
         widths = {name: block.weights[f"{name}.weight"].shape[1] for name in block.spec.inputs(self.places)}
@@ -101,8 +105,8 @@ class Rotate(Traits):
         return replace(result, metrics={**result.metrics, "online_share": online_share(block, result.rotations)})
 
     def _fold_value(self, block: Block, context: Context) -> dict[str, Tensor]:
-        from lsiq.fold import fold_value_rotation
-        from lsiq.hadamard import random_hadamard
+        from lsiq.linalg.hadamard import random_hadamard
+        from lsiq.models.folding import fold_value_rotation
 
         for group in block.groups:
             if group.kind == "value":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lsiq.methods.base import BlockResult, Context, Need, Traits
+from lsiq.methods.base import Traits
+from lsiq.models.context import Context, Need
+from lsiq.models.result import BlockResult
+from lsiq.models.rounding import round_to_nearest
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
-    from lsiq.config import QuantSettings
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
 
 
@@ -33,10 +36,3 @@ class RTN(Traits):
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
         del context  # needs no data
         return round_to_nearest(block, quant)
-
-
-def round_to_nearest(block: Block, quant: QuantSettings) -> BlockResult:
-    """Return the codes of every linear of the block, rounded to nearest."""
-    from lsiq.formats.tensor import quantize  # torch is not wanted before the settings are known to be right
-
-    return BlockResult({name: quantize(block.weights[name], quant.weight, name) for name in block.linears})

@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.fold import fold_scale
-from lsiq.methods.base import BlockResult, Context, Method, Need, Traits, quantize_prepared
+from lsiq.methods.base import Method, Traits, quantize_prepared
+from lsiq.models.context import Context, Need
+from lsiq.models.folding import fold_scale
+from lsiq.models.result import BlockResult
 from lsiq.parts.equivalent import smoothing_scale
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
     from lsiq.models.spec import Group
+
 
 Place = Literal["norm", "value", "down"]
 
@@ -47,8 +50,8 @@ class SmoothQuant(Traits):
         return self.then.needs | frozenset[Need]({"inputs"})
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
-        from lsiq.calib.statistics import extremes
-        from lsiq.fold import channels_of, gather
+        from lsiq.calib.input_statistics import extremes
+        from lsiq.models.folding import channels_of, gather
 
         if block.unfoldable:
             raise InputError(f"method=smoothquant folds scales into norms, but {block.unfoldable}")

@@ -20,8 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lsiq.formats import ActivationFormat
-from lsiq.rotation import QUERY_KEY, Rotation
+from lsiq.formats.base import ActivationFormat
+from lsiq.linalg.rotation import QUERY_KEY, Rotation
 
 NAME = "lsiq"
 

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lsiq import streams
-from lsiq.formats import Activation, ActivationFormat
-from lsiq.microbatch import MicroBatch, in_parts
+from lsiq.formats.activation import Activation
+from lsiq.formats.base import ActivationFormat
+from lsiq.linalg.rotation import QUERY_KEY, Rotation
 from lsiq.models.attention import activations
-from lsiq.models.branch import Factors, side_branches
 from lsiq.models.entrance import for_kind
 from lsiq.models.prefix import BlockPrefix, KeysReached, PrefixCache, Recorder
+from lsiq.models.result import result_weights
+from lsiq.models.side_branches import Factors, side_branches
 from lsiq.models.spec import Group, ModelSpec
-from lsiq.rotation import QUERY_KEY, Rotation
+from lsiq.runtime import streams
+from lsiq.runtime.micro_batch import MicroBatch, in_parts
 
 if TYPE_CHECKING:
-    from lsiq.methods.base import BlockResult
+    from lsiq.models.result import BlockResult
 
 
 class BlockFunction(Protocol):
@@ -243,13 +245,6 @@ def _prefix_cache(
     except KeysReached as reached:
         return PrefixCache(reached.keys, reached.values)
     raise AssertionError("the block ran without reaching its cache")
-
-
-def result_weights(result: BlockResult, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Decode a result to the weights it stands for, on the device of `like`."""
-    device = next(iter(like.values())).device
-    decoded = {name: tensor.decode().to(device) for name, tensor in result.weights.items()}
-    return decoded | {name: tensor.to(device) for name, tensor in result.floats.items()}
 
 
 class FloatStream:

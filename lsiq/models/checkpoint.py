@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,22 @@ from torch import Tensor
 from lsiq.errors import InputError
 from lsiq.models.folder import weight_files
 from lsiq.models.gguf_file import is_gguf
+
+
+class DeviceCheckpoint:
+    """Random half-precision weights, drawn where they are used."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        device = self._generator.device
+        if len(shape) == 1:
+            return (torch.ones if "norm" in name and name.endswith("weight") else torch.zeros)(shape, device=device)
+        return torch.empty(shape, dtype=torch.float16, device=device).normal_(0.0, 0.02, generator=self._generator)
+
+    def check_unchanged(self) -> None:
+        """Nothing lies on a disk that could have changed."""
 
 
 class Checkpoint(Protocol):
@@ -126,3 +143,30 @@ def _open_pickle(file: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InputError(f"{file}: does not hold a plain state dict; convert it to safetensors")
     return {name: lambda tensor=tensor: tensor for name, tensor in state.items()}
+
+
+class HeldCheckpoint:
+    """A checkpoint that is read once: making random weights takes longer than reading real ones.
+
+    Attributes:
+        seconds: what reading has taken so far.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._tensors: dict[str, Tensor] = {}
+        self.seconds = 0.0
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        if name not in self._tensors:
+            start = time.perf_counter()
+            self._tensors[name] = self._checkpoint.read(name, shape)
+            self.seconds += time.perf_counter() - start
+        return self._tensors[name]
+
+    def check_unchanged(self) -> None:
+        self._checkpoint.check_unchanged()
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsiq.assets import bundled_model
+from lsiq.data.hub import fetch_snapshot
 from lsiq.errors import InputError
 from lsiq.models.gguf_file import SUFFIX, is_gguf
-from lsiq.models.hub import fetch_snapshot
 
 if TYPE_CHECKING:
-    from lsiq.config import ModelSettings
+    from lsiq.models.settings import ModelSettings
+
 
 _TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"]
 

@@ -11,22 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lsiq import streams
 from lsiq.assets import bundled_model
 from lsiq.errors import InputError
 from lsiq.models.attention import NAME
 from lsiq.models.block import Block
 from lsiq.models.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
 from lsiq.models.entrance import enter, for_kind, kinds_of_blocks
+from lsiq.models.families import find_spec, refuse_other_kinds
 from lsiq.models.folder import read_config
 from lsiq.models.gguf_file import is_gguf
-from lsiq.models.planting import Planting
+from lsiq.models.outliers import Planting
 from lsiq.models.prefix import BlockPrefix, Prefix, after_prefix
 from lsiq.models.residual import turn_block
-from lsiq.models.spec import ModelSpec, check_supported, find_spec, refuse_other_kinds
+from lsiq.models.spec import ModelSpec, check_supported
+from lsiq.runtime import streams
 
 if TYPE_CHECKING:
-    from lsiq.config import ModelSettings
+    from lsiq.models.settings import ModelSettings
 
 
 @dataclass(frozen=True)

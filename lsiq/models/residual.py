@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import InputError
-from lsiq.hadamard import mean_keeping, random_hadamard
+from lsiq.linalg.hadamard import mean_keeping, random_hadamard
 from lsiq.models.spec import ModelSpec
 
 

@@ -10,7 +10,7 @@ from lsiq.errors import ConfigError
 from lsiq.formats.mxint import MXInt
 
 if TYPE_CHECKING:
-    from lsiq.config import QuantSettings
+    from lsiq.formats.quant import QuantSettings
 
 
 def input_widths(shape: Mapping[str, Any]) -> dict[str, int]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
-    from lsiq.methods.base import Context
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
+    from lsiq.models.context import Context
+
 
 Tensors = Mapping[str, "Tensor"]
 

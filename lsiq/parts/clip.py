@@ -14,9 +14,10 @@ from lsiq.settings import settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
-    from lsiq.methods.base import Context
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
+    from lsiq.models.context import Context
+
 
 # The search tries every range down to half of the widest, as AWQ's does.
 SEARCH_STEPS = 20
@@ -93,7 +94,7 @@ class Clip(PartTraits):
     def _searched(self, block: Block, quant: QuantSettings, context: Context) -> dict[str, Tensor]:
         """The factors with the least output error, by parameter; linears of one stage share inputs."""
         from lsiq.calib.gram import input_grams
-        from lsiq.salience import search_range
+        from lsiq.calib.scale_search import search_range
 
         assert context.inputs is not None  # the method asks for them
         first = [stage[0] for stage in block.spec.stages]

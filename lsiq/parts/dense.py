@@ -13,9 +13,9 @@ from lsiq.settings import settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
-    from lsiq.methods.base import Context
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
+    from lsiq.models.context import Context
 
 
 @settings

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.fold import channels_of, fold_scale, fold_shift, gather
+from lsiq.models.folding import channels_of, fold_scale, fold_shift, gather
 from lsiq.models.spec import Group
 from lsiq.parts.base import Draft, PartState, PartTraits
 from lsiq.settings import settings
@@ -18,9 +18,10 @@ from lsiq.settings import settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
-    from lsiq.methods.base import Context
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
+    from lsiq.models.context import Context
+
 
 Pair = Literal["norm", "value", "query_key"]
 SEARCH_RATIOS = 20  # exponents tried, as AWQ does
@@ -68,7 +69,7 @@ class Equivalent(PartTraits):
         return "equivalent"
 
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
-        from lsiq.calib.statistics import extremes
+        from lsiq.calib.input_statistics import extremes
 
         if not self._used(block, quant):
             return PartState({})
@@ -109,7 +110,7 @@ class Equivalent(PartTraits):
 
     def _search(self, block: Block, quant: QuantSettings, context: Context) -> dict[str, Tensor]:
         """The scales `(channels,)` with the least output error, by producer."""
-        from lsiq.salience import LinearError, observe_inputs, search_scale
+        from lsiq.calib.scale_search import LinearError, observe_inputs, search_scale
 
         assert context.inputs is not None
         statistics = observe_inputs(block, context.inputs, context.batch)

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lsiq.methods.base import Context
     from lsiq.models.block import Block
+    from lsiq.models.context import Context
+
 
 # Rows of the core that are multiplied at once. The weight path at width 8 against LSI's, on one CPU core, for 16, 32,
 # 64 and 128 rows: 1.16, 1.21, 1.40, 1.57 on a block of tiny-llama, 1.06, 1.05, 1.07, 1.17 on weights of 1024 x 1024.

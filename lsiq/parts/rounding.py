@@ -11,9 +11,9 @@ from lsiq.parts.base import Draft, PartState, PartTraits
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
-    from lsiq.config import QuantSettings
-    from lsiq.methods.base import Context
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
+    from lsiq.models.context import Context
 
 
 @settings

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from lsiq.distributed import divided
 from lsiq.errors import ConfigError
 from lsiq.parts.base import Draft, PartState, PartTraits
+from lsiq.runtime.processes import divided
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lsiq.config import QuantSettings
-    from lsiq.methods.base import Context
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
+    from lsiq.models.context import Context
+
 
 # Increments are small against the singular vectors' entries; scaled by this inside a half-precision product they keep
 # their digits (4e-4 relative error at |I| = 1e-6 in float16, against 0.21 without).
@@ -88,8 +89,7 @@ class Singular(PartTraits):
 
     def _at_rest(self, block: Block, context: Context) -> PartState:
         """Return the directions of every linear and its core of zeros."""
-        from lsiq.factors import factors
-        from lsiq.svd import completed, random_directions
+        from lsiq.linalg.svd import completed, factors, random_directions
 
         parameters: dict[str, Tensor] = {}
         constants: dict[str, Tensor] = {}

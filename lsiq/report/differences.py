@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lsiq.compare import compare
 from lsiq.errors import InputError
 from lsiq.report.runs import SHOWN, notes, settings_of, written
-from lsiq.results import Record
+from lsiq.report.significance import compare
+from lsiq.results.record import Record
 from lsiq.track.panels import Cell, Table
 
 Run = tuple[Record, Path]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lsiq.errors import InputError
-from lsiq.results import Record, read_record
+from lsiq.results.record import Record, read_record
 from lsiq.track.panels import Cell, Table
 
 # Metrics that tables show without being asked; records hold more.

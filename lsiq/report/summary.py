@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lsiq.report.runs import settings_of, written
-from lsiq.results import Record
+from lsiq.results.record import Record
 from lsiq.track.panels import markdown
-from lsiq.track.story import record_panels
+from lsiq.track.run_panels import record_panels
 
 
 def summary(record: Record) -> str:

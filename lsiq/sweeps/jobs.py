@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hydra.core.utils import JobReturn, JobStatus
 
 from lsiq.errors import ConfigError, LsiqError
-from lsiq.results import Record
-from lsiq.track.console import say
+from lsiq.results.record import Record
+from lsiq.runtime.terminal import say
 
 Job = Sequence[str]
 

@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from lsiq.composed import plain_config
-from lsiq.config import ModelSettings
 from lsiq.errors import LsiqError
-from lsiq.identity import hash_file
+from lsiq.experiment.composed import plain_config
+from lsiq.experiment.identity import hash_file
+from lsiq.experiment.request import prepare
 from lsiq.models.folder import find_folder, fingerprint
-from lsiq.results import Record, read_record
-from lsiq.run import prepare
+from lsiq.models.settings import ModelSettings
+from lsiq.results.record import Record, read_record
 from lsiq.settings import fill
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
+
 
 _PACKAGE = Path(__file__).parent.parent
 # Jobs that ask for more than a finished record are composed and looked at every time.

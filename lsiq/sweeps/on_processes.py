@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from lsiq.errors import ConfigError, ResourceError
-from lsiq.interrupt import terminable
+from lsiq.runtime.signals import terminable
 from lsiq.settings import settings
 
 # About how often it is said how many jobs are done; from 50 on joblib says so on stdout, among the results.

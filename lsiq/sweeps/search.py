@@ -14,11 +14,11 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from pydantic import Field
 
 from lsiq.errors import ConfigError
-from lsiq.identity import NOT_IDENTITY
-from lsiq.lock import exclusive
+from lsiq.experiment.identity import NOT_IDENTITY
+from lsiq.runtime.locks import exclusive
+from lsiq.runtime.terminal import say
 from lsiq.settings import settings
 from lsiq.sweeps.jobs import Job, Outcome
-from lsiq.track.console import say
 
 if TYPE_CHECKING:
     from optuna import Study

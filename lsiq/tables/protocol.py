@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lsiq.composed import recipe_for
+from lsiq.experiment.composed import recipe_for
 from lsiq.tables.runs import Run, without_nulls
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lsiq.errors import InputError
-from lsiq.results import Record
+from lsiq.results.record import Record
 
 # Of the resolved configuration: what decides a number, without where things lie and what is only said.
 _KEPT = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lsiq.results import origin_note
+from lsiq.results.record import origin_note
 from lsiq.tables.protocol import ROOT, Protocol
 from lsiq.tables.published import Literature
 from lsiq.tables.runs import Run, read_runs

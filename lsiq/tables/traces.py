@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lsiq.errors import InputError
-from lsiq.results import Record
+from lsiq.results.record import Record
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
-
-from lsiq import distributed
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from lsiq.config import TrackerSettings
-    from lsiq.results import Record
+    from lsiq.results.record import Record
     from lsiq.track.panels import Panel
 
 
@@ -38,7 +34,7 @@ class Tracker(Protocol):
 
 
 class Backend(Protocol):
-    """What a tracker does with what it is told; it may raise or hang, which `lsiq.track.mirror` answers for.
+    """What a tracker does with what it is told; it may raise or hang, which `lsiq.track.background_tracker` answers for.
 
     Steps count the rows of a run and go on where an interrupted run stopped.
     """
@@ -75,27 +71,3 @@ class NoTracker:
 
     def finish(self, record: Record) -> None:
         del record
-
-
-def make_tracker(
-    settings: TrackerSettings, plain: Mapping[str, Any], record: Record, folder: Path, anew: bool
-) -> Tracker:
-    """Return the tracker that the settings ask for, telling of the run whose `folder` this is.
-
-    Args:
-        plain: the run's configuration as plain data.
-        anew: whether the run begins again although it was there before.
-    """
-    if not distributed.first() or settings.kind == "none" or settings.mode == "disabled":
-        return NoTracker()
-    from lsiq.track.mirror import Mirror
-
-    if settings.kind == "wandb":
-        from lsiq.track.wandb import Wandb
-
-        backend: Backend = Wandb(settings, plain, record, folder)
-    else:
-        from lsiq.track.tensorboard import TensorBoard
-
-        backend = TensorBoard(settings, plain, record, folder)
-    return Mirror(backend, settings, folder, anew=anew)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lsiq.track.panels import Histograms, Lines, Panel, markdown
 
 if TYPE_CHECKING:
-    from lsiq.config import TrackerSettings
-    from lsiq.results import Record
+    from lsiq.results.record import Record
+    from lsiq.track.settings import TrackerSettings
 
 
 class TensorBoard:

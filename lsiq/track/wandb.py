@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsiq.environment import variable
-from lsiq.track.console import say, warn
+from lsiq.runtime.signals import variable
+from lsiq.runtime.terminal import say, warn
 from lsiq.track.panels import Histograms, Lines, Panel
 
 if TYPE_CHECKING:
-    from lsiq.config import TrackerSettings
-    from lsiq.results import Record
+    from lsiq.results.record import Record
+    from lsiq.track.settings import TrackerSettings
+
 
 # What a run leaves beside its record.
 TABLES = ("trajectory.parquet", "windows.parquet", "items.parquet")

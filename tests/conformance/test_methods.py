@@ -15,13 +15,16 @@ from conftest import CONF, SHAPES, compose_run, save_model
 from families import FAMILIES
 from torch import Tensor
 
-from lsiq.config import QuantSettings, RunConfig, parse
 from lsiq.errors import InputError
+from lsiq.experiment.config import RunConfig, parse
 from lsiq.formats.mxint import MXActivation, MXInt
-from lsiq.methods.base import BlockResult, Context, Method
-from lsiq.methods.rtn import round_to_nearest
+from lsiq.formats.quant import QuantSettings
+from lsiq.methods.base import Method
 from lsiq.models.block import Block, run_stream
+from lsiq.models.context import Context
 from lsiq.models.loading import Model, load
+from lsiq.models.result import BlockResult
+from lsiq.models.rounding import round_to_nearest
 
 # Methods that train whole models are tested where there is one.
 METHODS = sorted(

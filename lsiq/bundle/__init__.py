@@ -1,0 +1,1 @@
+"""How the bundled models, their tokenizer and their task were made."""

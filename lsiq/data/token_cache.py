@@ -1,0 +1,85 @@
+"""Windows of tokens that were drawn or cut before: a text is tokenised once for all runs that want the same of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lsiq.data.corpora import Split, corpus_files, read_corpus
+from lsiq.data.tokens import Windows, cut_windows, draw_windows
+from lsiq.runtime.cache import EvaluationCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_SOURCES = ("calib/corpora.py", "calib/kept.py", "calib/text.py", "calib/tokens.py")
+
+
+@dataclass(frozen=True)
+class TokenRequest:
+    """Windows of a corpus: `samples` drawn with `seed`, or all that can be cut where `samples` is None.
+
+    `windows` says how they are drawn, as in `draw_windows`.
+    """
+
+    corpus: str
+    split: Split
+    path: str | None
+    fields: tuple[str, ...]
+    seqlen: int
+    samples: int | None = None
+    seed: int = 0
+    windows: Windows = "random"
+
+
+def token_cache(folder: str | None, versions: Mapping[str, str | None], origin: Mapping[str, str]) -> EvaluationCache:
+    """Open the cache of tokens in `folder`, `paths.cache`; None keeps nothing.
+
+    Args:
+        versions: of the packages that this run uses, by name.
+        origin: what is written beside new entries.
+    """
+    identity: Mapping[str, Any] = {
+        "kind": "tokens",
+        "versions": {name: versions.get(name) for name in ("transformers", "tokenizers", "numpy")},
+    }
+    path = None if folder is None else Path(folder).expanduser()
+    return EvaluationCache(path, identity, origin, _SOURCES)
+
+
+def kept_tokens(request: TokenRequest, tokenizer: Any, cache: EvaluationCache) -> Tensor:
+    """Return the windows `(N, seqlen)` that `request` describes, from the cache where they are there.
+
+    They are found again by the content of the text and of the tokenizer. One process draws them while others that want
+    the same wait. A tokenizer that is not one of the tokenizers library is not kept for: its state has no one text.
+
+    Raises:
+        InputError: the corpus cannot be read or is too short.
+    """
+
+    def make() -> dict[str, Tensor]:
+        text = read_corpus(request.corpus, request.split, request.path, request.fields)
+        name = request.path or request.corpus
+        if request.samples is None:
+            windows = cut_windows(text, tokenizer, request.seqlen, name)
+        else:
+            samples, seqlen, seed = request.samples, request.seqlen, request.seed
+            windows = draw_windows(text, tokenizer, samples, seqlen, seed, name, request.windows)
+        return {"tokens": windows.to(torch.int32)}
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return make()["tokens"].long()
+    content = hashlib.blake2b(backend.to_str().encode(), digest_size=16)
+    for file in corpus_files(request.corpus, request.split, request.path):
+        with file.open("rb") as stream:
+            content.update(hashlib.file_digest(stream, "blake2b").digest())
+    what = {key: value for key, value in asdict(request).items() if key != "path"}
+    key = cache.key(**what, content=content.hexdigest())
+    return cache.once(key, f"tokens of {request.path or request.corpus}", make)["tokens"].long()

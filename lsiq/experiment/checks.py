@@ -1,0 +1,40 @@
+"""What is refused once the model is there: formats, lengths and processes that do not fit it."""
+
+from __future__ import annotations
+
+from lsiq.errors import ConfigError
+from lsiq.experiment.config import RunConfig
+from lsiq.experiment.lengths import check_window_lengths
+from lsiq.formats.quant import QuantSettings
+from lsiq.methods.base import chain
+from lsiq.models.loading import Model
+from lsiq.runtime import processes
+from lsiq.runtime.terminal import warn
+
+
+def check_formats(model: Model, quant: QuantSettings) -> None:
+    """Raise ConfigError before anything long starts if a format does not fit the shape of a linear."""
+    block = model.skeleton.get_submodule(f"{model.spec.blocks}.0")
+    for name in model.spec.linears:
+        quant.weight.check(block.get_submodule(name).in_features, name)  # type: ignore[arg-type]
+
+
+def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:
+    """Raise ConfigError where a window, after `prefix` tokens, is longer than the positions the model knows."""
+    check_window_lengths(config, getattr(model.config, "max_position_embeddings", None), prefix)
+
+
+def check_processes(config: RunConfig, samples: int) -> None:
+    """Raise ConfigError where a process would have no sequence; say where one would have none of a step's."""
+    size = processes.size()
+    if samples < size:
+        raise ConfigError(
+            f"calib.samples={config.calib.samples}: {samples} sequences cannot be shared by {size} processes; "
+            "give more or start fewer"
+        )
+    for link in chain(config.method):
+        if (training := link.training) is not None and training.batch < size:
+            warn(
+                f"method.training.batch={training.batch} is smaller than the {size} processes: each step is taken by "
+                f"{training.batch} of them; a batch of {size} or more keeps all busy"
+            )

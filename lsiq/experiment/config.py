@@ -1,0 +1,105 @@
+"""The configuration of one run, as checked settings."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from omegaconf import DictConfig
+from pydantic import AfterValidator, Field
+
+from lsiq.data.settings import CalibSettings
+from lsiq.errors import ConfigError
+from lsiq.evals.settings import EvalSettings
+from lsiq.experiment.composed import named_config, recipe_family
+from lsiq.export.base import Exporter, refuse_method
+from lsiq.formats.integer import Integer
+from lsiq.formats.quant import QuantSettings
+from lsiq.methods.base import Method, WholeMethod
+from lsiq.methods.finetune import FineTune
+from lsiq.models.settings import ModelSettings
+from lsiq.runtime.settings import PathSettings
+from lsiq.settings import build, fill, settings
+from lsiq.track.settings import TrackerSettings
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("no such device")
+    return value
+
+
+@settings
+class RunConfig:
+    """Everything that decides what one run does."""
+
+    model: ModelSettings
+    quant: QuantSettings
+    method: Method | WholeMethod
+    calib: CalibSettings
+    eval: EvalSettings
+    tracker: TrackerSettings
+    paths: PathSettings
+    seed: int = Field(0, ge=0, lt=2**63, description="a whole number from 0")
+    device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda or cuda:N")
+    force: bool = Field(False, description="true or false")
+    trace: bool = Field(False, description="true or false")
+    dry_run: bool = Field(False, description="true estimates memory and time, and stops there")
+    export: Exporter | None = Field(None, description="a format of conf/export/, or null")
+
+    def __post_init__(self) -> None:
+        if self.export is not None:
+            self.export.check(self.quant)
+            if self.model.weights == "random":
+                raise ValueError("model.weights=random: there is nothing to export; give a checkpoint")
+            if self.model.outliers:
+                raise ValueError(
+                    f"model.outliers={self.model.outliers}: is an exercise that is not exported; use model.outliers=0"
+                )
+            refuse_method(self.method, self.export)
+        if isinstance(self.method, FineTune) and self.method.scales and not isinstance(self.quant.weight, Integer):
+            raise ValueError(
+                f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are powers of two and "
+                "cannot be trained; use method.scales=null or an integer format"
+            )
+        calib = self.calib
+        if calib.corpus is None and not calib.written and self.method.needs and self.quant.name != "fp16":
+            raise ValueError(
+                f"calib.corpus=null: method {self.method.name} needs calibration tokens; "
+                "choose calib=bundled, calib=written or calib=file"
+            )
+
+
+_PARTS: dict[str, type] = {
+    "model": ModelSettings,
+    "quant": QuantSettings,
+    "calib": CalibSettings,
+    "eval": EvalSettings,
+    "tracker": TrackerSettings,
+    "paths": PathSettings,
+}
+
+
+def parse(cfg: DictConfig) -> RunConfig:
+    """Check a composed configuration and return it as settings.
+
+    Raises:
+        ConfigError: a key, value or combination that cannot run; the message names it by its full path.
+    """
+    plain = named_config(cfg)
+    values: dict[str, Any] = {}
+    family = recipe_family(cfg.get("method"), plain.get("quant"))
+    method_key = "method" if family is None else f"method.{family}"
+    for key, node in plain.items():
+        built = build(node, method_key if key == "method" else key)
+        if key in _PARTS and not isinstance(built, dict):
+            raise ConfigError(f"{key}={built}: a group of settings is expected; choose a file of conf/{key}/")
+        values[key] = fill(_PARTS[key], built, key) if key in _PARTS else built
+    if not isinstance(values.get("method"), (Method, WholeMethod)):
+        raise ConfigError(f"method={plain.get('method')}: not a method; choose a file of conf/method/")
+    if not isinstance(values.get("export"), Exporter | None):
+        raise ConfigError(f"export={plain.get('export')}: not an export; choose a file of conf/export/")
+    try:
+        return fill(RunConfig, values)
+    except ConfigError as error:  # of a recipe the keys are those of its family
+        raise ConfigError(str(error).replace("method.", f"{method_key}.")) from error

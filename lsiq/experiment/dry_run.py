@@ -1,0 +1,55 @@
+"""`dry_run=true`: what a run would take of memory and time, by the estimate that suits it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lsiq.errors import ConfigError
+from lsiq.experiment.estimate import Estimate
+from lsiq.experiment.probe import architecture
+from lsiq.methods.base import WholeMethod
+from lsiq.report.terminal import show_plan
+from lsiq.results.record import Record
+from lsiq.runtime.device import find_device
+
+if TYPE_CHECKING:
+    from lsiq.experiment.config import RunConfig
+
+
+def dry_run(config: RunConfig, record: Record) -> None:
+    """Print what the run would take, stage by stage, and write it into `record` as if it had been measured.
+
+    One block of the model's true shape with random weights is quantised and evaluated on this machine, with few
+    sequences, twice; what grows with sequences, windows, epochs and blocks is scaled up. No weights are read. Of large
+    blocks on a CPU, and of methods that train whole models, a narrow model is tried instead.
+
+    Raises:
+        ConfigError: one block does not fit the device.
+    """
+    device = find_device(config.device)
+    try:
+        stages, notes = _estimate(config, device, record).stages()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"dry_run=true: one block does not fit the memory of {device}; lower calib.batch, "
+            "method.training.batch or calib.seqlen"
+        ) from error
+    record.seconds = {stage.name: stage.seconds for stage in stages}
+    record.seconds["total"] = sum(record.seconds.values())
+    places = sorted({place for stage in stages for place in stage.peaks}, reverse=True)
+    record.peak_bytes = {place: max(stage.peaks.get(place, 0) for stage in stages) for place in places}
+    show_plan(f"{config.model.name}  {config.quant.name}  {config.method.name}", stages, record, notes)
+
+
+def _estimate(config: RunConfig, device: torch.device, record: Record) -> Estimate:
+    """Return the estimate that suits: from one block of the true size, or where that takes long or too much, narrow."""
+    from lsiq.experiment.narrow_estimate import LARGEST, NarrowEstimate
+    from lsiq.experiment.narrow_model import Shape
+
+    estimate = Estimate(config, device, record)
+    large = Shape.of(architecture(config, estimate.folder)).weights > LARGEST
+    if isinstance(config.method, WholeMethod) or (large and device.type == "cpu"):
+        return NarrowEstimate(config, device, record)
+    return estimate

@@ -1,0 +1,65 @@
+"""What a run is called, and the files whose content is part of its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lsiq.errors import InputError
+from lsiq.experiment.config import RunConfig
+from lsiq.methods.finetune import FineTune
+from lsiq.models.folder import fingerprint
+
+# How and where a run is carried out, against what it is.
+NOT_IDENTITY = ("tracker", "paths", "force", "trace", "dry_run", "export")
+
+
+def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Name a run: model, format, method, seed and a hash of all settings and input files that decide its numbers.
+
+    Args:
+        config: the checked settings.
+        plain: the same configuration as plain data.
+        inputs: content hashes of the files it reads, by key, so that a changed text or checkpoint is another run.
+    """
+    identity = {key: value for key, value in plain.items() if key not in NOT_IDENTITY}
+    # Where a checkpoint or an earlier run lies does not matter; `inputs` says which it is.
+    identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
+    # Runs from before there was a choice drew at random, and keep their names.
+    identity["calib"] = {
+        key: value for key, value in identity["calib"].items() if (key, value) != ("windows", "random")
+    }
+    identity["method"] = {key: value for key, value in identity["method"].items() if key != "run"}
+    text = json.dumps({"config": identity, "inputs": dict(inputs)}, sort_keys=True, default=str)
+    digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+    return f"{config.model.name}_{config.quant.name}_{config.method.name}_s{config.seed}_{digest}"
+
+
+def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str]:
+    """Return content hashes of everything a run reads from files, by the key that names the file."""
+    inputs = {}
+    if checkpoint is not None and config.model.weights == "checkpoint":
+        inputs["model"] = fingerprint(checkpoint, config.model.allow_pickle)
+    paths = {"calib.path": config.calib.path, "eval.path": config.eval.path}
+    paths |= {f"eval.local.{name}": path for name, path in config.eval.local.items()}
+    paths |= {f"eval.tasks_local.{name}": path for name, path in config.eval.tasks_local.items()}
+    if isinstance(config.method, FineTune) and config.method.run is not None:
+        inputs["method.run"] = Path(config.method.run).name  # a run's id already stands for all that made it
+    for key, path in paths.items():
+        if path is not None:
+            inputs[key] = hash_file(key, Path(path).expanduser())
+    return inputs
+
+
+def hash_file(key: str, path: Path) -> str:
+    """Return a hash of the content of `path`; InputError, which names `key`, where it cannot be read."""
+    if not path.is_file():
+        raise InputError(f"{key}={path}: no such file; give the path of a file, relative to where you run")
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=10)).hexdigest()
+    except OSError as error:
+        raise InputError(f"{key}={path}: cannot be read ({error.strerror}); check its permissions") from error

@@ -1,0 +1,186 @@
+"""What is wrong with the inputs of a run, as far as it can be told without torch: answered before that is imported.
+
+Importing torch and transformers takes seconds, on a busy machine half a minute. All that is refused here would be
+refused later too, in the same words; what passes may still be refused then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lsiq.assets import KINDS
+from lsiq.data.corpora import HUB, Split, corpus_files
+from lsiq.data.documents import read_documents
+from lsiq.data.lengths import too_short
+from lsiq.errors import ConfigError, InputError
+from lsiq.evals.task_names import check_tasks
+from lsiq.experiment.lengths import check_window_lengths
+from lsiq.methods.base import chain
+from lsiq.methods.lqer import LQER
+from lsiq.models.families import find_spec
+from lsiq.models.folder import read_config, weight_files
+from lsiq.models.gguf_file import is_gguf
+from lsiq.models.spec import ModelSpec
+from lsiq.models.widths import check_groups
+
+if TYPE_CHECKING:
+    from lsiq.experiment.config import RunConfig
+
+
+# Characters of a text that are looked at; of a longer one the rest is read when it is wanted.
+_LOOKED_AT = 2**22
+# No tokenizer needs more characters than this for a token of running text, so longer texts need not be counted.
+_PER_TOKEN = 64
+# Tokens that transformers may add to a text beyond those that the tokenizer's own file asks for.
+_SPECIAL = 4
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool = True) -> None:
+    """Raise what is wrong with device, checkpoint, texts and tasks of a run; nothing large is read.
+
+    Args:
+        folder: of the checkpoint, or its GGUF file; None for random weights of a given shape.
+        calibrates: whether calibration text will be read.
+
+    Raises:
+        ConfigError: a setting does not fit this machine or the checkpoint.
+        InputError: a file is missing, damaged or too short.
+    """
+    check_device(config.device)
+    shape = config.model.architecture or {} if folder is None else _read_shape(folder)
+    shapes: Shapes = {}
+    if folder is not None and not is_gguf(folder):  # a GGUF file holds its tokenizer, and its header has been read
+        _check_tokenizer_files(folder)
+        if config.model.weights == "checkpoint":
+            shapes = _stored_shapes(folder, config.model.allow_pickle)
+    check_groups(config.quant, shape, config.model.name)
+    if shapes:
+        _check_linears(config, find_spec(shape["model_type"], str(folder)), shapes)
+    check_window_lengths(config, shape.get("max_position_embeddings"))
+    for corpus in config.eval.corpora:
+        path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
+        _check_text(corpus, "evaluation", path, tuple(config.eval.fields), config.eval.seqlen, "eval.seqlen", folder)
+    if calibrates and config.calib.corpus is not None:
+        calib = config.calib
+        fields = tuple(calib.fields)
+        _check_text(config.calib.corpus, "calibration", calib.path, fields, calib.seqlen, "calib.seqlen", folder)
+    check_tasks(config.eval)
+
+
+def check_device(name: str) -> None:
+    """Raise ConfigError where a GPU is asked for and the system shows no device of that number.
+
+    Where it cannot be told, as under WSL, nothing is raised.
+    """
+    if not name.startswith("cuda") or any(Path(place).exists() for place in ("/dev/dxg", "/dev/kfd")):
+        return
+    if os.name != "posix" or not Path("/dev").is_dir():
+        return
+    there = sum(file.name.removeprefix("nvidia").isdigit() for file in Path("/dev").glob("nvidia*"))
+    number = int(name.partition(":")[2] or 0)
+    if number >= there:
+        raise ConfigError(f"device={name}: this machine has {there} GPUs; use device=cpu or auto")
+
+
+def _read_shape(folder: Path) -> dict[str, Any]:
+    try:
+        shape = read_config(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: config.json cannot be used ({error}); fetch it again") from error
+    if not isinstance(shape, dict) or not isinstance(shape.get("model_type"), str):
+        raise InputError(f"{folder / 'config.json'}: names no model_type; give a checkpoint in the transformers layout")
+    find_spec(shape["model_type"], str(folder))
+    return shape
+
+
+def _stored_shapes(folder: Path, allow_pickle: bool) -> Shapes:
+    """Return the shapes that the headers of safetensors files give; nothing of pickled files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder, allow_pickle):
+        if file.suffix == ".safetensors":
+            shapes |= _header(file)
+    return shapes
+
+
+def _header(file: Path) -> Shapes:
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, 100_000_000)))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+        held = file.stat().st_size - 8 - length
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+        raise InputError(f"{file}: cannot be read ({type(error).__name__}: {error}); fetch it again") from error
+    if end != held:
+        raise InputError(f"{file}: cannot be read (it holds {held} bytes of tensors, not {end}); fetch it again")
+    return shapes
+
+
+def _check_linears(config: RunConfig, spec: ModelSpec, shapes: Shapes) -> None:
+    """Raise ConfigError where a format or rank does not fit the linears of the first block."""
+    names = {name: f"{spec.blocks}.0.{name}.weight" for name in spec.linears}
+    found = {name: shapes.get(full) or shapes.get(full.removeprefix("model.")) for name, full in names.items()}
+    there = {name: shape for name, shape in found.items() if shape is not None and len(shape) == 2}
+    for name, shape in there.items():
+        config.quant.weight.check(shape[1], name)
+    for link in chain(config.method):
+        if isinstance(link, LQER) and config.quant.name != "fp16" and len(there) == len(spec.linears):
+            link.check_rank(there.values())
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.model", "*.tiktoken")
+    if not any(any(folder.glob(pattern)) for pattern in known):
+        raise InputError(
+            f"{folder}: the tokenizer cannot be loaded (there is no tokenizer.json); put its files beside the weights"
+        )
+
+
+def _check_text(
+    corpus: str, split: Split, path: str | None, fields: tuple[str, ...], seqlen: int, key: str, folder: Path | None
+) -> None:
+    """Raise InputError where the text of a corpus is not there, is damaged near its start, is empty or too short."""
+    if corpus in HUB:
+        corpus_files(corpus, split, path)
+    if corpus != "file" or path is None or corpus in KINDS:
+        return
+    documents: list[str] = []
+    size = 0
+    for document in read_documents(path, fields):
+        documents.append(document)
+        size += len(document)
+        if size > _LOOKED_AT:
+            return
+    if not documents:
+        raise InputError(f"{path}: the text is empty; give a file with text in it")
+    if size < _PER_TOKEN * seqlen and (tokens := _count("\n\n".join(documents), folder)) + _SPECIAL < seqlen:
+        raise InputError(too_short(path, tokens, seqlen, key))
+
+
+def _count(text: str, folder: Path | None) -> int:
+    """Return how many tokens a text has; where only transformers could tell, how many bytes, which are no fewer."""
+    from tokenizers import Tokenizer
+
+    from lsiq.assets import bundled_model
+
+    file = (folder or bundled_model("tiny-llama")) / "tokenizer.json"
+    if not file.is_file():
+        return len(text.encode())
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise InputError(
+            f"{file.parent}: the tokenizer cannot be loaded ({error}); put its files beside the weights"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return len(tokenizer.encode(text).ids)

@@ -1,0 +1,147 @@
+"""The stages of a dry run of a large model or of a method that trains whole models, from a narrow model."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from lsiq.evals.windows import STATES_BYTES
+from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
+from lsiq.experiment.checks import check_lengths
+from lsiq.experiment.estimate import READING, Estimate, ahead_of
+from lsiq.experiment.narrow_model import Narrow, Shape, host_bytes, narrowed
+from lsiq.experiment.probe import architecture, probe_architecture
+from lsiq.methods.base import Method
+from lsiq.methods.finetune import FineTune
+from lsiq.methods.rtn import RTN
+from lsiq.models.families import find_spec
+from lsiq.report.terminal import PlannedStage
+from lsiq.results.store import BlockStore
+from lsiq.runtime.memory import reset_peak
+from lsiq.runtime.streams import kept_in
+
+# Weights of a block that are tried out in their true size on a CPU.
+LARGEST = 20_000_000
+
+
+class NarrowEstimate(Estimate):
+    """An estimate from a narrow model, scaled up."""
+
+    def stages(self) -> tuple[list[PlannedStage], list[str]]:
+        config = self.config
+        shape = architecture(config, self.folder)
+        self.true = Shape.of(shape)
+        self._check_widths(shape)
+        depth = max(2, 1 + (ahead_of(config.method) if isinstance(config.method, Method) else 0))
+        narrow = narrowed(shape, config.quant, min(self.depth, depth))
+        start = time.perf_counter()
+        self.model, self.held, drawing = probe_architecture(config, narrow, self.device)
+        check_lengths(self.model, config)
+        self.outside, self.block_bytes = 2 * self.true.outside, 2 * self.true.weights
+        self.per_byte = drawing / (2 * Shape.of(narrow).outside) if config.model.weights == "random" else 1 / READING
+        self.mapped = self._mapped()
+        loading = time.perf_counter() - start - drawing + self.outside * self.per_byte
+        self.notes.append(
+            f"costs are those of a model {narrow['hidden_size']} wide, scaled up to {self.true.width} by operations"
+        )
+        stages = [PlannedStage("load", loading, {})]
+        with tempfile.TemporaryDirectory() as place, kept_in(self._stream_folder()):
+            store = BlockStore(Path(place) / "blocks")
+            store.clear()
+            reset_peak()
+            self.narrow = Narrow(config, shape, self.model, store, self.record)
+            if config.quant.name != "fp16":
+                stages += self._quantize_stages()
+            if config.eval.corpora:
+                stages.append(self._evaluation())
+        if config.eval.tasks:
+            self.notes.append("tasks are not estimated: their items are not read")
+        self._say_what_does_not_fit(stages)
+        return stages, self.notes
+
+    def _check_widths(self, shape: dict) -> None:
+        """Raise ConfigError where the format does not fit the true linears."""
+        spec = find_spec(shape["model_type"], self.config.model.name)
+        last = spec.writers[1]
+        for name in spec.linears:
+            self.config.quant.weight.check(self.true.inner if name == last else self.true.width, name)
+
+    def _mapped(self) -> int:
+        if self.config.model.weights == "random":
+            return 0
+        self.notes.append(f"weights are read at {READING / 1e9:.0f} GB/s")
+        files = [] if self.folder is None else [*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")]
+        if files:
+            return sum(file.stat().st_size for file in files)
+        self.notes.append("the checkpoint holds two bytes per weight")
+        return self.outside + self.depth * self.block_bytes
+
+    def _samples(self) -> int:
+        calib = self.config.calib
+        samples = (calib.samples if calib.corpus is not None else 0) + calib.written
+        if calib.written:
+            self.notes.append("the calibration text that the model writes is there; writing it is not estimated")
+        return samples if self.config.method.needs else min(samples, SAMPLES_TO_MEASURE)
+
+    def _quantize_stages(self) -> Iterable[PlannedStage]:
+        method, samples = self.config.method, self._samples()
+        first = method if isinstance(method, Method) else getattr(method, "start", None)
+        seconds, peaks = self.narrow.quantize(first or RTN(), samples)
+        seconds += self.depth * self.block_bytes * self.per_byte
+        kept = self.config.paths.streams == "memory" and samples
+        streams = self.narrow.streams(samples, self.config.calib.seqlen)
+        if not kept and samples:
+            self.notes.append(f"streams take {streams / 2**30:.2f} GiB of the disk")
+        peaks = {"host": peaks["host"] + self.mapped + (streams if kept else 0)}
+        if isinstance(method, Method):
+            yield PlannedStage("quantize", seconds, peaks)
+            return
+        assert isinstance(method, FineTune)
+        if method.start is not None:
+            yield PlannedStage("start", seconds, peaks)
+        yield self._tuning(method, samples)
+
+    def _tuning(self, method: FineTune, samples: int) -> PlannedStage:
+        seconds, trained = self.narrow.tune(method, samples)
+        seconds += self.depth * self.block_bytes * self.per_byte
+        adam, besides = self.narrow.tune_bytes(method, trained)
+        streams = self.narrow.streams(samples, self.config.calib.seqlen, 2)  # inputs, and what the float model makes
+        self.notes.append(
+            f"{method.name} keeps {adam / 2**30:.1f} GiB for what it trains at once: number, gradient and two moments "
+            "in float32"
+        )
+        base = self.narrow.resident + self.mapped
+        if self.device.type == "cuda":
+            return PlannedStage("quantize", seconds, {"host": base + streams, "device": adam + besides})
+        return PlannedStage("quantize", seconds, {"host": base + streams + adam + besides})
+
+    def _evaluation(self) -> PlannedStage:
+        windows, config = self._windows(), self.config.eval
+        if not hasattr(self.narrow, "prepared"):
+            self.narrow.prepared = self.model
+        seconds, models = self.narrow.evaluate(windows)
+        seconds += self.depth * self.block_bytes * self.per_byte
+        one = self.narrow.streams(windows, config.seqlen, 1)
+        host = self.narrow.resident + self.mapped + (one if config.divergence and one <= STATES_BYTES else 0)
+        host += models * one if self.config.paths.streams == "memory" else 0
+        # The float block and one of each other model, and the logits of a batch.
+        work = 4 * (1 + models) * self.true.weights + 4 * 3 * config.batch * config.seqlen * self.true.vocabulary
+        if self.device.type == "cuda":
+            return PlannedStage("evaluate", seconds, {"host": host, "device": work})
+        return PlannedStage("evaluate", seconds, {"host": host + work})
+
+    def _say_what_does_not_fit(self, stages: Iterable[PlannedStage]) -> None:
+        there = {"host": host_bytes()}
+        if self.device.type == "cuda":
+            there["device"] = torch.cuda.get_device_properties(self.device).total_memory
+        for stage in stages:
+            for place, peak in stage.peaks.items():
+                if peak > there[place]:
+                    self.notes.append(
+                        f"{stage.name} does not fit: it needs {peak / 2**30:.1f} GiB of {place} memory, and there are "
+                        f"{there[place] / 2**30:.1f} GiB"
+                    )

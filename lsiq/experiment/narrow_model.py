@@ -1,0 +1,268 @@
+"""The dry run of what cannot be tried out in its true size: a narrow model is tried, and its costs are scaled up.
+
+The narrow model is about 512 channels wide and is given few short sequences. Of each thing that is timed, two lengths
+of sequence tell what goes to the tokens from what goes to the weights. What goes to the tokens is scaled by
+floating-point operations, what goes to the weights by their number. That leaves out that factorisations are cubic in
+the width; scaled as cubic, a block of gptq came out two and a half times too long.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lsiq.data.tokens import random_windows
+from lsiq.experiment.probe import BlockCost, probe_block, probe_evaluation, shortened
+from lsiq.experiment.quantize import prepare_model
+from lsiq.formats.mxint import MXInt
+from lsiq.methods.base import Method, chain
+from lsiq.methods.finetune import FineTune
+from lsiq.methods.finetune.tuned_block import TunedBlock
+from lsiq.methods.finetune.tuner import tune
+from lsiq.models.context import Ahead, Context
+from lsiq.models.loading import Model
+from lsiq.pipeline.block_loop import STREAMS
+from lsiq.results.store import BlockStore
+from lsiq.runtime.memory import peak_bytes
+
+if TYPE_CHECKING:
+    from lsiq.experiment.config import RunConfig
+    from lsiq.formats.quant import QuantSettings
+    from lsiq.results.record import Record
+
+
+# Tokens of the short and of the long sequences that are tried.
+SHORT, LONG = 64, 256
+# Channels of the narrow model, about; a multiple of the group and of a head.
+WIDTH = 512
+# A step of Adam in float32 keeps, of each number that is trained: itself, its gradient and two moments.
+ADAM_BYTES = 16
+# Epochs of fine-tuning that are tried.
+TUNED = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Counts of a model that costs go by.
+
+    Attributes:
+        weights: of the linears of one block.
+        width, inner: channels of the residual stream and inside the MLP.
+    """
+
+    weights: int
+    width: int
+    inner: int
+    vocabulary: int
+    outside: int
+
+    @classmethod
+    def of(cls, architecture: Mapping[str, Any]) -> Shape:
+        """Count a transformers configuration of a supported family."""
+        opt = architecture["model_type"] == "opt"
+        width, heads = int(architecture["hidden_size"]), int(architecture["num_attention_heads"])
+        inner = int(architecture["ffn_dim" if opt else "intermediate_size"])
+        head = int(architecture.get("head_dim") or width // heads)
+        values = int(architecture.get("num_key_value_heads") or heads) * head
+        weights = 2 * width * heads * head + 2 * width * values + (2 if opt else 3) * width * inner
+        vocabulary = int(architecture["vocab_size"])
+        tied = bool(architecture.get("tie_word_embeddings", opt))
+        positions = int(architecture.get("max_position_embeddings", 0)) * width if opt else 0
+        return cls(weights, width, inner, vocabulary, (1 if tied else 2) * vocabulary * width + positions)
+
+    def operations(self, tokens: int) -> float:
+        """Floating-point operations of one sequence through a block."""
+        return tokens * (2 * self.weights + 4 * tokens * self.width)
+
+    def head_operations(self, tokens: int) -> float:
+        return 2 * tokens * self.width * self.vocabulary
+
+    def activations(self, tokens: int) -> int:
+        """Numbers that one sequence leaves behind in a block, if all are kept."""
+        return tokens * (8 * self.width + 3 * self.inner)  # attention scores are not kept
+
+
+def narrowed(architecture: Mapping[str, Any], quant: QuantSettings, depth: int) -> dict[str, Any]:
+    """Return the configuration of a narrow model of the same family: heads of the same size, fewer of them."""
+    shape = dict(architecture)
+    opt = shape["model_type"] == "opt"
+    width, heads = int(shape["hidden_size"]), int(shape["num_attention_heads"])
+    head = int(shape.get("head_dim") or width // heads)
+    weight = quant.weight
+    group = (weight.block if isinstance(weight, MXInt) else getattr(weight, "group", None)) or 1
+    fewer = min(heads, max(2, WIDTH // head))
+    while fewer < heads and fewer * head % group:
+        fewer += 1
+    share = fewer / heads
+    inner_key = "ffn_dim" if opt else "intermediate_size"
+    multiple = max(group, 128)
+    inner = max(multiple, round(int(shape[inner_key]) * share / multiple) * multiple)
+    if fewer == heads:
+        inner = int(shape[inner_key])
+    key_values = int(shape.get("num_key_value_heads") or heads)
+    kept = max(number for number in range(1, max(1, round(key_values * share)) + 1) if fewer % number == 0)
+    shape |= {"num_attention_heads": fewer, "num_hidden_layers": depth, inner_key: inner}
+    shape |= {"hidden_size": width if fewer == heads else fewer * head}
+    if opt:
+        shape["word_embed_proj_dim"] = shape["hidden_size"]
+    else:
+        shape["num_key_value_heads"] = kept
+    if shape.get("layer_types"):
+        shape["layer_types"] = shape["layer_types"][:depth]
+    return shape
+
+
+def one_at_a_time(method: Any) -> Any:
+    """Return the method, and what it hands on to, with steps of one sequence and few epochs."""
+    changes: dict[str, Any] = {}
+    if (training := method.training) is not None:
+        changes["training"] = replace(training, batch=1)
+    if isinstance(then := getattr(method, "then", None), Method):
+        changes["then"] = one_at_a_time(then)
+    return shortened(replace(method, **changes) if changes else method)
+
+
+class Narrow:
+    """The narrow model, and what was found by trying it.
+
+    Args:
+        architecture: of the true model.
+    """
+
+    def __init__(
+        self, config: RunConfig, architecture: Mapping[str, Any], model: Model, store: BlockStore, record: Record
+    ) -> None:
+        self.config, self.model, self.store, self.record = config, model, store, record
+        self.true, self.tried = Shape.of(architecture), Shape.of(_shape_of(model))
+        self.depth = int(architecture["num_hidden_layers"])
+        self.grown = self.true.weights / self.tried.weights
+        self.resident = peak_bytes()["host"]
+
+    def _cut(self, tokens: int) -> RunConfig:
+        calib = replace(self.config.calib, seqlen=tokens, batch=1)
+        return replace(self.config, calib=calib, eval=replace(self.config.eval, seqlen=tokens, batch=1))
+
+    def quantize(self, method: Method, samples: int) -> tuple[float, dict[str, int]]:
+        """Return the seconds in which all blocks are quantised, and the peak, but for streams and checkpoint."""
+        quick = one_at_a_time(method)
+        drawn = random_windows(self.model.config.vocab_size, 1, SHORT, self.config.seed)
+        self.prepared = prepare_model(self._cut(SHORT), quick, self.model, drawn, self.store, self.record)
+        if not samples:
+            cost = self._probe(quick, 0, SHORT)
+            return self.depth * cost.seconds * self.grown, {"host": self._peak(cost, None, 1)}
+        self._probe(quick, 2, SHORT)  # libraries load
+        low, high, more = (self._probe(quick, n, t) for n, t in ((2, SHORT), (2, LONG), (4, SHORT)))
+        trainings = [link.training for link in chain(method) if hasattr(link, "training")]  # type: ignore[attr-defined]
+        tried = max((min(t.epochs, 3) for t in trainings), default=0)
+        step = self._line(low.epoch_seconds / 2, high.epoch_seconds / 2)
+        trained = 0.0
+        for training in trainings:
+            steps = training.epochs * -(-samples // training.batch)
+            own = steps * (step[0] * self.grown + step[1] * self._operations() * min(training.batch, samples))
+            trained += own if training.seconds is None else min(own, training.seconds)
+        rests = [cost.seconds - tried * cost.epoch_seconds for cost in (low, high, more)]
+        per_operation = max(0.0, rests[1] - rests[0]) / (2 * (self._tried(LONG) - self._tried(SHORT)))
+        fixed = max(0.0, rests[0] - 2 * per_operation * self._tried(SHORT))
+        seconds = fixed * self.grown + samples * per_operation * self._operations() + trained
+        batch = max(self.config.calib.batch, *(t.batch for t in trainings), 1)
+        return self.depth * seconds, {"host": self._peak(low, high, batch)}
+
+    def _probe(self, method: Method, samples: int, tokens: int) -> BlockCost:
+        return probe_block(self._cut(tokens), self.prepared, method, samples or None, self.store, False)
+
+    def _tried(self, tokens: int) -> float:
+        return self.tried.operations(tokens)
+
+    def _operations(self) -> float:
+        return self.true.operations(self.config.calib.seqlen)
+
+    def _line(self, short: float, long: float) -> tuple[float, float]:
+        """Split seconds of one sequence into those of the weights and those of one operation."""
+        slope = max(0.0, long - short) / (self._tried(LONG) - self._tried(SHORT))
+        return max(0.0, short - slope * self._tried(SHORT)), slope
+
+    def _peak(self, low: BlockCost, high: BlockCost | None, batch: int) -> int:
+        found = [max(cost.learning["host"], cost.running["host"]) - self.resident for cost in (low, high or low)]
+        span = self.tried.activations(LONG) - self.tried.activations(SHORT)
+        slope = max(0.0, found[1] - found[0]) / span
+        fixed = max(0.0, found[0] - slope * self.tried.activations(SHORT))
+        return int(self.resident + fixed * self.grown + slope * batch * self.true.activations(self.config.calib.seqlen))
+
+    def evaluate(self, windows: int) -> tuple[float, int]:
+        """Return the seconds in which so many windows are measured on all models, and how many models there are."""
+        config = self._cut(LONG)
+        probe_evaluation(config, self.model, self.prepared, 1, self.store)
+        cost = probe_evaluation(config, self.model, self.prepared, 2, self.store)
+        seqlen = self.config.eval.seqlen
+        running = max(0.0, cost.block_seconds - self.model.depth * cost.preparing) / (2 * self.model.depth)
+        one = running * self.true.operations(seqlen) / self._tried(LONG)
+        score = cost.score_seconds / 2 * self.true.head_operations(seqlen) / self.tried.head_operations(LONG)
+        return self.depth * (cost.preparing * self.grown + windows * one) + windows * score, cost.models
+
+    def tune(self, method: FineTune, samples: int) -> tuple[float, float]:
+        """Return the seconds of fine-tuning, and how many numbers are trained for each weight of a block."""
+        quick = replace(method, training=replace(method.training, batch=1, epochs=TUNED), blocks=None, together=True)
+        own = quick.after(str(self.store.folder.parent))
+        took = []
+        for tokens in (SHORT, LONG):
+            drawn = random_windows(self.model.config.vocab_size, 2, tokens, self.config.seed)
+            hidden, kwargs = self.prepared.embed(drawn, 1)
+            block = partial(self.prepared.block, kwargs=kwargs)
+            ahead = Ahead(self.prepared.depth, block, self.prepared.logits, lambda index, hidden=hidden: hidden)
+            generator = torch.Generator().manual_seed(self.config.seed)
+            context = Context(hidden, None, generator, 1, lambda values: None, drawn, ahead)
+            start = time.perf_counter()
+            tune(own, self.config.quant, context)
+            took.append((time.perf_counter() - start) / (2 * TUNED))
+        tuned = TunedBlock(own, block(0), self.store.read(0), self.config.quant, context)
+        trained = sum(p.numel() for group in tuned.groups for p in group["params"]) / self.tried.weights
+        tried = [self.prepared.depth * self._tried(t) + self.tried.head_operations(t) for t in (SHORT, LONG)]
+        per_operation = max(0.0, took[1] - took[0]) / (tried[1] - tried[0])
+        per_weight = max(0.0, took[0] - per_operation * tried[0]) / (self.prepared.depth * self.tried.weights)
+        course, seqlen = method.training, self.config.calib.seqlen
+        seconds = 0.0
+        for first, count in self.groups(method):
+            passed = (self.depth - first) * self._operations() + self.true.head_operations(seqlen)
+            steps = course.epochs * -(-samples // course.batch)
+            seconds += steps * (per_weight * count * self.true.weights + per_operation * passed * course.batch)
+        return seconds, trained
+
+    def groups(self, method: FineTune) -> list[tuple[int, int]]:
+        """The first block of each group that is trained at once, and how many blocks it has."""
+        count = min(method.blocks or self.depth, self.depth)
+        first = self.depth - count
+        return [(first, count)] if method.together else [(index, 1) for index in range(first, self.depth)]
+
+    def tune_bytes(self, method: FineTune, trained: float) -> tuple[int, int]:
+        """Return the bytes that Adam in float32 keeps of what is trained at once, and those that a step takes besides.
+
+        Args:
+            trained: numbers for each weight.
+        """
+        first, count = max(self.groups(method), key=lambda group: group[1])
+        seqlen, batch = self.config.calib.seqlen, method.training.batch
+        adam = int(ADAM_BYTES * trained * count * self.true.weights)
+        codes = self.depth * self.true.weights
+        behind = 4 * (self.depth - first - count) * self.true.weights
+        # One block is made and run again on the way back; logits of both models, their logarithms and gradients.
+        step = 4 * (6 * self.true.weights + batch * self.true.activations(seqlen))
+        logits = 4 * 5 * batch * seqlen * self.true.vocabulary
+        return adam, codes + behind + step + logits + 4 * self.depth * batch * seqlen * self.true.width
+
+    def streams(self, samples: int, seqlen: int, count: int = STREAMS) -> int:
+        return count * samples * seqlen * self.true.width * self.model.dtype.itemsize
+
+
+def _shape_of(model: Model) -> dict[str, Any]:
+    return {"model_type": model.spec.model_type, **model.config.to_dict()}
+
+
+def host_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,214 @@
+"""Writing a model the way llama.cpp expects it: names, order of the rotated rows, blocks of 32, vocabulary."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsiq.errors import ConfigError, InputError
+from lsiq.export.gguf_types import ARCHITECTURES, BLOCK, RANGES
+from lsiq.export.shards import tokenizer_folder
+from lsiq.export.source import Source
+from lsiq.formats.tensor import QuantizedTensor
+
+# The pre-tokenizers that llama.cpp knows by name, by the expression that tokenizer.json splits words with; the plain
+# byte-level splitter of GPT-2 carries none. LLaMA-3 and Qwen differ in how many digits they keep together.
+_BEFORE_DIGITS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_AFTER_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITTERS = {
+    _BEFORE_DIGITS + r"\p{N}{1,3}" + _AFTER_DIGITS: "llama-bpe",
+    _BEFORE_DIGITS + r"\p{N}" + _AFTER_DIGITS: "qwen2",
+}
+
+
+def check_architecture(source: Source) -> None:
+    """Raise where llama.cpp has no place for the model."""
+    config = source.model.config
+    family = config.model_type
+    if family not in ARCHITECTURES:
+        raise ConfigError(
+            f"export=gguf: llama.cpp has no architecture for {family} models; "
+            "use export=compressed-tensors, gptq or plain"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(
+            f"export=gguf: rotary embeddings of type {rope['rope_type']} are not written yet; "
+            "use export=compressed-tensors, gptq or plain"
+        )
+    with tokenizer_folder(source) as folder:
+        _pre_tokenizer(folder)
+
+
+def write_file(source: Source, path: Path, kind: str) -> None:
+    """Write everything to `path`, linears of the blocks as the type `kind`; one block in memory at a time."""
+    import gguf
+
+    architecture = ARCHITECTURES[source.model.config.model_type]
+    writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)
+    _add_settings(writer, source, kind)
+    with tokenizer_folder(source) as folder:
+        _add_vocabulary(writer, source, folder)
+    names = gguf.get_tensor_name_map(
+        next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), source.model.depth
+    )
+
+    def add(name: str, data: np.ndarray, kind: str) -> None:
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored is None:
+            raise InputError(f"export=gguf: llama.cpp's {architecture} has no place for {name}; use another export")
+        writer.add_tensor(stored, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+
+    for name, tensor in source.outside():
+        add(name, *_float(tensor))
+    for index in range(source.model.depth):
+        result, prefix = source.block(index), source.prefix(index)
+        for name, tensor in result.floats.items():
+            add(prefix + name, *_float(_order_rows(name, tensor, source)))
+        for name, weight in result.weights.items():
+            parts = (weight.codes, weight.scale, weight.zero)
+            codes, scale, zero = (_order_rows(name, part, source) for part in parts)
+            add(prefix + name, encode(replace(weight, codes=codes, scale=scale, zero=zero), kind), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def encode(weight: QuantizedTensor, kind: str) -> np.ndarray:
+    """Return `weight (out, in)` as rows of bytes in the layout of `kind`; floats as an array of numbers.
+
+    A block of Q8_0 is the scale and 32 signed bytes. Q4_0 and Q5_0 hold 32 numbers, counted from the least they can
+    hold, as 16 bytes: number `i` in the low half of byte `i`, number `i + 16` in its high half. Q5_0 has the fifth
+    bits in four bytes before them.
+    """
+    if kind in ("F16", "F32"):
+        return weight.decode().numpy().astype(np.float16 if kind == "F16" else np.float32)
+    rows = len(weight.codes)
+    groups = weight.format.grouped(weight.codes).to(torch.int16)
+    numbers = (groups - weight.zero.to(torch.int16)).reshape(-1, BLOCK).numpy()
+    repeats = groups.shape[2] // BLOCK
+    scale = weight.scale.reshape(-1).repeat_interleave(repeats).numpy().astype("<f2")
+    parts: list[np.ndarray] = [scale[:, None].view(np.uint8)]
+    if kind == "Q8_0":
+        parts.append(numbers.astype(np.int8).view(np.uint8))
+    else:
+        counted = (numbers - RANGES[kind][0]).astype(np.uint32)
+        if kind == "Q5_0":
+            fifth = ((counted >> 4) << np.arange(BLOCK, dtype=np.uint32)).sum(1, dtype=np.uint32)
+            parts.append(fifth.astype("<u4")[:, None].view(np.uint8))
+        low = (counted & 15).astype(np.uint8)
+        parts.append(low[:, : BLOCK // 2] | low[:, BLOCK // 2 :] << 4)
+    return np.concatenate(parts, axis=1).reshape(rows, -1)
+
+
+def _float(tensor: Tensor) -> tuple[np.ndarray, str]:
+    """The tensor as bytes or numbers, and its type; vectors are float32, as llama.cpp wants them."""
+    if tensor.dim() == 1 or tensor.dtype == torch.float32:
+        return tensor.float().numpy(), "F32"
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint8).numpy(), "BF16"
+    return tensor.half().numpy(), "F16"
+
+
+def _order_rows(name: str, rows: Tensor, source: Source) -> Tensor:
+    """llama.cpp's llama rotates channels 2i and 2i + 1 of a head together, transformers i and i + head_dim / 2."""
+    config = source.model.config
+    if ARCHITECTURES[config.model_type] != "llama":
+        return rows
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    if heads is None:
+        return rows
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def _add_settings(writer: Any, source: Source, kind: str) -> None:
+    import gguf
+
+    config = source.model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    positions = config.max_position_embeddings
+    # llama.cpp's llama attends to everything: within the window that is the same function.
+    if getattr(config, "sliding_window", None):
+        positions = min(positions, config.sliding_window)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(positions)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(source.model.depth)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_vocabulary(writer: Any, source: Source, folder: Path) -> None:
+    """Pieces, their kinds and merges; ids without a piece are padding."""
+    import gguf
+
+    size = source.model.config.vocab_size
+    splitter = _pre_tokenizer(folder)
+    if splitter is None:
+        vocabulary = gguf.LlamaHfVocab(folder) if not (folder / "tokenizer.model").is_file() else None
+        vocabulary = vocabulary or gguf.SentencePieceVocab(folder)
+        pieces, scores, kinds = (list(column) for column in zip(*vocabulary.all_tokens(), strict=True))
+        writer.add_tokenizer_model("llama")
+        missing = size - len(pieces)
+        writer.add_token_scores(scores + [-1000.0] * missing)
+    else:
+        pieces, kinds = _byte_level(folder, size)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(splitter)
+        missing = size - len(pieces)
+    writer.add_token_list(pieces + [f"[PAD{number}]" for number in range(len(pieces), size)])
+    writer.add_token_types(kinds + [gguf.TokenType.UNUSED] * missing)
+    gguf.SpecialVocab(folder, load_merges=splitter is not None, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
+def _byte_level(folder: Path, size: int) -> tuple[list[str], list[Any]]:
+    from gguf import TokenType
+
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    places = {number: (piece, TokenType.NORMAL) for piece, number in tokenizer["model"]["vocab"].items()}
+    for added in tokenizer.get("added_tokens", []):
+        places[added["id"]] = (added["content"], TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
+    known = [places.get(number, (f"[PAD{number}]", TokenType.UNUSED)) for number in range(min(size, max(places) + 1))]
+    return [piece for piece, _ in known], [kind for _, kind in known]
+
+
+def _pre_tokenizer(folder: Path) -> str | None:
+    """llama.cpp's name for how a byte-level tokenizer splits words; None for a SentencePiece vocabulary.
+
+    Raises:
+        InputError: llama.cpp would split words otherwise than the tokenizer does.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None  # then there is a tokenizer.model: the tokenizer loaded
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    before = tokenizer.get("pre_tokenizer") or {}
+    steps = before.get("pretokenizers", [before])
+    byte_level = next((step for step in steps if step.get("type") == "ByteLevel"), None)
+    if byte_level is None and tokenizer["model"].get("byte_fallback"):
+        return None
+    patterns = [step["pattern"].get("Regex", "") for step in steps if step.get("type") == "Split"]
+    if byte_level is not None and not patterns and byte_level.get("use_regex", True):
+        return "gpt-2"
+    if byte_level is not None and len(patterns) == 1 and patterns[0] in _SPLITTERS:
+        return _SPLITTERS[patterns[0]]
+    raise InputError(
+        f"export=gguf: {file} splits words in a way that llama.cpp is not known to have a name for; "
+        "use export=compressed-tensors, gptq or plain"
+    )

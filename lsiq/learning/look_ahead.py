@@ -1,0 +1,102 @@
+"""Cross-layer learning: the loss of a block may look at what the blocks behind it make of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lsiq.learning.trained import Trained, start_parts
+from lsiq.learning.weight_path import WeightPath, compiles
+from lsiq.models.block import Block, BlockFunction
+from lsiq.models.context import Context
+from lsiq.models.rounding import round_to_nearest
+from lsiq.parts.base import Part
+
+if TYPE_CHECKING:
+    from lsiq.formats.quant import QuantSettings
+    from lsiq.learning.schedule import Training
+
+
+@dataclass(frozen=True)
+class Window:
+    """The outputs that a loss compares: a block's own and those of the blocks behind it.
+
+    Attributes:
+        weights: of each output's term in the loss.
+        targets: `(N, T, d)` each, what the float blocks make of the float stream; the block's own first.
+        later: give the functions of the later blocks at the present parameters.
+        companions: the later blocks that are trained along, if any.
+        compiled: whether outputs and targets are compared by a compiled function.
+    """
+
+    weights: Sequence[float]
+    targets: Sequence[Tensor]
+    later: Sequence[Callable[[], BlockFunction]] = ()
+    companions: Sequence[Trained] = ()
+    compiled: bool = False
+
+    def loss(self, out: Tensor, targets: Sequence[Tensor], power: Tensor) -> Tensor:
+        """Return `Σ weight · mean‖output - target‖² / power` for the block's outputs `(batch, T, d)`."""
+        first, *others = zip(self.weights, targets, strict=True)
+        loss = first[0] * self._difference(out, first[1]) / power
+        for function, (weight, target) in zip(self.later, others, strict=True):
+            out = function()(out)
+            loss = loss + weight * self._difference(out, target) / power
+        return loss
+
+    def _difference(self, out: Tensor, target: Tensor) -> Tensor:
+        if not (self.compiled and torch.is_grad_enabled()):
+            return mean_square(out, target)
+        from lsiq.kernels.compiled import compiled
+
+        return compiled(mean_square, ("mean_square",))(out, target)
+
+
+def mean_square(out: Tensor, target: Tensor) -> Tensor:
+    """Return `mean‖out - target‖²`, found in float32."""
+    return (out.float() - target.float()).square().mean()
+
+
+def look_ahead(
+    parts: Sequence[Part],
+    training: Training,
+    block: Block,
+    quant: QuantSettings,
+    context: Context,
+    path: WeightPath = "plain",
+) -> Window:
+    """Return the window of a block; it is shorter where fewer blocks follow (see `LookAhead.within`).
+
+    Source: CL (arXiv 2407.15508). With `later=learned` the later blocks are trained along, as in the sliding windows
+    of CBQ (arXiv 2312.07950); unlike there they start anew when their turn comes.
+    """
+    assert context.targets is not None
+    count = 0 if context.ahead is None else min(training.ahead.blocks, context.ahead.depth - 1 - block.index)
+    weights = training.ahead.within(count)
+    targets = [context.targets]
+    later: list[Callable[[], BlockFunction]] = []
+    companions: list[Trained] = []
+    for distance in range(1, count + 1):
+        assert context.ahead is not None
+        following = context.ahead.block(block.index + distance)
+        running = replace(training.in_precision(following, context.cache), compiled=compiles(path, block))
+        if training.ahead.later == "learned":
+            seen = replace(context, inputs=targets[-1])
+            states = start_parts(parts, following, quant, seen)
+            companion = Trained(parts, states, running, quant, path).own()
+            companions.append(companion)
+            later.append(companion.function)
+        else:
+            function = _fixed(running, quant, training.ahead.later == "rtn")
+            later.append(lambda function=function: function)
+        targets.append(context.ahead.stream(block.index + distance))
+    return Window(weights, targets, later, companions, compiles(path, block))
+
+
+def _fixed(block: Block, quant: QuantSettings, rounded: bool) -> BlockFunction:
+    """The block as it is, or rounded to nearest with its activations in their format."""
+    return block.with_result(round_to_nearest(block, quant), quant.activation) if rounded else block.with_weights({})

@@ -1,0 +1,69 @@
+"""Which of the equal ways a block's weights are made and its tokens are run while it is trained."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from lsiq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lsiq.formats.quant import QuantSettings
+    from lsiq.learning.schedule import Training
+    from lsiq.models.block import Block
+    from lsiq.parts.base import Part, PartState
+
+
+WeightPath = Literal["triton", "compile", "plain"]
+
+# Blocks with fewer weights are trained before a compiler is done with them.
+LARGE = 10_000_000
+
+
+def choose(
+    training: Training, parts: Sequence[Part], states: Sequence[PartState], block: Block, quant: QuantSettings
+) -> WeightPath:
+    """Return the path that `training.kernels` asks for.
+
+    Raises:
+        ConfigError: triton is asked for where its kernels cannot be used; the message says why.
+    """
+    asked = training.kernels
+    if asked in ("plain", "compile"):
+        return asked
+    if asked == "auto" and not (_on_gpu(block) and _is_large(block)):
+        return "plain"
+    reason = _why_not_triton(parts, states, block, quant)
+    if reason is None:
+        return "triton"
+    if asked == "triton":
+        raise ConfigError(f"method.training.kernels=triton: {reason}; use kernels=auto, compile or plain")
+    return "plain"
+
+
+def compiles(path: WeightPath, block: Block) -> bool:
+    """Whether the block's tokens run compiled beside weights of this path; not beside interpreted kernels."""
+    return path == "compile" or (path == "triton" and _on_gpu(block) and _is_large(block))
+
+
+def _on_gpu(block: Block) -> bool:
+    return block.weights[block.linears[0]].is_cuda
+
+
+def _is_large(block: Block) -> bool:
+    return sum(block.weights[name].numel() for name in block.linears) >= LARGE
+
+
+def _why_not_triton(
+    parts: Sequence[Part], states: Sequence[PartState], block: Block, quant: QuantSettings
+) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not _on_gpu(block) and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the kernels run on a GPU"
+    from lsiq.learning.fused_weights import uncovered
+
+    reason = uncovered(parts, states, block, quant)
+    return None if reason is None else f"the kernels do not cover this setting: {reason}"

@@ -1,0 +1,1 @@
+"""Singular values, Hadamard matrices and rotations."""

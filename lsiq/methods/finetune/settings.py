@@ -1,0 +1,114 @@
+"""Fine-tuning a quantised model beyond its blocks: through the rest of the model, on a loss of its outputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from lsiq.learning.schedule import Course
+from lsiq.methods.base import Method, Traits, WholeMethod, chain
+from lsiq.methods.learned import Learned
+from lsiq.models.context import Context, Need
+from lsiq.parts.dense import Dense
+from lsiq.parts.singular import Singular
+from lsiq.settings import settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lsiq.formats.quant import QuantSettings
+    from lsiq.models.loading import Model
+
+
+def _keeps_latents(method: Method | WholeMethod) -> bool:
+    return isinstance(method, Learned) and method.latents
+
+
+@settings
+class FineTune(Traits):
+    """Take a quantised model and train what costs nothing at inference in its last `blocks` blocks.
+
+    The model is a finished `run` of any method, or what the method `start` makes first. Trained are, as far as they
+    have a learning rate: `part`, an increment of each decoded weight `Ŵ`, rounded on the grid that is there; `scales`,
+    a factor of each of the grid's step sizes, at codes that stay as they are; `floats`, the norms and the biases. So
+    the start is the quantised model, bit for bit. With `latents` the increments add to the weights as they stood before
+    they were rounded, if the method that made them keeps these: then codes near an edge flip first, and in few steps.
+
+    The loss is that of the model's outputs: with `loss=text` the mean next-token loss on the calibration text, with
+    `loss=float` the mean divergence `KL(float ‖ quantised)` of the next-token distributions. The blocks are trained
+    `together`, or one after the other, the later ones standing still.
+
+    Source: LSI (arXiv 2406.16299, fine-tuning of a quantised model): increments in the last two blocks.
+    EfficientQAT (arXiv 2407.11062, section 3.3): step sizes end to end.
+    Deviation: the LSI paper does not say which loss it trains; the language model's own is the one that a text speaks
+    to. EfficientQAT trains its step sizes on text; the float model's distribution says more per token.
+    """
+
+    label: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9][a-z0-9.+-]*$",
+        description="the method's name in records and tables; null: e2e, after the name of the method it starts from",
+    )
+    run: str | None = Field(
+        None, min_length=1, description="the run to start from: its id below paths.runs or a folder"
+    )
+    start: Method | None = Field(None, description="instead of a run, the method to start from")
+    blocks: int | None = Field(None, ge=1, description="how many of the last blocks are trained, at least 1; null: all")
+    together: bool = Field(True, description="true trains all blocks at once, false one after the other")
+    part: Any = Field(None, description="increments of the weights: singular, expansion or dense; null: none")
+    latents: bool = Field(
+        False, description="true starts the increments where the weights stood before rounding, which the start keeps"
+    )
+    scales: float | None = Field(None, gt=0, description="learning rate of the step sizes' logarithms; null: fixed")
+    floats: float | None = Field(None, gt=0, description="learning rate of norms and biases; null: fixed")
+    loss: Literal["text", "float"] = Field(
+        "float", description="text (next token) or float (divergence from the model)"
+    )
+    training: Course = Field(description="how they are trained")
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.start is None):
+            raise ValueError("run and start: give one of them, a finished run or a method to begin with")
+        if self.start is not None and any(method.adds_branches for method in chain(self.start)):
+            raise ValueError(f"start: the low-rank products of {self.start.name} are not trained; start from another")
+        if self.part is not None and not isinstance(self.part, (Singular, Dense)):
+            raise ValueError(
+                f"part={type(self.part).__name__}: grids stay as they are here; use singular, expansion or dense"
+            )
+        if self.latents and self.part is None:
+            raise ValueError("latents=true: there are no increments of weights that could start there; give a part")
+        if self.latents and self.start is not None and not any(_keeps_latents(m) for m in chain(self.start)):
+            raise ValueError(f"latents=true: {self.start.name} keeps none; set method.start.latents=true")
+        if self.part is None and self.scales is None and self.floats is None:
+            raise ValueError("part, scales and floats: all null leaves nothing to train; give one of them")
+
+    @property
+    def name(self) -> str:
+        return self.label or ("e2e" if self.start is None else f"{self.start.name}+e2e")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        own: frozenset[Need] = frozenset({"inputs"})
+        return own if self.start is None else own | self.start.needs
+
+    def after(self, folder: str) -> FineTune:
+        """Return the same settings starting from what lies in `folder`."""
+        return replace(self, run=folder, start=None)
+
+    def prepare_model(self, model: Model, tokens: Tensor | None, batch: int, generator: torch.Generator) -> Model:
+        """Return the model as that run prepared it: turned, or after its prefix."""
+        from pathlib import Path
+
+        from lsiq.results.store import BlockStore
+
+        del tokens, batch, generator
+        assert self.run is not None
+        return BlockStore(Path(self.run) / "blocks").read_model(model)
+
+    def begin(self, quant: QuantSettings, context: Context) -> Method:
+        from lsiq.methods.finetune.tuner import tune
+
+        return tune(self, quant, context)

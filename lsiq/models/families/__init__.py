@@ -1,0 +1,61 @@
+"""The model families that the package knows: each is one file of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lsiq.errors import InputError
+from lsiq.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# What the configuration of a model has that no family here has, by the keys that say so.
+_OTHER_KINDS = {
+    "a mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "a hybrid with state-space or recurrent blocks": (
+        *("layers_block_type", "hybrid_override_pattern", "attn_layer_period", "attn_layer_indices"),
+        *("mamba_d_state", "mamba_expand", "ssm_state_size", "linear_num_value_heads", "lru_width", "conv_L_cache"),
+    ),
+    "a state-space model": ("state_size", "time_step_rank"),
+    "multimodal": ("vision_config", "audio_config", "vision_tower", "mm_vision_tower"),
+    "a model with embeddings in every block": ("hidden_size_per_layer_input",),
+}
+
+
+def refuse_other_kinds(raw: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a configuration of a mixture of experts, a hybrid or a multimodal model."""
+    for kind, keys in _OTHER_KINDS.items():
+        if any(raw.get(key) not in (None, 0, 1, [], {}) for key in keys):
+            raise InputError(
+                f"{where}: model_type={raw.get('model_type')} is not supported, for it is {kind}; "
+                f"only dense text models are: {', '.join(families())}"
+            )
+
+
+def find_spec(model_type: str, where: str) -> ModelSpec:
+    """Return the spec of a family.
+
+    Raises:
+        InputError: the family is not supported.
+    """
+    specs = families()
+    if model_type not in specs:
+        raise InputError(f"{where}: model_type={model_type} is not supported; there are {', '.join(specs)}")
+    return specs[model_type]
+
+
+def families() -> dict[str, ModelSpec]:
+    """Return what is known of each family, by `config.model_type`."""
+    from lsiq.models.families.gemma import GEMMA2, GEMMA3
+    from lsiq.models.families.granite import GRANITE
+    from lsiq.models.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
+    from lsiq.models.families.olmo2 import OLMO2
+    from lsiq.models.families.opt import OPT
+    from lsiq.models.families.phi3 import PHI3
+
+    known = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, PHI3, GEMMA2, GEMMA3, GRANITE, OPT)
+    return {spec.model_type: spec for spec in known}

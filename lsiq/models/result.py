@@ -1,0 +1,54 @@
+"""What a method makes of a block, and the weights that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lsiq.formats.low_rank import SideBranch
+    from lsiq.formats.tensor import QuantizedTensor
+    from lsiq.linalg.rotation import Rotation
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What a method made of a block.
+
+    Attributes:
+        weights: by dotted name of the linear's weight, its codes.
+        floats: by dotted name, norms and biases that were folded into; replaces the block's own.
+        metrics: numbers worth a row in the record.
+        state: learned parameters worth keeping, by part and name.
+        trace: rows of what happened while learning, for the run's trajectory table.
+        branches: by dotted name of the linear's weight, the low-rank product that runs beside its codes.
+        reference: by dotted name of the linear's weight, the float weight that its codes stand for, where that is not
+            the block's own: folded scales belong to it, clipping and learned increments do not. With `floats` it
+            makes the same float function as the block. Not stored.
+        rotations: what turns the inputs of the linears, or queries and keys, while the block runs; named as in `Block`.
+        latents: by dotted name of the linear's weight, where in its cell each weight stood before it was rounded,
+            `(out, in)`, in steps from the centre, within one half; empty where a method does not keep them.
+        kernels: how the weights were made while they were learned: triton, compile or plain; empty where nothing was
+            learned.
+    """
+
+    weights: Mapping[str, QuantizedTensor]
+    floats: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    trace: Sequence[Mapping[str, Any]] = ()
+    branches: Mapping[str, SideBranch] = field(default_factory=dict)
+    reference: Mapping[str, Tensor] = field(default_factory=dict)
+    rotations: Mapping[str, Rotation] = field(default_factory=dict)
+    latents: Mapping[str, Tensor] = field(default_factory=dict)
+    kernels: str = ""
+
+
+def result_weights(result: BlockResult, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Decode a result to the weights it stands for, on the device of `like`."""
+    device = next(iter(like.values())).device
+    decoded = {name: tensor.decode().to(device) for name, tensor in result.weights.items()}
+    return decoded | {name: tensor.to(device) for name, tensor in result.floats.items()}

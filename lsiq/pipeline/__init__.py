@@ -1,0 +1,1 @@
+"""The block loop: a model, a method and a number format in, quantised blocks out."""

@@ -1,0 +1,295 @@
+"""The block loop: the one place where a model's weights are replaced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lsiq.errors import NumericalError
+from lsiq.methods.base import Method, WholeMethod
+from lsiq.models.block import Block, FloatStream, run_stream
+from lsiq.models.context import Ahead, Context
+from lsiq.models.loading import Model
+from lsiq.models.online import online_multiplications
+from lsiq.models.result import BlockResult
+from lsiq.pipeline.cost import BlockCost, block_cost
+from lsiq.pipeline.layer_report import first_tokens, layer_rows
+from lsiq.results.memory_store import MemoryStore
+from lsiq.results.store import BlockStore, Digest, Kept, Streams
+from lsiq.runtime import processes, streams
+from lsiq.runtime.device import fits
+
+if TYPE_CHECKING:
+    from lsiq.formats.quant import QuantSettings
+
+
+# What is kept at once of the calibration tokens: what enters and leaves a block in either model.
+STREAMS = 4
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One finished block.
+
+    Attributes:
+        index: its place, from 0.
+        seconds: wall time of the method on it, the float stream included.
+        error: mean squared difference of the two streams after the block over the float stream's mean square; None
+            without calibration data.
+        cost: bits and multiply-accumulates of its linears and what runs beside them.
+        metrics: what the method reported.
+        trace: the rows of its trajectory: how each linear was learned, and what became of it.
+        kernels: how its weights were made while it was learned; empty where nothing was.
+    """
+
+    index: int
+    seconds: float
+    error: float | None
+    cost: BlockCost
+    metrics: Mapping[str, float]
+    trace: Sequence[Mapping[str, Any]]
+    kernels: str = ""
+
+    @classmethod
+    def restored(cls, kept: Kept, error: float | None) -> BlockReport:
+        """Return the report of a block that was finished earlier."""
+        values = dict(kept.report)
+        return cls(**{**values, "error": error, "cost": BlockCost(**values["cost"])})
+
+
+def quantize(
+    model: Model,
+    method: Method | WholeMethod,
+    quant: QuantSettings,
+    tokens: Tensor | None,
+    batch: int,
+    seed: int,
+    store: BlockStore | MemoryStore,
+    log: Callable[[Mapping[str, float]], None],
+    cache: Path | None = None,
+) -> Generator[BlockReport]:
+    """Quantise the model block by block into `store`, yielding a report after each.
+
+    Two streams run along: the float stream is what the float model feeds each block, the quantised stream what the
+    already quantised blocks feed it. Of several processes each runs its share of the sequences. After each block it and
+    both streams go to the disk, and are there when the iteration ends or is closed. What `store` holds of this run is
+    not made again: the results are those of a run that was never stopped, bit for bit. Several processes keep the
+    blocks alone, and run their shares through them.
+
+    Args:
+        tokens: `(N, T)` calibration tokens, or None for a method that needs none.
+        batch: sequences that pass through a block at once.
+        cache: the folder of what methods may keep from run to run.
+    """
+    loop = _Loop(model, method, quant, tokens, batch, seed, store, log, cache)
+    try:
+        yield from loop.take_up()
+        while loop.done < model.depth:
+            yield loop.next_block()
+    finally:
+        store.wait()
+
+
+@dataclass(eq=False)
+class _Loop:
+    """The loop over the blocks: what it works with, named as in `quantize`, and where it stands.
+
+    Attributes:
+        done: how many blocks are behind.
+        before: the digest of the last of them.
+        errors: of each of them, the relative error of its outputs.
+        blocks: those of the float model.
+        floats, quantised: both streams; the quantised one is None without calibration data.
+    """
+
+    model: Model
+    method: Method | WholeMethod
+    quant: QuantSettings
+    tokens: Tensor | None
+    batch: int
+    seed: int
+    store: BlockStore | MemoryStore
+    log: Callable[[Mapping[str, float]], None]
+    cache: Path | None
+
+    def __post_init__(self) -> None:
+        own = torch.zeros(1, 1, dtype=torch.long)
+        if self.tokens is not None:
+            own = self.tokens[processes.share(len(self.tokens))]
+        hidden, kwargs = self.model.embed(own, self.batch)
+        self.resident = fits(STREAMS * hidden.nbytes, self.model.device)
+        if self.resident:
+            hidden = hidden.to(self.model.device)
+        self.done = 0
+        self.before: Digest = ""
+        self.errors: list[float | None] = []
+        self.blocks = _Blocks(self.model, kwargs)
+        self.floats = FloatStream(self.blocks, hidden, self.batch)
+        self.quantised = None if self.tokens is None else hidden
+
+    def take_up(self) -> Iterator[BlockReport]:
+        """Go to where an earlier try came, and yield the reports of its blocks up to there."""
+        kept = processes.from_first(self.store.kept(self.model.depth) if processes.first() else [])
+        if isinstance(self.method, WholeMethod) and len(kept) < self.model.depth:
+            kept = self._store_whole(self.method)
+        if self.tokens is None:  # no streams have to be brought to where the blocks end
+            self.done = len(kept)
+            self.errors += [None] * len(kept)
+        elif processes.size() == 1 and (found := self.store.read_streams(kept)) is not None:
+            self._enter(found)
+        self.before = kept[self.done - 1].digest if self.done else self.store.model_digest()
+        for one, error in zip(kept, self.errors, strict=False):
+            yield BlockReport.restored(one, error)
+
+    def _enter(self, found: Streams) -> None:
+        """Let both streams be what enters the next block; after the last one nothing does."""
+        self.done, self.errors = found.done, [*found.errors]
+        if self.resident:
+            found = found.on(self.model.device)
+        if found.floats is not None:
+            self.floats = FloatStream(self.blocks, found.floats, self.batch, found.done)
+        self.quantised = found.quantised
+
+    def next_block(self) -> BlockReport:
+        """Quantise the next block, or take it from the store, run both streams through it, and report on it."""
+        start, index = time.perf_counter(), self.done
+        block = self.blocks.turn_to(index)
+        targets = None if self.quantised is None else self.floats.after(index)
+        found = self._restored(index)
+        if found is None:
+            result, report = self._make(block, targets, start)
+        else:
+            result, report, self.before = found.result, BlockReport.restored(found, None), found.digest
+            if isinstance(self.method, WholeMethod):  # its blocks were stored before their inputs were known
+                report = self._with_rows(report, block, result)
+        self.done += 1
+        if self.quantised is None or targets is None:
+            return report
+        function = block.with_result(result, self.quant.activation)
+        self.quantised = run_stream(function, self.quantised, self.batch, self.model.device)
+        self.errors.append(_relative_error(self.quantised, targets, index))
+        self.floats.forget_before(index)
+        self._store_streams(targets)
+        return replace(report, error=self.errors[-1])
+
+    def _make(self, block: Block, targets: Tensor | None, start: float) -> tuple[BlockResult, BlockReport]:
+        """Let the method quantise a block, and store what it made; the clock ran from `start`."""
+        assert not isinstance(self.method, WholeMethod)  # all its blocks were stored before the first one is taken up
+        result = self.method.quantize_block(block, self.quant, self._context(block.index, targets))
+        report = _report(block, result, self.quant, time.perf_counter() - start)
+        report = self._with_rows(report, block, result)
+        return self._store(block, result, report), report
+
+    def _store_whole(self, method: WholeMethod) -> list[Kept]:
+        """Store all blocks of a method that makes them together, so that none of that work is done twice."""
+        start = time.perf_counter()
+        context = self._context(0, None)
+        by_block = method.begin(self.quant, context)
+        self.before = self.store.model_digest()
+        for index in range(self.model.depth):
+            block = self.blocks(index)
+            result = by_block.quantize_block(block, self.quant, context)
+            self._store(block, result, _report(block, result, self.quant, time.perf_counter() - start))
+            start = time.perf_counter()
+        return self.store.kept(self.model.depth)
+
+    def _context(self, index: int, targets: Tensor | None) -> Context:
+        needs = self.method.needs
+        return Context(
+            inputs=self.quantised if "inputs" in needs else None,
+            targets=targets if "targets" in needs else None,
+            generator=torch.Generator().manual_seed(self.seed * 100_003 + index),
+            batch=self.batch,
+            log=self.log,
+            tokens=self.tokens,
+            ahead=Ahead(self.model.depth, self.blocks, self.model.logits, self.floats.after),
+            cache=self.cache,
+        )
+
+    def _with_rows(self, report: BlockReport, block: Block, result: BlockResult) -> BlockReport:
+        """Return the report with a row for each linear, looked at on the first sequences that enter the block."""
+        rows = layer_rows(block, result, self.quant, first_tokens(self.quantised))
+        return replace(report, trace=[*report.trace, *rows])
+
+    def _restored(self, index: int) -> Kept | None:
+        """Return a block that is stored already; of several processes all find it or none."""
+        one = self.store.restore(index, self.before) if processes.first() else None
+        there = processes.from_first(one is not None)
+        return self.store.restore(index, self.before) if there and one is None else one
+
+    def _store(self, block: Block, result: BlockResult, report: BlockReport) -> BlockResult:
+        """Write a block and return it; the other processes go on with what the first wrote."""
+        self.model.checkpoint.check_unchanged()
+        first, index = processes.first(), block.index
+        self.before = processes.from_first(
+            self.store.write(index, result, self.before, asdict(report)) if first else ""
+        )
+        return result if first else replace(self.store.read(index), trace=result.trace)
+
+    def _store_streams(self, targets: Tensor) -> None:
+        if processes.size() == 1:
+            entering = (None, None) if self.done == self.model.depth else (targets, self.quantised)
+            self.store.write_streams(Streams(self.done, self.errors, *entering), self.before)
+
+
+@dataclass(eq=False)
+class _Blocks:
+    """The blocks of the float model by their index; the one that is worked on need not be read again."""
+
+    model: Model
+    kwargs: Mapping[str, Any]
+    at_hand: Block | None = None
+
+    def __call__(self, index: int) -> Block:
+        there = self.at_hand
+        return there if there is not None and there.index == index else self.model.block(index, self.kwargs)
+
+    def turn_to(self, index: int) -> Block:
+        """Return the block that is worked on from now on."""
+        self.at_hand = self.model.block(index, self.kwargs)
+        return self.at_hand
+
+
+def _report(block: Block, result: BlockResult, quant: QuantSettings, seconds: float) -> BlockReport:
+    """Check what a method made of a block, and return the report on it, the error still open."""
+    _check(result, block)
+    cost = block_cost(result, quant, online_multiplications(block, result.rotations))
+    return BlockReport(block.index, seconds, None, cost, dict(result.metrics), result.trace, result.kernels)
+
+
+def _check(result: BlockResult, block: Block) -> None:
+    """A result must cover every linear of the block and nothing else, in the right shapes."""
+    if set(result.weights) != set(block.linears):
+        raise AssertionError(f"block {block.index}: the method returned {sorted(result.weights)}, not {block.linears}")
+    for name, weight in result.weights.items():
+        if weight.codes.shape != block.weights[name].shape:
+            raise AssertionError(f"block {block.index}: {name} came back as {tuple(weight.codes.shape)}")
+        if not all(part.isfinite().all() for part in (weight.scale, weight.zero)):
+            raise NumericalError(
+                f"block {block.index}: the grid of {name} is not finite; try model.dtype=float32 or another seed"
+            )
+    for name, branch in result.branches.items():
+        if branch.shape != block.weights[name].shape:
+            raise AssertionError(f"block {block.index}: the side branch of {name} is {branch.shape}")
+
+
+def _relative_error(quantised: Tensor, targets: Tensor, index: int) -> float:
+    # Sequence by sequence: streams of large models are tens of gigabytes.
+    difference = power = 0.0
+    for q, t in zip(quantised, targets, strict=True):
+        t = t.float()
+        difference += (q.float() - t).square().mean().item()
+        power += t.square().mean().item()
+        streams.release(quantised, targets)
+    error = processes.add_number(difference) / max(processes.add_number(power), 1e-30)
+    if not error < float("inf"):  # NaN included
+        raise NumericalError(
+            f"block {index}: its outputs are not finite; try model.dtype=float32 or model.dtype=bfloat16"
+        )
+    return error

@@ -1,0 +1,208 @@
+"""Whether one run is better than another, or the difference is noise.
+
+    python -m lsiq.report.significance RUN_A RUN_B          # run ids below runs/, or folders
+
+Both runs must have read the same windows (and answered the same items): then each window is a pair, and what makes
+some windows hard for both cancels. Windows that follow one another come from one article and err alike, so an interval
+is drawn from blocks of them. The divergence from the float model comes first: it varies less from text to text than
+the loss does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lsiq.errors import InputError, LsiqError
+from lsiq.results.record import Record, read_record
+
+RESAMPLES = 10_000
+# Fewer pairs say nothing about their own spread.
+FEWEST = 8
+# Windows that are drawn together, so that an article seldom reaches from one block into another.
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference B - A of pairs, and its bootstrap interval.
+
+    Attributes:
+        key: what was measured.
+        mean: of the differences.
+        low, high: the interval.
+        pairs: how many there are.
+        drawn: in how many blocks of consecutive pairs they were drawn for the interval.
+        lower_is_better: of the measure.
+    """
+
+    key: str
+    mean: float
+    low: float
+    high: float
+    pairs: int
+    lower_is_better: bool
+    drawn: int = 0
+
+    @property
+    def verdict(self) -> str:
+        """Which run is better, if the interval leaves zero out."""
+        if self.low <= 0 <= self.high:
+            return "not told apart"
+        return "B is better" if (self.mean < 0) == self.lower_is_better else "A is better"
+
+
+def bootstrap_interval(
+    differences: NDArray[np.float64], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Return an interval for the mean of `differences (pairs,)` at the given level.
+
+    Pairs are drawn again with replacement, and the mean of each draw is taken relative to its own standard error.
+
+    Source: the bootstrap-t interval; Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 12.5.
+    """
+    count, mean = len(differences), float(differences.mean())
+    error = differences.std(ddof=1) / np.sqrt(count)
+    if error == 0:
+        return mean, mean
+    draw = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(0, resamples, 500):  # bounds the memory for tasks of ten thousand items
+        drawn = differences[draw.integers(0, count, (500, count))]
+        errors = drawn.std(1, ddof=1) / np.sqrt(count)
+        # A draw of equal pairs has no error of its own; it takes the sample's.
+        ratios.append((drawn.mean(1) - mean) / np.where(errors > 0, errors, error))
+    low, high = np.quantile(np.concatenate(ratios), [(1 + level) / 2, (1 - level) / 2])
+    return mean - float(low) * error, mean - float(high) * error
+
+
+def block_means(differences: NDArray[np.float64], block: int) -> NDArray[np.float64]:
+    """Return the means of blocks of `block` consecutive pairs or a few more; of fewer where too few blocks would be.
+
+    Source: the block bootstrap for dependent data; Künsch, Annals of Statistics 17 (1989), with blocks that do not
+    overlap.
+    """
+    count = max(len(differences) // block, min(FEWEST, len(differences)))
+    return np.array([part.mean() for part in np.array_split(differences, count)])
+
+
+def compare(a: Path, b: Path, level: float = 0.95) -> list[Difference]:
+    """Return the differences B - A of two runs in everything both measured.
+
+    Raises:
+        InputError: a run is missing or unfinished, nothing was measured by both, or not on the same tokens and items.
+    """
+    first, second = _finished(a), _finished(b)
+    found = [*_windows(a, b, first, second, level), *_items(a, b, first, second, level)]
+    if not found:
+        raise InputError(f"{first.run_id} and {second.run_id} measured nothing in common; evaluate both on one corpus")
+    return found
+
+
+def _finished(folder: Path) -> Record:
+    record = read_record(folder)
+    if record is None or record.status != "finished":
+        state = "holds no record" if record is None else f"is {record.status}"
+        raise InputError(f"{folder}: {state}; give the id or folder of a finished run")
+    return record
+
+
+def _windows(a: Path, b: Path, first: Record, second: Record, level: float) -> Iterator[Difference]:
+    keys = [key for key in first.protocol if key.startswith("ppl/") and key in second.protocol]
+    for key in keys:
+        _check_same(first, second, key, ("tokens", "windows", "dtype"))
+        corpus = key.removeprefix("ppl/")
+        for column, name in (("kl", "kl"), ("loss", "loss")):
+            if column == "kl" and not all(f"kl/{corpus}" in record.metrics for record in (first, second)):
+                continue  # a run with eval.divergence=false
+            values = [_column(folder, "windows.parquet", "key", corpus, column) for folder in (a, b)]
+            yield _difference(f"{name}/{corpus}", values, level, lower_is_better=True, block=BLOCK)
+
+
+def _items(a: Path, b: Path, first: Record, second: Record, level: float) -> Iterator[Difference]:
+    keys = [key for key in first.protocol if key.split("/")[0] in ("acc", "acc_norm") and key in second.protocol]
+    for key in keys:
+        _check_same(first, second, key, ("items", "requests", "task_version", "lm_eval"))
+        metric, _, task = key.partition("/")
+        values = [_column(folder, "items.parquet", "key", f"{metric}/{task}", "value") for folder in (a, b)]
+        yield _difference(key, values, level, lower_is_better=False)
+
+
+def _check_same(first: Record, second: Record, key: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        mine, other = first.protocol[key].get(name), second.protocol[key].get(name)
+        if mine != other:
+            raise InputError(
+                f"{key}: {first.run_id} was measured with {name}={mine}, {second.run_id} with {name}={other}; "
+                "only equal protocols compare: evaluate both alike"
+            )
+
+
+def _column(folder: Path, name: str, by: str, key: str, column: str) -> NDArray[np.float64]:
+    import pandas
+
+    try:
+        rows = pandas.read_parquet(folder / name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / name}: cannot be read ({error}); run it again with force=true") from error
+    return np.asarray(rows.loc[rows[by] == key, column], np.float64)
+
+
+def _difference(
+    key: str, values: list[NDArray[np.float64]], level: float, lower_is_better: bool, block: int = 1
+) -> Difference:
+    a, b = values
+    if len(a) != len(b) or len(a) < FEWEST:
+        raise InputError(f"{key}: {len(a)} and {len(b)} pairs; equally many are needed, and at least {FEWEST}")
+    differences = b - a
+    drawn = block_means(differences, block)
+    interval = bootstrap_interval(drawn, level)
+    return Difference(key, float(differences.mean()), *interval, len(a), lower_is_better, len(drawn))
+
+
+def show(a: str, b: str, found: list[Difference], level: float) -> None:
+    """Print the differences as a table."""
+    from rich.table import Table
+
+    from lsiq.runtime.terminal import OUT
+
+    table = Table(title=f"A = {a}\nB = {b}", title_justify="left")
+    for column in ("measure", "B - A", f"{level:.0%} interval", "pairs", "in blocks", ""):
+        table.add_column(column, justify="left" if column in ("measure", "") else "right", no_wrap=True)
+    for row in found:
+        interval = f"{row.low:+.5f} … {row.high:+.5f}"
+        table.add_row(row.key, f"{row.mean:+.5f}", interval, str(row.pairs), str(row.drawn), row.verdict)
+    OUT.print(table)
+
+
+def _folder(runs: str, run: str) -> Path:
+    below = Path(runs) / run
+    return below if below.is_dir() else Path(run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lsiq.report.significance", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("a", metavar="RUN_A", help="a run id, or the folder of a run")
+    parser.add_argument("b", metavar="RUN_B", help="the run to compare with it")
+    parser.add_argument("--runs", default="runs", help="the folder of runs (default: runs)")
+    parser.add_argument("--level", type=float, default=0.95, help="of the interval (default: 0.95)")
+    given = parser.parse_args()
+    try:
+        if not 0 < given.level < 1:
+            raise InputError(f"--level={given.level}: a share between 0 and 1 is expected, such as 0.95")
+        a, b = (_folder(given.runs, run) for run in (given.a, given.b))
+        show(given.a, given.b, compare(a, b, given.level), given.level)
+    except LsiqError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""How many sequences pass at once: as many as are asked for, or as many as the device has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lsiq.errors import ResourceError
+from lsiq.runtime import processes
+from lsiq.runtime.terminal import warn
+
+T = TypeVar("T")
+
+
+class MicroBatch:
+    """A number of sequences that is halved each time the device runs out of memory, and stays so.
+
+    Attributes:
+        size: how many pass at once.
+    """
+
+    def __init__(self, size: int, what: str) -> None:
+        """Begin with `size` sequences at once; `what` passes them, for messages."""
+        self.size, self._what = size, what
+
+    def parts(self, count: int) -> Iterator[slice]:
+        """Cut `count` sequences into parts of at most `size`."""
+        return (slice(start, min(start + self.size, count)) for start in range(0, count, self.size))
+
+    def fitting(self, action: Callable[[], T]) -> T:
+        """Return what `action` returns, begun anew with half the sequences at once until the device has room for it.
+
+        Raises:
+            ResourceError: there is no room for a single sequence.
+        """
+        while True:
+            try:
+                return action()
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition(".")[0]
+            # Out of the handler, whose traceback holds on to what did not fit.
+            self.halve(reason)
+
+    def halve(self, reason: str) -> None:
+        """Let half as many pass at once from here on; ResourceError where it is one already."""
+        if processes.size() > 1:  # the others would go on with what they have room for
+            raise ResourceError(
+                f"{self._what}: {reason}; several processes do not halve what passes at once: use a smaller "
+                "method.training.batch, calib.batch or eval.batch"
+            )
+        if self.size == 1:
+            raise ResourceError(
+                f"{self._what}: {reason} with one sequence at a time; finished blocks are kept: the same command goes "
+                "on with them on a device with more memory"
+            )
+        self.size = (self.size + 1) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warn(f"{self._what}: {reason}; {self.size} sequences at a time from here on, with the same result")
+
+
+def in_parts(function: Callable[[Tensor], Tensor], hidden: Tensor, micro: MicroBatch) -> Tensor:
+    """Return `function(hidden)` for `hidden (n, …)` whose rows do not depend on each other, in parts that fit."""
+
+    def run() -> Tensor:
+        found = [function(hidden[part]) for part in micro.parts(len(hidden))]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    return micro.fitting(run)
