@@ -65,14 +65,15 @@ def test_settings_are_checked_without_importing_torch() -> None:
     code = (
         "import sys; sys.argv=['run.py']\n"
         "import lsiq.experiment.run\n"
+        "from lsiq.experiment.config import parse\n"
         "from hydra import compose, initialize_config_dir\n"
         f"with initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
         "    from pathlib import Path\n"
         f"    for file in sorted(Path({str(CONF)!r}, 'method').glob('*.yaml')):\n"
         "        run = ['method.run=x'] if 'run: ???' in file.read_text() else []\n"
-        "        lsiq.experiment.run.parse(compose('config', overrides=[f'method={file.stem}', *run]))\n"
+        "        parse(compose('config', overrides=[f'method={file.stem}', *run]))\n"
         f"    for file in Path({str(CONF)!r}, 'export').glob('*.yaml'):\n"
-        "        lsiq.experiment.run.parse(compose('config', overrides=[f'export={file.stem}', 'quant.weight.scale=float16']))\n"
+        "        parse(compose('config', overrides=[f'export={file.stem}', 'quant.weight.scale=float16']))\n"
         "assert not {'torch', 'transformers', 'wandb', 'datasets'} & set(sys.modules), sorted(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -29,7 +29,10 @@ from lsiq.tables.runs import compact
 
 CLIP = Clip(lr=1e-2, start_logit=4.0, form="sigmoid", search=False)
 CPU = torch.device("cpu")
-ASK = "import torch; from lsiq.runtime.precision import fastest; print(fastest(torch.device('cpu'), torch.float32).chosen)"
+ASK = (
+    "import torch; from lsiq.runtime.precision import fastest; "
+    "print(fastest(torch.device('cpu'), torch.float32).chosen)"
+)
 
 
 def test_auto_is_bfloat16_only_where_the_cpu_has_instructions_for_it() -> None:

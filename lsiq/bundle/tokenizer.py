@@ -30,7 +30,7 @@ class Source:
     repeat: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> "Source":
+    def parse(cls, text: str) -> Source:
         name, star, repeat = text.rpartition("*")
         if not star:
             return cls(text)

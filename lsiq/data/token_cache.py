@@ -13,12 +13,10 @@ import torch
 from lsiq.data.corpora import Split, corpus_files, read_corpus
 from lsiq.data.tokens import Windows, cut_windows, draw_windows
 from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.sources import source_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-_SOURCES = ("calib/corpora.py", "calib/kept.py", "calib/text.py", "calib/tokens.py")
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,11 @@ def token_cache(folder: str | None, versions: Mapping[str, str | None], origin: 
     """
     identity: Mapping[str, Any] = {
         "kind": "tokens",
+        "sources": source_hash("data"),
         "versions": {name: versions.get(name) for name in ("transformers", "tokenizers", "numpy")},
     }
     path = None if folder is None else Path(folder).expanduser()
-    return EvaluationCache(path, identity, origin, _SOURCES)
+    return EvaluationCache(path, identity, origin)
 
 
 def kept_tokens(request: TokenRequest, tokenizer: Any, cache: EvaluationCache) -> Tensor:

@@ -10,7 +10,8 @@ from lsiq.data.token_cache import TokenRequest, kept_tokens
 from lsiq.data.tokens import random_windows
 from lsiq.experiment.config import RunConfig
 from lsiq.models.loading import Model
-from lsiq.runtime.cache import EvaluationCache, source_hash
+from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.sources import source_hash
 
 # Sequences that suffice to report block errors where a method needs none.
 SAMPLES_TO_MEASURE = 8
@@ -31,7 +32,7 @@ def calibration_tokens(
     if config.calib.written and (config.method.needs or not parts):
         count = config.calib.written if config.method.needs else min(config.calib.written, SAMPLES_TO_MEASURE)
         wanted = {"count": count, "seqlen": config.calib.seqlen, "seed": config.seed}
-        key = references.key(kind="written", **wanted, source=source_hash(("calib/written.py",)))
+        key = references.key(kind="written", **wanted, source=source_hash("calib"))
         written = references.once(
             key, "sequences that the model writes", lambda: {"tokens": write_sequences(model, **wanted)}
         )

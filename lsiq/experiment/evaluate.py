@@ -29,10 +29,14 @@ from lsiq.results.record import Record
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes
 from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.sources import source_hash
 from lsiq.runtime.terminal import stage
 
 # Where a run keeps what its own model scored until it is finished.
 SCORES = "scores"
+
+# What decides the scores of a reference model: they are measured again once its code has changed.
+REFERENCES = ("evals", "formats", "linalg", "models")
 
 
 def evaluate(
@@ -98,6 +102,7 @@ def open_cache(config: RunConfig, model: Model, record: Record, own: Path | None
     # Random weights have no content to hash: their shape and seed say which they are.
     weights = record.inputs.get("model") or f"random {config.seed} {model.config.to_json_string()}"
     identity: dict[str, Any] = {
+        "sources": source_hash(*REFERENCES),
         "model": weights,
         "outliers": [config.model.outliers, config.model.outlier_strength] if config.model.outliers else None,
         "dtype": str(model.dtype),

@@ -11,12 +11,18 @@ from lsiq.errors import InputError
 from lsiq.experiment.config import RunConfig
 from lsiq.experiment.identity import identify_inputs
 from lsiq.results.record import Record, versions
+from lsiq.runtime.sources import source_hash
 
-_PACKAGE = Path(__file__).parent
-# A change of these makes no other blocks: an evaluation may be mended after it failed.
-_NO_PART_IN_BLOCKS = ("analysis", "assets", "bench", "evals", "export", "track")
-_NO_PART_IN_BLOCKS += ("checks.py", "compare.py", "environment.py", "errors.py", "experiment.py", "identity.py")
-_NO_PART_IN_BLOCKS += ("machine.py", "memory.py", "precision.py", "quantize_stage.py", "results.py", "run.py")
+# Whose code decides what a block becomes, and whose does not: an evaluation may be mended after it failed.
+DECIDES_BLOCKS = (
+    *("runtime", "settings", "formats", "linalg", "kernels", "models", "calib", "results", "parts", "learning"),
+    *("methods", "pipeline"),
+)
+# Tokens are in the stamp themselves, and so is the configuration, by the run's id.
+DECIDES_NO_BLOCK = (
+    *("errors", "assets", "data", "bundle", "evals", "track", "report", "export", "experiment", "sweeps", "bench"),
+    *("tables", "cli", "api"),
+)
 _NOT_ASKED = ("wandb", "lm_eval", "datasets", "hydra-core", "safetensors")
 
 
@@ -24,18 +30,15 @@ def stamp(record: Record) -> str:
     """Name all that decides the blocks of a run: settings, inputs, calibration tokens, versions and sources."""
     kept = {name: version for name, version in versions().items() if name not in _NOT_ASKED}
     precision = record.training_precision.get("chosen")  # two machines may choose differently under one name
-    parts = [record.run_id, record.inputs, record.calibration.get("tokens"), kept, precision, source_hash()]
+    parts = [
+        record.run_id,
+        record.inputs,
+        record.calibration.get("tokens"),
+        kept,
+        precision,
+        source_hash(*DECIDES_BLOCKS),
+    ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def source_hash() -> str:
-    """A hash of the sources that decide what a block becomes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(_PACKAGE.rglob("*.py")):
-        name = file.relative_to(_PACKAGE)
-        if name.parts[0] not in _NO_PART_IN_BLOCKS:
-            digest.update(str(name).encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def check_inputs(config: RunConfig, checkpoint: Path | None, inputs: Mapping[str, str]) -> None:

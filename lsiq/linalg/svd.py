@@ -19,7 +19,7 @@ _LARGE_ON_GPU = 1024 * 1024
 
 
 def factors(w: Tensor, cache: Path | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `lsiq.linalg.svd.decompose` does of `w (out, in)`, from the folder `cache` where it has been found before.
+    """Return what `decompose` makes of `w (out, in)`, from the folder `cache` where it was computed before.
 
     A file holds `U`, `S` and `Vh` in float32, twice the bytes of a square float32 weight, under a hash of the weight.
     """

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+# Course and LookAhead stand here too, for the `_target_` of files and records.
+from lsiq.learning.schedule import Course as Course
+from lsiq.learning.schedule import LookAhead as LookAhead
 from lsiq.learning.schedule import Training
 from lsiq.methods.base import Method, Traits, chain, quantize_prepared
 from lsiq.models.context import Context, Need

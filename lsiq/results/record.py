@@ -173,7 +173,7 @@ def versions() -> dict[str, str]:
 
 def source_state() -> tuple[str | None, bool | None]:
     """The commit of the checkout that this package lies in, and whether its tracked files are unchanged."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None, None  # installed as a wheel, perhaps into somebody else's checkout
     try:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,6 @@ from lsiq.runtime import processes
 from lsiq.runtime.files import DamagedError, read_tensors, write_tensors
 from lsiq.runtime.locks import exclusive
 from lsiq.runtime.terminal import warn
-
-_PACKAGE = Path(__file__).parent.parent
-# The sources that decide what a reference model scores: an entry is not found again once one of them has changed.
-_SOURCES = ("evals/*.py", "models/*.py", "formats/*.py", "methods/rtn.py", "fold.py")
 
 
 @dataclass(frozen=True)
@@ -44,20 +40,18 @@ class EvaluationCache:
         folder: Path | None,
         identity: Mapping[str, Any],
         origin: Mapping[str, str],
-        sources: Sequence[str] = _SOURCES,
         own: Path | None = None,
     ) -> None:
         """Open the cache.
 
         Args:
             folder: where entries lie; None keeps and finds nothing.
-            identity: what decides every measurement of this run: model, precision, machine, versions.
+            identity: what decides every measurement of this run: model, precision, machine, versions, sources.
             origin: what is written beside new entries.
-            sources: patterns of the files in the package whose code decides what is measured.
             own: where the run keeps what its own model scored, so that it need not be measured again after a stop.
         """
         self._folder, self._own = folder, own
-        self._identity = {**identity, "sources": source_hash(sources)}
+        self._identity = dict(identity)
         self._origin = dict(origin)
 
     def key(self, **what: Any) -> str:
@@ -132,11 +126,3 @@ class EvaluationCache:
 
 def _file(folder: Path, key: str) -> Path:
     return folder / f"{key}.safetensors"
-
-
-def source_hash(patterns: Sequence[str] = _SOURCES) -> str:
-    """A hash of the code that measures."""
-    digest = hashlib.blake2b(digest_size=10)
-    for file in sorted(file for pattern in patterns for file in _PACKAGE.glob(pattern)):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()

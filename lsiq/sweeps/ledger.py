@@ -24,13 +24,13 @@ from lsiq.experiment.request import prepare
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.models.settings import ModelSettings
 from lsiq.results.record import Record, read_record
+from lsiq.runtime.sources import source_hash
 from lsiq.settings import fill
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
 
 
-_PACKAGE = Path(__file__).parent.parent
 # Jobs that ask for more than a finished record are composed and looked at every time.
 _MORE = ("from", "force", "export")
 
@@ -158,8 +158,7 @@ def _hash_sources(hydra: HydraConf) -> str:
         content = file.read_bytes()
         digest.update(file.name.encode() + content)
         names.update(name.decode() for name in re.findall(rb"oc\.env:(\w+)", content))
-    for file in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(file.read_bytes())
+    digest.update(source_hash().encode())
     digest.update(json.dumps([(name, os.environ.get(name)) for name in sorted(names)]).encode())
     return digest.hexdigest()
 

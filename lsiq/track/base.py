@@ -34,7 +34,7 @@ class Tracker(Protocol):
 
 
 class Backend(Protocol):
-    """What a tracker does with what it is told; it may raise or hang, which `lsiq.track.background_tracker` answers for.
+    """What a tracker does with what it is told; `lsiq.track.background_tracker` answers where it raises or hangs.
 
     Steps count the rows of a run and go on where an interrupted run stopped.
     """

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
 
 from lsiq.errors import InputError
 from lsiq.models.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 # What the configuration of a model has that no family here has, by the keys that say so.
 _OTHER_KINDS = {
@@ -49,13 +46,7 @@ def find_spec(model_type: str, where: str) -> ModelSpec:
 
 
 def families() -> dict[str, ModelSpec]:
-    """Return what is known of each family, by `config.model_type`."""
-    from lsiq.models.families.gemma import GEMMA2, GEMMA3
-    from lsiq.models.families.granite import GRANITE
-    from lsiq.models.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
-    from lsiq.models.families.olmo2 import OLMO2
-    from lsiq.models.families.opt import OPT
-    from lsiq.models.families.phi3 import PHI3
-
-    known = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, PHI3, GEMMA2, GEMMA3, GRANITE, OPT)
+    """Return what is known of each family, by `config.model_type`: every `ModelSpec` in a module of this folder."""
+    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    known = (value for module in modules for value in vars(module).values() if isinstance(value, ModelSpec))
     return {spec.model_type: spec for spec in known}
