@@ -12,7 +12,7 @@ from conftest import SHAPES, compose_run, save_model
 from test_block import load_small
 from torch import Tensor
 
-from lsiq.calib.scale_search import candidate_scale, observe_inputs, round_to_nearest, search_clip
+from lsiq.calib.scale_search import candidate_scale, observe_inputs, rounded_weight, search_clip
 from lsiq.errors import ConfigError, InputError
 from lsiq.experiment.config import parse
 from lsiq.formats.activation import Activation
@@ -107,7 +107,7 @@ def test_clipping_of_each_group_is_the_best_of_those_tried() -> None:
                 bound = weights.abs().max() * (1 - 0.5 * step / 20)
                 clamped = weights.clamp(-bound, bound)
                 errors[step] = (
-                    ((round_to_nearest(clamped, fmt) - weights) @ x[:, part].t()).square().sum().item(),
+                    ((rounded_weight(clamped, fmt) - weights) @ x[:, part].t()).square().sum().item(),
                     bound,
                 )
             best = min(errors.values())[1]

@@ -21,7 +21,7 @@ from lsiq.experiment.run import run
 from lsiq.results.record import Record, read_record
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes as distributed
-from lsiq.runtime.batch_exchange import part_of
+from lsiq.runtime.batch_exchange import share_of_batch
 
 SmallRun = Callable[..., DictConfig]
 FLOAT32 = "method.training.precision=float32"
@@ -156,7 +156,7 @@ def test_parts_of_a_batch_name_each_sequence_once(three: None, monkeypatch: pyte
     parts = []
     for rank in range(3):
         monkeypatch.setattr(distributed._group, "rank", rank)
-        parts.append(part_of(samples, total=8))
+        parts.append(share_of_batch(samples, total=8))
     assert sum(part.weight for part in parts) == pytest.approx(1)
     for sender in range(3):
         assert parts[sender].sent == [part.received[sender] for part in parts]
@@ -177,7 +177,7 @@ def test_a_batch_moves_no_more_than_what_some_hold_beyond_their_share(
         samples, found, least = torch.randperm(total, generator=generator)[:n], 0, 0
         for rank in range(processes):
             monkeypatch.setattr(distributed._group, "rank", rank)
-            part, own, share = part_of(samples, total), distributed.share(total), distributed.share(n)
+            part, own, share = share_of_batch(samples, total), distributed.share(total), distributed.share(n)
             found += part.count - part.received[rank]
             held = int(((samples >= own.start) & (samples < own.stop)).sum())
             least += max(0, share.stop - share.start - held)

@@ -20,10 +20,10 @@ from lsiq.evals.perplexity import perplexity
 from lsiq.evals.windows import FLOAT, Variant, measure_windows
 from lsiq.experiment.run import run
 from lsiq.models.block import Block, BlockFunction
-from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.cache import ContentCache
 
 SmallRun = Callable[..., DictConfig]
-NO_CACHE = EvaluationCache(None, {}, {})
+NO_CACHE = ContentCache(None, {}, {})
 
 
 def halved(block: Block) -> BlockFunction:
@@ -175,14 +175,14 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_not_the_run(
 
 def test_runs_may_share_a_cache_at_the_same_time(tmp_path: Path) -> None:
     def write(value: float) -> None:
-        cache = EvaluationCache(tmp_path, {"model": "x"}, {"run": "r"})
+        cache = ContentCache(tmp_path, {"model": "x"}, {"run": "r"})
         for _ in range(30):
             cache.write(cache.key(corpus="c"), {"losses": torch.full((2000,), value)})
 
     seen = 0
     with ThreadPoolExecutor(2) as pool:
         writers = [pool.submit(write, float(value)) for value in range(2)]
-        cache = EvaluationCache(tmp_path, {"model": "x"}, {})
+        cache = ContentCache(tmp_path, {"model": "x"}, {})
         while not all(writer.done() for writer in writers):
             if (entry := cache.read(cache.key(corpus="c"))) is not None:
                 assert len(entry.tensors["losses"].unique()) == 1  # never half of one and half of another

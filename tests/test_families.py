@@ -28,7 +28,7 @@ from lsiq.models.block import Block
 from lsiq.models.families import families, find_spec
 from lsiq.models.folding import channels_of, fold_scale
 from lsiq.models.loading import Model
-from lsiq.models.outliers import Planting
+from lsiq.models.outliers import PlantedOutliers
 
 OLMO, PHI, SANDWICH = "olmo2", "phi3", ("gemma2", "gemma3")
 
@@ -128,7 +128,7 @@ def test_a_fold_changes_the_rows_of_the_group_alone(folders: dict[str, Path]) ->
 
 def test_planted_outliers_leave_the_model_as_it_was(folder: Path) -> None:
     model, tokens = load_small(folder), some_tokens()
-    planted = replace(model, planting=Planting(2, 30.0))
+    planted = replace(model, planting=PlantedOutliers(2, 30.0))
     assert torch.allclose(logits(planted, tokens), logits(model, tokens), atol=1e-4)  # measured: at most 5e-6
 
 

@@ -31,7 +31,7 @@ from lsiq.models.block import Block, BlockFunction
 from lsiq.models.loading import Model, load
 from lsiq.models.result import BlockResult
 from lsiq.models.settings import ModelSettings
-from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.cache import ContentCache
 
 TEXTS = ["The first president of the United States was", "In 1969,", "A river is", "The city of Paris lies on the"]
 
@@ -138,7 +138,7 @@ def test_batches_change_nothing_and_references_are_cached(tmp_path: Path) -> Non
     whole, origin = write_answers(model, asked, Variant(unchanged), 10**6, NO_CACHE, lambda _: lambda: None)
     assert origin is None
     steps: list[int] = []
-    cache = EvaluationCache(tmp_path, {}, {"run": "first"})
+    cache = ContentCache(tmp_path, {}, {"run": "first"})
     for _ in range(2):
         found, origin = write_answers(
             model, asked, Variant(unchanged, "float"), 40, cache, lambda count: lambda: steps.append(count)

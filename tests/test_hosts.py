@@ -30,7 +30,7 @@ from lsiq.models.attention import activations, attend
 from lsiq.models.block import Block, run_stream
 from lsiq.models.context import Context, Need
 from lsiq.models.loading import Model
-from lsiq.models.outliers import Planting
+from lsiq.models.outliers import PlantedOutliers
 from lsiq.models.residual import residual_rotation
 from lsiq.models.result import BlockResult
 from lsiq.models.rounding import round_to_nearest
@@ -138,7 +138,7 @@ def test_a_turned_residual_stream_leaves_the_model_as_it_was(checkpoint: Path) -
 
 def test_smoothing_every_place_undoes_planted_outliers(checkpoint: Path) -> None:
     model = load_small(checkpoint)
-    planted = replace(model, planting=Planting(4, 30.0))
+    planted = replace(model, planting=PlantedOutliers(4, 30.0))
     everywhere, norms = (SmoothQuant(places=places, then=RTN()) for places in (["norm", "value", "down"], ["norm"]))
     plain = block_error(everywhere, *first_block(model))
     # Scales are equivariant, so what was planted cancels; measured: 0 and 1e-7 of the error.
@@ -266,7 +266,7 @@ def test_outlier_tokens_are_those_of_the_plain_model(checkpoint: Path) -> None:
 
 def test_planted_outliers_leave_the_model_as_it_was(checkpoint: Path) -> None:
     model = load_small(checkpoint)
-    planted = replace(model, planting=Planting(2, 30.0))
+    planted = replace(model, planting=PlantedOutliers(2, 30.0))
     assert torch.allclose(logits(planted, some_tokens()), logits(model, some_tokens()), atol=1e-4)  # measured: 2e-6
     assert not torch.allclose(
         planted.block(0, {}).weights["self_attn.v_proj.weight"], model.block(0, {}).weights["self_attn.v_proj.weight"]
@@ -276,7 +276,7 @@ def test_planted_outliers_leave_the_model_as_it_was(checkpoint: Path) -> None:
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_planted_outliers_hurt_rounding_and_rotations_help(name: str) -> None:
     plain = load_small(bundled_model(name))
-    model = replace(plain, planting=Planting(4, 30.0))
+    model = replace(plain, planting=PlantedOutliers(4, 30.0))
     turned = Rotate(then=RTN()).prepare_model(model, None, 2, seeded())
     duquant = SmoothQuant(then=DuQuant(steps=32, then=RTN()))
     # Measured, tiny-llama and tiny-opt: 0.046 and 0.006 unplanted; planted 0.68 and 0.28 rounded, 0.20 and 0.065

@@ -12,7 +12,7 @@ import torch
 from conftest import CONF
 from omegaconf import DictConfig
 
-from lsiq.data.token_cache import TokenRequest, kept_tokens, token_cache
+from lsiq.data.token_cache import TokenRequest, cached_tokens, token_cache
 from lsiq.experiment.run import run
 from lsiq.results.record import read_record
 
@@ -78,7 +78,7 @@ def test_drawn_tokens_are_found_again_by_what_they_are_drawn_from(
 
     def draw(**changes: object) -> torch.Tensor:
         values = {"corpus": "file", "split": "calibration", "path": str(text), "fields": ("text",), "seqlen": 32}
-        return kept_tokens(TokenRequest(**{**values, "samples": 4, **changes}), tokenizer, cache)  # type: ignore[arg-type]
+        return cached_tokens(TokenRequest(**{**values, "samples": 4, **changes}), tokenizer, cache)  # type: ignore[arg-type]
 
     def entries() -> int:
         return len(list((tmp_path / "tokens").glob("*.safetensors")))

@@ -22,7 +22,7 @@ from lsiq.errors import NumericalError
 from lsiq.experiment.run import run
 from lsiq.results.record import Record
 from lsiq.runtime import terminal
-from lsiq.track.background_tracker import Mirror
+from lsiq.track.background_tracker import BackgroundTracker
 from lsiq.track.block_table import block_table
 from lsiq.track.panels import Lines, Table, markdown, spread
 from lsiq.track.run_panels import own_layers, record_panels, trajectory_panels
@@ -239,10 +239,10 @@ def test_steps_go_on_where_a_run_stopped(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in read_events(tmp_path).Scalars("loss")] == [(0, 4)]
 
 
-def tensorboard_mirror(folder: Path, anew: bool = False, patience: float = 60.0) -> Mirror:
+def tensorboard_mirror(folder: Path, anew: bool = False, patience: float = 60.0) -> BackgroundTracker:
     record = Record("llama_w3a16_rtn_s0_0", "running", "2026-01-01", {}, 0, {})
     settings = TrackerSettings(kind="tensorboard", patience=patience)
-    return Mirror(TensorBoard(settings, {}, record, folder), settings, folder, anew)
+    return BackgroundTracker(TensorBoard(settings, {}, record, folder), settings, folder, anew)
 
 
 def read_events(folder: Path) -> Any:

@@ -18,7 +18,7 @@ from lsiq.calib.generated_text import write_sequences
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
-from lsiq.models.outliers import Planting
+from lsiq.models.outliers import PlantedOutliers
 
 
 def test_a_seed_gives_its_tokens_and_another_seed_others(checkpoint: Path) -> None:
@@ -44,7 +44,7 @@ def test_what_is_written_follows_the_models_own_distribution() -> None:
 
 def test_planted_outliers_do_not_change_what_is_written(checkpoint: Path) -> None:
     model = load_small(checkpoint)
-    planted = replace(model, planting=Planting(4, 30.0))
+    planted = replace(model, planting=PlantedOutliers(4, 30.0))
     assert torch.equal(write_sequences(planted, 2, 16, seed=0), write_sequences(model, 2, 16, seed=0))
 
 

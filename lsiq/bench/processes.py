@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 
 from lsiq.data.tokens import random_windows
 from lsiq.experiment.config import RunConfig, parse
-from lsiq.models.checkpoint import HeldCheckpoint
+from lsiq.models.checkpoint import MemoryCheckpoint
 from lsiq.models.loading import Model, load
 from lsiq.pipeline.block_loop import quantize
 from lsiq.results.store import BlockStore
@@ -69,7 +69,7 @@ def carry_out(options: argparse.Namespace) -> None:
         config = settings(options, job)
         if model is None:
             model = load(config.model, None, device, config.seed)
-            model = replace(model, checkpoint=HeldCheckpoint(model.checkpoint))
+            model = replace(model, checkpoint=MemoryCheckpoint(model.checkpoint))
             few = 2 * max(config.calib.batch, training.batch if (training := config.method.training) is not None else 1)
             quantize_block(config, model, few)
         row = quantize_block(config, model, options.samples)

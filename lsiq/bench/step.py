@@ -19,7 +19,7 @@ import torch
 from lsiq.bench.shapes import LLAMA, OPT, course, formats, random_model
 from lsiq.bench.timing import FlopsByDtype, Mark, measured_rate, median_ms
 from lsiq.bench.whole import run_whole
-from lsiq.learning.batches import Feed
+from lsiq.learning.batches import BatchFeeder
 from lsiq.learning.look_ahead import look_ahead
 from lsiq.learning.schedule import LookAhead
 from lsiq.learning.step import Stepper
@@ -142,7 +142,7 @@ class Bench:
             window = look_ahead(case.parts, training, self.block, quant, self.context, path)
         running = replace(training.in_precision(self.block), compiled=compiles(path, self.block))
         trained = Trained(case.parts, states, running, quant, path).own()
-        feed = Feed(self.hidden, window.targets, case.batch, running.dtype, self.device, len(self.hidden))
+        feed = BatchFeeder(self.hidden, window.targets, case.batch, running.dtype, self.device, len(self.hidden))
         assert self.context.targets is not None
         power = self.context.targets.float().square().mean()
         stepper = Stepper(trained, training, feed, window, power, 1.0)

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from transformers import StaticCache
 
 from lsiq.models.loading import Model
-from lsiq.runtime.terminal import stage
+from lsiq.runtime.terminal import show_progress
 
 # What keys and values may take while sequences are written side by side: on a CPU, and as a share of a GPU's free
 # memory.
@@ -40,7 +40,7 @@ def write_sequences(model: Model, count: int, seqlen: int, seed: int) -> Tensor:
     start = _start(model, count, generator)
     written: list[Tensor] = []
     parts = start.split(max(1, _cache_bytes(model.device) // _bytes_per_sequence(model.config, seqlen, model.dtype)))
-    with stage("write", len(parts) * seqlen) as progress:
+    with show_progress("write", len(parts) * seqlen) as progress:
         for last in parts:
             cache, tokens = StaticCache(config=model.config, max_cache_len=seqlen), []
             for _ in range(seqlen):

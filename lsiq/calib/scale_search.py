@@ -116,7 +116,7 @@ def search_scale(
     for step in range(ratios):
         scale = candidate_scale(block, group, statistics, step / ratios)
         wide = spread(scale, len(statistics.mean_abs), block.head_dim)
-        rounded = {name: round_to_nearest(block.weights[name] * wide, fmt) / wide for name in names}
+        rounded = {name: rounded_weight(block.weights[name] * wide, fmt) / wide for name in names}
         error = judge(block.weights, rounded)
         if best is None or error < best[0]:
             best = (error, step / ratios, scale)
@@ -137,7 +137,7 @@ def search_clip(w: Tensor, gram: Tensor, fmt: WeightFormat, steps: int, shrink: 
         return groups.clamp(-bound, bound).reshape(w.shape)
 
     candidates = [limit * (1 - shrink * step / steps) for step in range(steps)]
-    return clamped(_least_error(w, gram, fmt, candidates, lambda bound: round_to_nearest(clamped(bound), fmt)))
+    return clamped(_least_error(w, gram, fmt, candidates, lambda bound: rounded_weight(clamped(bound), fmt)))
 
 
 def search_range(w: Tensor, gram: Tensor, fmt: WeightFormat, widest: float, steps: int, shrink: float) -> Tensor:
@@ -170,6 +170,6 @@ def _least_error(
     return chosen
 
 
-def round_to_nearest(w: Tensor, fmt: WeightFormat) -> Tensor:
+def rounded_weight(w: Tensor, fmt: WeightFormat) -> Tensor:
     """Return `w (out, in)` on the grid that spans each group."""
     return fmt.fake(w, *fmt.fit(*fmt.extremes(w)))

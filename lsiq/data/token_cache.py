@@ -12,7 +12,7 @@ import torch
 
 from lsiq.data.corpora import Split, corpus_files, read_corpus
 from lsiq.data.tokens import Windows, cut_windows, draw_windows
-from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.cache import ContentCache
 from lsiq.runtime.sources import source_hash
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TokenRequest:
     windows: Windows = "random"
 
 
-def token_cache(folder: str | None, versions: Mapping[str, str | None], origin: Mapping[str, str]) -> EvaluationCache:
+def token_cache(folder: str | None, versions: Mapping[str, str | None], origin: Mapping[str, str]) -> ContentCache:
     """Open the cache of tokens in `folder`, `paths.cache`; None keeps nothing.
 
     Args:
@@ -49,10 +49,10 @@ def token_cache(folder: str | None, versions: Mapping[str, str | None], origin: 
         "versions": {name: versions.get(name) for name in ("transformers", "tokenizers", "numpy")},
     }
     path = None if folder is None else Path(folder).expanduser()
-    return EvaluationCache(path, identity, origin)
+    return ContentCache(path, identity, origin)
 
 
-def kept_tokens(request: TokenRequest, tokenizer: Any, cache: EvaluationCache) -> Tensor:
+def cached_tokens(request: TokenRequest, tokenizer: Any, cache: ContentCache) -> Tensor:
     """Return the windows `(N, seqlen)` that `request` describes, from the cache where they are there.
 
     They are found again by the content of the text and of the tokenizer. One process draws them while others that want

@@ -24,7 +24,7 @@ from lsiq.evals.windows import Variant
 from lsiq.models.loading import Model
 from lsiq.models.prefix import after_prefix
 from lsiq.runtime import processes
-from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.cache import ContentCache
 from lsiq.runtime.micro_batch import MicroBatch
 
 # Of the memory that is free, what the blocks of a model may take; the rest is for keys, values and activations.
@@ -74,7 +74,7 @@ def write_answers(
     prompts: Sequence[Prompt],
     variant: Variant,
     batch_tokens: int,
-    cache: EvaluationCache,
+    cache: ContentCache,
     progress: Callable[[int], Callable[[], None]],
 ) -> tuple[list[list[int]], Mapping[str, str] | None]:
     """Return the tokens that one model writes after each prompt, and where they come from if from the cache.

@@ -21,10 +21,10 @@ from lsiq.evals.windows import Variant, by_model
 from lsiq.models.loading import Model
 from lsiq.results.record import Record
 from lsiq.runtime import processes
-from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.cache import ContentCache
 from lsiq.runtime.files import replacing
 from lsiq.runtime.signals import variable
-from lsiq.runtime.terminal import stage
+from lsiq.runtime.terminal import show_progress
 
 if TYPE_CHECKING:
     from lsiq.evals.settings import EvalSettings
@@ -48,9 +48,7 @@ class Answers:
     model writes it writes when it is asked, with all its blocks on the device.
     """
 
-    def __init__(
-        self, model: Model, variants: Mapping[str, Variant], batch_tokens: int, cache: EvaluationCache
-    ) -> None:
+    def __init__(self, model: Model, variants: Mapping[str, Variant], batch_tokens: int, cache: ContentCache) -> None:
         self._model, self._variants, self._batch_tokens, self._cache = model, variants, batch_tokens, cache
         self._known: dict[str, dict[str, Likelihoods]] = {}
         self._origins: dict[str, dict[str, Mapping[str, str]]] = {}
@@ -94,7 +92,7 @@ class Answers:
 
 def _next_stage(stack: contextlib.ExitStack, steps: int) -> Callable[[], None]:
     stack.close()  # one at a time is shown
-    return stack.enter_context(stage("tasks", steps)).advance
+    return stack.enter_context(show_progress("tasks", steps)).advance
 
 
 def measure_tasks(
@@ -102,7 +100,7 @@ def measure_tasks(
     settings: EvalSettings,
     model: Model,
     variants: Mapping[str, Variant],
-    cache: EvaluationCache,
+    cache: ContentCache,
     folder: Path,
     record: Record,
 ) -> None:

@@ -14,7 +14,7 @@ from lsiq.evals.block_pass import run_blocks
 from lsiq.evals.windows import Variant, by_model
 from lsiq.models.loading import Model
 from lsiq.runtime import processes
-from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.cache import ContentCache
 
 # A context and what follows it, as token ids.
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -45,7 +45,7 @@ def measure_pairs(
     pairs: Sequence[Pair],
     variants: Mapping[str, Variant],
     batch_tokens: int,
-    cache: EvaluationCache,
+    cache: ContentCache,
     progress: Callable[[int], Callable[[], None]],
 ) -> tuple[dict[str, Likelihoods], dict[str, Mapping[str, str]]]:
     """Return the likelihoods of all pairs by model, and for those from the cache where they come from.

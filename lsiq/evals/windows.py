@@ -17,7 +17,7 @@ from lsiq.evals.block_pass import FunctionOf, run_blocks
 from lsiq.evals.perplexity import TokenScores, score_tokens
 from lsiq.models.loading import Model
 from lsiq.runtime import processes
-from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.cache import ContentCache
 from lsiq.runtime.files import replacing
 
 FLOAT = "float/"
@@ -77,7 +77,7 @@ def measure_windows(
     variants: Mapping[str, Variant],
     batch: int,
     divergence: bool,
-    cache: EvaluationCache,
+    cache: ContentCache,
     advance: Callable[[], None],
 ) -> dict[str, dict[str, Measured]]:
     """Return, by corpus and model, what each model says of the corpus' windows `(N, T)`.
@@ -157,7 +157,7 @@ def _run(
 
 @contextlib.contextmanager
 def references_once(
-    windows: Mapping[str, Tensor], variants: Mapping[str, Variant], divergence: bool, cache: EvaluationCache
+    windows: Mapping[str, Tensor], variants: Mapping[str, Variant], divergence: bool, cache: ContentCache
 ) -> Iterator[None]:
     """Keep other processes from measuring the same references, if the cache lacks them, while the `with` lasts.
 
@@ -180,7 +180,7 @@ def references_once(
 class _Shelf:
     """What the cache holds of the float model and other references on these windows."""
 
-    def __init__(self, cache: EvaluationCache, windows: Mapping[str, Tensor], divergence: bool) -> None:
+    def __init__(self, cache: ContentCache, windows: Mapping[str, Tensor], divergence: bool) -> None:
         self._cache, self._divergence = cache, divergence
         self._tokens = {
             corpus: {"corpus": corpus, "tokens": token_hash(ids), "seqlen": ids.shape[1]}

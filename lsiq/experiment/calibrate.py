@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from lsiq.calib.generated_text import write_sequences
-from lsiq.data.token_cache import TokenRequest, kept_tokens
+from lsiq.data.token_cache import TokenRequest, cached_tokens
 from lsiq.data.tokens import random_windows
 from lsiq.experiment.config import RunConfig
 from lsiq.models.loading import Model
-from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.cache import ContentCache
 from lsiq.runtime.sources import source_hash
 
 # Sequences that suffice to report block errors where a method needs none.
@@ -18,7 +18,7 @@ SAMPLES_TO_MEASURE = 8
 
 
 def calibration_tokens(
-    config: RunConfig, model: Model, tokens: EvaluationCache, references: EvaluationCache
+    config: RunConfig, model: Model, tokens: ContentCache, references: ContentCache
 ) -> Tensor | None:
     """Draw the calibration windows `(samples + written, seqlen)`, those that the model writes last; None for no data.
 
@@ -40,7 +40,7 @@ def calibration_tokens(
     return torch.cat(parts) if parts else None
 
 
-def drawn_tokens(config: RunConfig, model: Model, cache: EvaluationCache, limit: int | None) -> Tensor:
+def drawn_tokens(config: RunConfig, model: Model, cache: ContentCache, limit: int | None) -> Tensor:
     """Draw `(samples, seqlen)` token ids from the calibration corpus, at most `limit` sequences."""
     calib = config.calib
     samples = calib.samples if limit is None else min(calib.samples, limit)
@@ -51,4 +51,4 @@ def drawn_tokens(config: RunConfig, model: Model, cache: EvaluationCache, limit:
     request = TokenRequest(
         calib.corpus, "calibration", calib.path, fields, calib.seqlen, samples, config.seed, calib.windows
     )
-    return kept_tokens(request, model.tokenizer, cache)
+    return cached_tokens(request, model.tokenizer, cache)

@@ -18,8 +18,8 @@ from lsiq.evals.windows import STATES_BYTES
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
 from lsiq.experiment.checks import check_formats, check_lengths
 from lsiq.experiment.probe import (
-    BlockCost,
     EvaluationCost,
+    ProbedBlock,
     architecture,
     probe_block,
     probe_evaluation,
@@ -35,7 +35,7 @@ from lsiq.report.terminal import PlannedStage
 from lsiq.results.record import Record
 from lsiq.results.store import BlockStore
 from lsiq.runtime.device import RESIDENT_SHARE
-from lsiq.runtime.streams import kept_in
+from lsiq.runtime.streams import stored_in
 
 if TYPE_CHECKING:
     from lsiq.experiment.config import RunConfig
@@ -74,7 +74,7 @@ class Estimate:
         if config.model.weights != "random":  # what was drawn is read instead
             loading += self.outside * self.per_byte - drawing
         stages = [PlannedStage("load", loading, {})]
-        with tempfile.TemporaryDirectory() as folder, kept_in(self._stream_folder()):
+        with tempfile.TemporaryDirectory() as folder, stored_in(self._stream_folder()):
             store = BlockStore(Path(folder) / "blocks")
             store.clear()
             assert isinstance(config.method, Method)  # the settings see to it
@@ -137,7 +137,7 @@ class Estimate:
             peaks.append(self._quantize_peaks(model, cost, samples))
         return PlannedStage("quantize", seconds, {place: max(peak[place] for peak in peaks) for place in peaks[0]})
 
-    def _quantize_peaks(self, model: Model, cost: BlockCost, samples: int) -> dict[str, int]:
+    def _quantize_peaks(self, model: Model, cost: ProbedBlock, samples: int) -> dict[str, int]:
         one = self._stream_bytes(model, self.config.calib.seqlen)
         ahead = ahead_of(self.config.method)
         later = self.depth > 1  # of the first block both streams are the same one

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lsiq.data.token_cache import TokenRequest, kept_tokens
+from lsiq.data.token_cache import TokenRequest, cached_tokens
 from lsiq.data.tokens import random_windows, token_hash
 from lsiq.evals.harness import measure_tasks
 from lsiq.evals.tasks import Tasks
@@ -28,9 +28,9 @@ from lsiq.models.rounding import round_to_nearest
 from lsiq.results.record import Record
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes
-from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.cache import ContentCache
 from lsiq.runtime.sources import source_hash
-from lsiq.runtime.terminal import stage
+from lsiq.runtime.terminal import show_progress
 
 # Where a run keeps what its own model scored until it is finished.
 SCORES = "scores"
@@ -58,7 +58,7 @@ def evaluate(
     cache = open_cache(config, model, record, folder / SCORES)
     if windows:
         once = references_once(windows, variants, config.eval.divergence, cache)
-        with once, stage("evaluate", model.depth * len(by_model(model, variants))) as progress:
+        with once, show_progress("evaluate", model.depth * len(by_model(model, variants))) as progress:
             measured = measure_windows(
                 model, windows, variants, config.eval.batch, config.eval.divergence, cache, progress.advance
             )
@@ -97,7 +97,7 @@ def variants_to_measure(config: RunConfig, prepared: Model, store: BlockStore) -
     return variants
 
 
-def open_cache(config: RunConfig, model: Model, record: Record, own: Path | None = None) -> EvaluationCache:
+def open_cache(config: RunConfig, model: Model, record: Record, own: Path | None = None) -> ContentCache:
     """Open the cache of reference measurements for this model on this machine, and of the run's own in `own`."""
     # Random weights have no content to hash: their shape and seed say which they are.
     weights = record.inputs.get("model") or f"random {config.seed} {model.config.to_json_string()}"
@@ -111,7 +111,7 @@ def open_cache(config: RunConfig, model: Model, record: Record, own: Path | None
         "versions": {name: record.versions.get(name) for name in ("torch", "transformers")},
     }
     folder = None if config.paths.cache is None else Path(config.paths.cache).expanduser()
-    return EvaluationCache(folder, identity, {"run": record.run_id, "created": record.created}, own=own)
+    return ContentCache(folder, identity, {"run": record.run_id, "created": record.created}, own=own)
 
 
 def _report(key: str, tokens: Tensor, found: Mapping[str, Measured], model: Model, record: Record) -> None:
@@ -135,7 +135,7 @@ def _report(key: str, tokens: Tensor, found: Mapping[str, Measured], model: Mode
     }
 
 
-def evaluation_windows(config: RunConfig, model: Model, cache: EvaluationCache) -> dict[str, Tensor]:
+def evaluation_windows(config: RunConfig, model: Model, cache: ContentCache) -> dict[str, Tensor]:
     """Cut the evaluation windows `(N, seqlen)` of every corpus, or take them from the cache of tokens."""
     cut: dict[str, Tensor] = {}
     for corpus in config.eval.corpora:
@@ -144,5 +144,5 @@ def evaluation_windows(config: RunConfig, model: Model, cache: EvaluationCache) 
             continue
         path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
         request = TokenRequest(corpus, "evaluation", path, tuple(config.eval.fields), config.eval.seqlen)
-        cut[corpus] = kept_tokens(request, model.tokenizer, cache)[: config.eval.windows]
+        cut[corpus] = cached_tokens(request, model.tokenizer, cache)[: config.eval.windows]
     return cut

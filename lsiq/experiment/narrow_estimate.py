@@ -22,7 +22,7 @@ from lsiq.models.families import find_spec
 from lsiq.report.terminal import PlannedStage
 from lsiq.results.store import BlockStore
 from lsiq.runtime.memory import reset_peak
-from lsiq.runtime.streams import kept_in
+from lsiq.runtime.streams import stored_in
 
 # Weights of a block that are tried out in their true size on a CPU.
 LARGEST = 20_000_000
@@ -49,7 +49,7 @@ class NarrowEstimate(Estimate):
             f"costs are those of a model {narrow['hidden_size']} wide, scaled up to {self.true.width} by operations"
         )
         stages = [PlannedStage("load", loading, {})]
-        with tempfile.TemporaryDirectory() as place, kept_in(self._stream_folder()):
+        with tempfile.TemporaryDirectory() as place, stored_in(self._stream_folder()):
             store = BlockStore(Path(place) / "blocks")
             store.clear()
             reset_peak()

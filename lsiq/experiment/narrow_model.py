@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lsiq.data.tokens import random_windows
-from lsiq.experiment.probe import BlockCost, probe_block, probe_evaluation, shortened
+from lsiq.experiment.probe import ProbedBlock, probe_block, probe_evaluation, shortened
 from lsiq.experiment.quantize import prepare_model
 from lsiq.formats.mxint import MXInt
 from lsiq.methods.base import Method, chain
@@ -173,7 +173,7 @@ class Narrow:
         batch = max(self.config.calib.batch, *(t.batch for t in trainings), 1)
         return self.depth * seconds, {"host": self._peak(low, high, batch)}
 
-    def _probe(self, method: Method, samples: int, tokens: int) -> BlockCost:
+    def _probe(self, method: Method, samples: int, tokens: int) -> ProbedBlock:
         return probe_block(self._cut(tokens), self.prepared, method, samples or None, self.store, False)
 
     def _tried(self, tokens: int) -> float:
@@ -187,7 +187,7 @@ class Narrow:
         slope = max(0.0, long - short) / (self._tried(LONG) - self._tried(SHORT))
         return max(0.0, short - slope * self._tried(SHORT)), slope
 
-    def _peak(self, low: BlockCost, high: BlockCost | None, batch: int) -> int:
+    def _peak(self, low: ProbedBlock, high: ProbedBlock | None, batch: int) -> int:
         found = [max(cost.learning["host"], cost.running["host"]) - self.resident for cost in (low, high or low)]
         span = self.tried.activations(LONG) - self.tried.activations(SHORT)
         slope = max(0.0, found[1] - found[0]) / span

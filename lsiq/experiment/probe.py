@@ -15,14 +15,14 @@ from lsiq.evals.windows import Variant, by_model, measure_windows
 from lsiq.experiment.evaluate import variants_to_measure
 from lsiq.methods.base import Method
 from lsiq.models.block import FloatStream, run_stream
-from lsiq.models.checkpoint import HeldCheckpoint, RandomCheckpoint
+from lsiq.models.checkpoint import MemoryCheckpoint, RandomCheckpoint
 from lsiq.models.context import Ahead, Context
 from lsiq.models.folder import read_config
 from lsiq.models.loading import Model, load
 from lsiq.pipeline.layer_report import first_tokens, layer_rows
 from lsiq.results.store import BlockStore
 from lsiq.runtime import streams
-from lsiq.runtime.cache import EvaluationCache
+from lsiq.runtime.cache import ContentCache
 from lsiq.runtime.memory import peak_bytes, reset_peak
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ EPOCHS = 3
 
 
 @dataclass(frozen=True)
-class BlockCost:
+class ProbedBlock:
     """What a method did to the first block with some sequences.
 
     Attributes:
@@ -102,17 +102,17 @@ def architecture(config: RunConfig, folder: Path | None, depth: int | None = Non
 
 def probe_model(
     config: RunConfig, folder: Path | None, depth: int, device: torch.device
-) -> tuple[Model, HeldCheckpoint, float]:
+) -> tuple[Model, MemoryCheckpoint, float]:
     """Return the model with few blocks and random weights, what holds these, and the seconds that others took."""
     return probe_architecture(config, architecture(config, folder, depth), device)
 
 
 def probe_architecture(
     config: RunConfig, shape: dict[str, Any], device: torch.device
-) -> tuple[Model, HeldCheckpoint, float]:
+) -> tuple[Model, MemoryCheckpoint, float]:
     """Return the model of a shape, as `probe_model` does."""
     settings = replace(config.model, weights="random", architecture=shape, path=None, bundled=None)
-    outside, held = (HeldCheckpoint(RandomCheckpoint(config.seed)) for _ in range(2))
+    outside, held = (MemoryCheckpoint(RandomCheckpoint(config.seed)) for _ in range(2))
     model = load(settings, None, device, config.seed, outside)
     return replace(model, checkpoint=held), held, outside.seconds
 
@@ -142,7 +142,7 @@ def widened(method: Any) -> Any:
 
 def probe_block(
     config: RunConfig, model: Model, method: Method, samples: int | None, store: BlockStore, on_device: bool
-) -> BlockCost:
+) -> ProbedBlock:
     """Let the method quantise the first block, with random tokens; None for no tokens at all.
 
     The others are stored as copies of it, so that there is a model to evaluate.
@@ -186,7 +186,7 @@ def probe_block(
         store.write(index, result)
     store.wait()
     epoch = float(result.metrics.get("epoch_seconds", 0.0))
-    return BlockCost(samples or 0, seconds, epoch, learning, peak_bytes())
+    return ProbedBlock(samples or 0, seconds, epoch, learning, peak_bytes())
 
 
 def probe_evaluation(
@@ -204,7 +204,7 @@ def probe_evaluation(
         variants,
         config.eval.batch,
         config.eval.divergence,
-        EvaluationCache(None, {}, {}),
+        ContentCache(None, {}, {}),
         lambda: done.append(time.perf_counter()),
     )
     scoring, peaks = time.perf_counter() - done[-1], peak_bytes()

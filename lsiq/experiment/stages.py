@@ -31,7 +31,7 @@ from lsiq.runtime import processes
 from lsiq.runtime.device import describe, find_device
 from lsiq.runtime.files import remove_partial
 from lsiq.runtime.memory import peak_bytes, reset_peak
-from lsiq.runtime.streams import kept_in
+from lsiq.runtime.streams import stored_in
 from lsiq.runtime.terminal import say
 from lsiq.track.choose import make_tracker
 
@@ -87,7 +87,7 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
     texts = read_texts(request, model, store, record)
     check_tasks(model, texts.tasks)
     kept = folder if config.paths.streams == "disk" else None
-    with kept_in(kept), make_tracker(config.tracker, request.plain, record, folder, anew=config.force) as tracker:
+    with stored_in(kept), make_tracker(config.tracker, request.plain, record, folder, anew=config.force) as tracker:
         try:
             if record.quantised:
                 say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")

@@ -95,7 +95,9 @@ def round_through(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes as if nothing had been rounded."""
     if not x.requires_grad:
         return x.round()
-    from lsiq.formats.rounding import round_through as differentiable  # torch only once there is something to compute
+    from lsiq.formats.rounding import (
+        straight_through as differentiable,  # torch only once there is something to compute
+    )
 
     return differentiable(x)
 

@@ -21,6 +21,6 @@ class _RoundThrough(torch.autograd.Function):
         return gradient
 
 
-def round_through(x: Tensor) -> Tensor:
+def straight_through(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes as if nothing had been rounded."""
     return _RoundThrough.apply(x)  # type: ignore[return-value]

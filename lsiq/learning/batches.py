@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lsiq.runtime import processes, streams
-from lsiq.runtime.batch_exchange import exchange, part_of
+from lsiq.runtime.batch_exchange import exchange, share_of_batch
 from lsiq.runtime.device import fits
 
 
-class Feed:
+class BatchFeeder:
     """The inputs and targets of one batch after another, in buffers that stay in place.
 
     Of several processes each holds a share of the streams and gets a share of every batch.
@@ -70,7 +70,7 @@ class Feed:
         if processes.size() == 1:
             self._fill(samples, buffers)
             return len(samples), 1.0
-        part = part_of(samples, self.total)
+        part = share_of_batch(samples, self.total)
         self._fill(part.rows, self._sent)
         for sent, buffer in zip(self._sent, buffers, strict=True):
             exchange(part, sent[: len(part.rows)], buffer[: part.count])

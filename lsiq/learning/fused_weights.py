@@ -51,7 +51,7 @@ class Scaled:
         return self * (1 / factor)
 
 
-class Learned(NamedTuple):
+class MatrixParameters(NamedTuple):
     """What is learned of one matrix; None where a method leaves it out."""
 
     diagonal: Tensor | None
@@ -86,7 +86,7 @@ class Stack:
     rounding: GroupRounding
     dtype: torch.dtype
 
-    def product(self, learned: Sequence[Learned]) -> Tensor | None:
+    def product(self, learned: Sequence[MatrixParameters]) -> Tensor | None:
         """Return the increments `U (core) Vᵀ`, times what keeps them in the range of their type, `(n, out, in)`."""
         if self.large is None or self.small is None:
             return None
@@ -101,7 +101,9 @@ class Stack:
                 made[:c].addmm_(corner, factor[:c])
         return self._turned(inner) @ self._turned(self.large) if self.transposed else self.large @ inner
 
-    def product_gradients(self, gradient: Tensor, learned: Sequence[Learned]) -> Iterator[tuple[Tensor | None, ...]]:
+    def product_gradients(
+        self, gradient: Tensor, learned: Sequence[MatrixParameters]
+    ) -> Iterator[tuple[Tensor | None, ...]]:
         """Yield the gradients of diagonal, lower, upper and corner of each matrix, given that of the product."""
         assert self.large is not None
         assert self.small is not None
@@ -147,19 +149,19 @@ class _Rounded(torch.autograd.Function):
                 w, inner, _ends(p), p.rows, p.columns, gradient.contiguous(), inner
             )
             low, high = ends or (None, None)
-            found.append(Learned(None, None, None, None, low, high, rows, columns))
+            found.append(MatrixParameters(None, None, None, None, low, high, rows, columns))
         if product is not None:
             cores = stack.product_gradients(product, learned)
-            found = [Learned._make([*core, *one[4:]]) for one, core in zip(found, cores, strict=True)]
+            found = [MatrixParameters._make([*core, *one[4:]]) for one, core in zip(found, cores, strict=True)]
         return None, *(gradient for one in found for gradient in one)
 
 
-def _by_matrix(flat: Sequence[Tensor | None]) -> list[Learned]:
-    step = len(Learned._fields)
-    return [Learned(*flat[i : i + step]) for i in range(0, len(flat), step)]
+def _by_matrix(flat: Sequence[Tensor | None]) -> list[MatrixParameters]:
+    step = len(MatrixParameters._fields)
+    return [MatrixParameters(*flat[i : i + step]) for i in range(0, len(flat), step)]
 
 
-def _ends(learned: Learned) -> tuple[Tensor, Tensor] | None:
+def _ends(learned: MatrixParameters) -> tuple[Tensor, Tensor] | None:
     return None if learned.low is None or learned.high is None else (learned.low, learned.high)
 
 
@@ -184,11 +186,13 @@ class FusedWeights:
             made |= zip(stack.names, rounded, strict=True)  # type: ignore[arg-type]
         return made
 
-    def _learned(self, name: str, scaled: Scaled) -> Learned:
+    def _learned(self, name: str, scaled: Scaled) -> MatrixParameters:
         core = self._parameters(Singular)
         ends = self._parameters(Clip)
         cores = [core.get(f"{name}:{key}") for key in ("increment", "lower", "upper", "corner")]
-        return Learned._make([*cores, ends.get(f"{name}:low"), ends.get(f"{name}:high"), scaled.rows, scaled.columns])
+        return MatrixParameters._make(
+            [*cores, ends.get(f"{name}:low"), ends.get(f"{name}:high"), scaled.rows, scaled.columns]
+        )
 
     def _parameters(self, kind: type) -> dict[str, Tensor]:
         return self.parts[kind][1].parameters if kind in self.parts else {}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import NumericalError
-from lsiq.learning.batches import Feed
-from lsiq.learning.look_ahead import Window, look_ahead
+from lsiq.learning.batches import BatchFeeder
+from lsiq.learning.look_ahead import LookAheadLoss, look_ahead
 from lsiq.learning.step import Stepper
 from lsiq.learning.trained import Trained, start_parts
 from lsiq.learning.weight_path import choose, compiles
@@ -49,7 +49,7 @@ class Epoch:
 
 
 @dataclass
-class Learned:
+class Trajectory:
     """Trained parts of one block and how they got there."""
 
     states: list[PartState]
@@ -62,7 +62,9 @@ class Learned:
     kernels: str = "plain"
 
 
-def learn(parts: Sequence[Part], training: Training, block: Block, quant: QuantSettings, context: Context) -> Learned:
+def learn(
+    parts: Sequence[Part], training: Training, block: Block, quant: QuantSettings, context: Context
+) -> Trajectory:
     """Train the parts on a block.
 
     The loss of a batch is the mean squared difference between the quantised block on the quantised stream and the
@@ -80,7 +82,7 @@ def learn(parts: Sequence[Part], training: Training, block: Block, quant: QuantS
         window = look_ahead(parts, training, block, quant, context, path)
     states, epochs = start, list[Epoch]()
     for retry in range(training.retries + 1):
-        attempt = _Attempt(Trained(parts, states, running, quant, path), training, window, context, 0.5**retry)
+        attempt = Attempt(Trained(parts, states, running, quant, path), training, window, context, 0.5**retry)
         try:
             return attempt.run(epochs, retry)
         except _NotFiniteError as error:
@@ -115,10 +117,12 @@ class _NotFiniteError(Exception):
         self.epoch = epoch
 
 
-class _Attempt:
+class Attempt:
     """One try at training a block: the whole schedule at learning rates scaled by `slow`."""
 
-    def __init__(self, trained: Trained, training: Training, window: Window, context: Context, slow: float) -> None:
+    def __init__(
+        self, trained: Trained, training: Training, window: LookAheadLoss, context: Context, slow: float
+    ) -> None:
         assert context.inputs is not None
         assert context.targets is not None
         self.training, self.window, self.context = training, window, context
@@ -129,13 +133,13 @@ class _Attempt:
         self.power = _power(context).clamp(min=1e-12).to(self.device)
         self.stepper = None
         if any(state.parameters for state in trained.states):
-            feed = Feed(
+            feed = BatchFeeder(
                 context.inputs, window.targets, training.batch, trained.block.dtype, self.device, context.samples
             )
             self.stepper = Stepper(self.trained, training, feed, window, self.power, slow)
         self.steps = 0
 
-    def run(self, epochs: list[Epoch], retry: int) -> Learned:
+    def run(self, epochs: list[Epoch], retry: int) -> Trajectory:
         """Train the epochs that `epochs` does not hold yet, adding to it."""
         # Epochs of earlier tries count: their time has passed as well.
         spent, spent_on_weights = (epochs[-1].seconds, epochs[-1].weight_seconds) if epochs else (0.0, 0.0)
@@ -164,7 +168,7 @@ class _Attempt:
         final = best[1] if self._keeps_best else self.trained.snapshot()
         seconds = time.perf_counter() - start
         weight_seconds = epochs[-1].weight_seconds if epochs else 0.0
-        return Learned(final, epochs, self.steps, seconds, weight_seconds, retry, best_epoch, self.trained.path)
+        return Trajectory(final, epochs, self.steps, seconds, weight_seconds, retry, best_epoch, self.trained.path)
 
     @property
     def _keeps_best(self) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Window:
+class LookAheadLoss:
     """The outputs that a loss compares: a block's own and those of the blocks behind it.
 
     Attributes:
@@ -68,7 +68,7 @@ def look_ahead(
     quant: QuantSettings,
     context: Context,
     path: WeightPath = "plain",
-) -> Window:
+) -> LookAheadLoss:
     """Return the window of a block; it is shorter where fewer blocks follow (see `LookAhead.within`).
 
     Source: CL (arXiv 2407.15508). With `later=learned` the later blocks are trained along, as in the sliding windows
@@ -94,7 +94,7 @@ def look_ahead(
             function = _fixed(running, quant, training.ahead.later == "rtn")
             later.append(lambda function=function: function)
         targets.append(context.ahead.stream(block.index + distance))
-    return Window(weights, targets, later, companions, compiles(path, block))
+    return LookAheadLoss(weights, targets, later, companions, compiles(path, block))
 
 
 def _fixed(block: Block, quant: QuantSettings, rounded: bool) -> BlockFunction:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lsiq.learning.schedule import Training
 
 
-class SignedDescent(torch.optim.Optimizer):
+class SignSGD(torch.optim.Optimizer):
     """`p ← p - lr · sign(∂L/∂p)`, without momentum or decay.
 
     With linear decay from a rate of `1 / steps` a parameter travels at most one half in all, which is how far an
@@ -47,7 +47,7 @@ class SignedDescent(torch.optim.Optimizer):
             torch._foreach_sub_(moved, directions)  # pyright: ignore[reportPrivateImportUsage]
 
 
-class Descent:
+class Optimizers:
     """The optimizers of all parts, and the rates at which they run.
 
     Args:
@@ -89,7 +89,7 @@ class Descent:
             )
             self.optimizers.append(adam)
         if chosen[True]:
-            self.optimizers.append(SignedDescent(chosen[True]))
+            self.optimizers.append(SignSGD(chosen[True]))
 
     def set_rates(self, factor: float) -> None:
         """Let the next step run at the parts' rates times `factor`."""

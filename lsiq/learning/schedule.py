@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class Course:
+class TrainingSchedule:
     """How long and how fast something is trained."""
 
     epochs: int = Field(ge=0, description="passes over the calibration samples for each block, at least 0")
@@ -87,7 +87,7 @@ class LookAhead:
 
 
 @settings
-class Training(Course):
+class Training(TrainingSchedule):
     """How the parts of a method are trained on a block, one learning rate per part."""
 
     schedule: Literal["joint", "staged"] = Field(

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lsiq.learning.batches import Feed
-from lsiq.learning.optimizers import Descent
+from lsiq.learning.batches import BatchFeeder
+from lsiq.learning.optimizers import Optimizers
 from lsiq.learning.trained import Trained
 from lsiq.runtime import processes
 from lsiq.runtime.micro_batch import MicroBatch
 from lsiq.runtime.timing import Stopwatch
 
 if TYPE_CHECKING:
-    from lsiq.learning.look_ahead import Window
+    from lsiq.learning.look_ahead import LookAheadLoss
     from lsiq.learning.schedule import Training
 
 
@@ -36,8 +36,8 @@ class Stepper:
         self,
         trained: Trained,
         training: Training,
-        feed: Feed,
-        window: Window,
+        feed: BatchFeeder,
+        window: LookAheadLoss,
         power: Tensor,
         slow: float,
     ) -> None:
@@ -45,7 +45,7 @@ class Stepper:
         self.device = power.device
         cuda = self.device.type == "cuda"
         states = [trained.states, *(companion.states for companion in window.companions)]
-        self.descent = Descent(
+        self.descent = Optimizers(
             trained.parts,
             list(zip(*states, strict=True)),
             training,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lsiq.learning.learner import Epoch, Learned
+from lsiq.learning.learner import Epoch, Trajectory
 from lsiq.models.block import Block
 from lsiq.parts.base import Part, PartState
 from lsiq.parts.singular import Singular
@@ -14,7 +14,7 @@ from lsiq.parts.singular import Singular
 SAMPLED_VALUES = 32
 
 
-def trace(parts: Sequence[Part], learned: Learned, block: Block) -> list[dict[str, Any]]:
+def trace(parts: Sequence[Part], learned: Trajectory, block: Block) -> list[dict[str, Any]]:
     """Return one row per linear and epoch; what became of each linear in the end is added by the block loop.
 
     Columns: block, linear, epoch, loss, seconds, gradient_norm and rms_change (RMS of the increment part's change of

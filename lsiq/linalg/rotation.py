@@ -18,7 +18,7 @@ _LARGEST_FACTOR = 128
 
 
 @dataclass(frozen=True)
-class Stage:
+class RotationStage:
     """`x → (x[order] · sign)`, then each run of `b` neighbours times its block.
 
     Attributes:
@@ -47,7 +47,7 @@ class Rotation:
     `x Q (W Q)ᵀ = x Wᵀ`.
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[RotationStage, ...]
 
     @property
     def width(self) -> int:
@@ -72,7 +72,7 @@ class Rotation:
 
     def to(self, device: torch.device) -> Rotation:
         return Rotation(
-            tuple(Stage(s.order.to(device), s.sign.to(device), s.blocks.to(device)) for s in self.stages),
+            tuple(RotationStage(s.order.to(device), s.sign.to(device), s.blocks.to(device)) for s in self.stages),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -87,7 +87,9 @@ class Rotation:
     def from_tensors(tensors: Mapping[str, Tensor]) -> Rotation:
         count = 1 + max(int(name.partition(".")[0]) for name in tensors)
         return Rotation(
-            tuple(Stage(tensors[f"{i}.order"], tensors[f"{i}.sign"], tensors[f"{i}.blocks"]) for i in range(count))
+            tuple(
+                RotationStage(tensors[f"{i}.order"], tensors[f"{i}.sign"], tensors[f"{i}.blocks"]) for i in range(count)
+            )
         )
 
     def then(self, later: Rotation) -> Rotation:
@@ -101,11 +103,11 @@ def factored_hadamard(n: int, generator: torch.Generator) -> Rotation:
     A Kronecker product of Hadamard matrices is one itself; each stage multiplies by one factor and turns the channels
     so that the next factor's come to stand side by side.
     """
-    stages: list[Stage] = []
+    stages: list[RotationStage] = []
     order = torch.arange(n)
     sign = torch.randint(0, 2, (n,), generator=generator).float() * 2 - 1
     for size in _factors(n):
-        stages.append(Stage(order, sign, spreading(size, generator).float()[None]))
+        stages.append(RotationStage(order, sign, spreading(size, generator).float()[None]))
         order, sign = torch.arange(n).view(-1, size).t().flatten(), torch.ones(n)
     return Rotation(tuple(stages))
 

@@ -88,17 +88,17 @@ class AWQ(Traits):
         import torch
 
         from lsiq.calib.scale_search import observe_inputs
-        from lsiq.runtime.timing import stage
+        from lsiq.runtime.timing import measured_stage
 
         if block.unfoldable is not None:
             raise InputError(f"method {self.name} does not fit this {block.spec.model_type} model: {block.unfoldable}")
         assert context.inputs is not None
         with torch.no_grad():
-            with stage("statistics"):
+            with measured_stage("statistics"):
                 statistics = observe_inputs(block, context.inputs, context.batch)
-            with stage("scales"):
+            with measured_stage("scales"):
                 folded, metrics = self._scale(block, quant, context, statistics)
-            with stage("clipping"):
+            with measured_stage("clipping"):
                 clipped = self._clip(block, quant, folded, statistics) if self.clip else {}
         return folded, clipped, metrics
 

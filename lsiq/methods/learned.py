@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-# Course and LookAhead stand here too, for the `_target_` of files and records.
-from lsiq.learning.schedule import Course as Course
-from lsiq.learning.schedule import LookAhead as LookAhead
-from lsiq.learning.schedule import Training
+from lsiq.learning.schedule import LookAhead, Training, TrainingSchedule
 from lsiq.methods.base import Method, Traits, chain, quantize_prepared
 from lsiq.models.context import Context, Need
 from lsiq.models.result import BlockResult
@@ -23,8 +20,13 @@ from lsiq.settings import settings
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
-    from lsiq.learning.learner import Learned as Trajectory
+    from lsiq.learning.learner import Trajectory
     from lsiq.models.block import Block
+
+
+# Files and records name these by `_target_` as they stand here.
+Course = TrainingSchedule
+__all__ = ["Course", "Learned", "LookAhead", "Training"]
 
 
 def _listed(parts: Any) -> Any:
@@ -53,7 +55,8 @@ class Learned(Traits):
         description="a method that rounds what was learned, such as gptq; null for the rounding it was learned in",
     )
     latents: bool = Field(
-        False, description="true keeps where in its cell each weight stood before it was rounded, for a later stage"
+        default=False,
+        description="true keeps where in its cell each weight stood before it was rounded, for a later stage",
     )
 
     def __post_init__(self) -> None:

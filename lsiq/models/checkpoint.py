@@ -145,7 +145,7 @@ def _open_pickle(file: Path) -> dict[str, Any]:
     return {name: lambda tensor=tensor: tensor for name, tensor in state.items()}
 
 
-class HeldCheckpoint:
+class MemoryCheckpoint:
     """A checkpoint that is read once: making random weights takes longer than reading real ones.
 
     Attributes:

@@ -20,8 +20,8 @@ from lsiq.models.entrance import enter, for_kind, kinds_of_blocks
 from lsiq.models.families import find_spec, refuse_other_kinds
 from lsiq.models.folder import read_config
 from lsiq.models.gguf_file import is_gguf
-from lsiq.models.outliers import Planting
-from lsiq.models.prefix import BlockPrefix, Prefix, after_prefix
+from lsiq.models.outliers import PlantedOutliers
+from lsiq.models.prefix import BlockPrefix, ModelPrefix, after_prefix
 from lsiq.models.residual import turn_block
 from lsiq.models.spec import ModelSpec, check_supported
 from lsiq.runtime import streams
@@ -53,9 +53,9 @@ class Model:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
-    planting: Planting | None = None
+    planting: PlantedOutliers | None = None
     residual: Tensor | None = None
-    prefix: Prefix | None = None
+    prefix: ModelPrefix | None = None
 
     @property
     def positions(self) -> int | None:
@@ -119,7 +119,7 @@ class Model:
         for index in range(self.depth):
             states.append(hidden[0].float().cpu())
             hidden = plain.block(index, kwargs).with_weights({})(hidden)
-        return replace(self, prefix=Prefix(tokens, torch.stack(states), kwargs))
+        return replace(self, prefix=ModelPrefix(tokens, torch.stack(states), kwargs))
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, batch: int) -> tuple[Tensor, dict[str, Any]]:
@@ -201,7 +201,7 @@ def load(
     return Model(config, spec, skeleton, checkpoint, _tokenizer(folder), device, dtype, planting)
 
 
-def _planting(settings: ModelSettings, config: Any, spec: ModelSpec) -> Planting | None:
+def _planting(settings: ModelSettings, config: Any, spec: ModelSpec) -> PlantedOutliers | None:
     if not settings.outliers:
         return None
     if (reason := spec.why_not_foldable(config)) is not None:
@@ -210,7 +210,7 @@ def _planting(settings: ModelSettings, config: Any, spec: ModelSpec) -> Planting
     channels *= getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if settings.outliers > channels:
         raise InputError(f"model.outliers={settings.outliers}: this model's values have {channels} channels; use fewer")
-    return Planting(settings.outliers, settings.outlier_strength)
+    return PlantedOutliers(settings.outliers, settings.outlier_strength)
 
 
 def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:

@@ -20,7 +20,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True)
-class Planting:
+class PlantedOutliers:
     """`count` channels of each producer made `strength` times as large.
 
     They are planted between norms and what reads them, values and output projection, and before the last linear of a

@@ -20,7 +20,7 @@ from lsiq.models.entrance import for_kind, join_kinds, split_kinds
 
 
 @dataclass(frozen=True)
-class Prefix:
+class ModelPrefix:
     """A prefix of a whole model.
 
     Attributes:
@@ -82,7 +82,7 @@ class PrefixCache:
         )
 
 
-def after_prefix(kwargs: Mapping[str, Any], prefix: Prefix) -> dict[str, Any]:
+def after_prefix(kwargs: Mapping[str, Any], prefix: ModelPrefix) -> dict[str, Any]:
     """Return the blocks' keyword arguments for what follows the prefix, which is in the cache.
 
     Args:

@@ -21,7 +21,7 @@ from lsiq.models.result import BlockResult
 from lsiq.pipeline.cost import BlockCost, block_cost
 from lsiq.pipeline.layer_report import first_tokens, layer_rows
 from lsiq.results.memory_store import MemoryStore
-from lsiq.results.store import BlockStore, Digest, Kept, Streams
+from lsiq.results.store import BlockStore, Digest, StoredBlock, Streams
 from lsiq.runtime import processes, streams
 from lsiq.runtime.device import fits
 
@@ -57,7 +57,7 @@ class BlockReport:
     kernels: str = ""
 
     @classmethod
-    def restored(cls, kept: Kept, error: float | None) -> BlockReport:
+    def restored(cls, kept: StoredBlock, error: float | None) -> BlockReport:
         """Return the report of a block that was finished earlier."""
         values = dict(kept.report)
         return cls(**{**values, "error": error, "cost": BlockCost(**values["cost"])})
@@ -186,7 +186,7 @@ class _Loop:
         report = self._with_rows(report, block, result)
         return self._store(block, result, report), report
 
-    def _store_whole(self, method: WholeMethod) -> list[Kept]:
+    def _store_whole(self, method: WholeMethod) -> list[StoredBlock]:
         """Store all blocks of a method that makes them together, so that none of that work is done twice."""
         start = time.perf_counter()
         context = self._context(0, None)
@@ -217,7 +217,7 @@ class _Loop:
         rows = layer_rows(block, result, self.quant, first_tokens(self.quantised))
         return replace(report, trace=[*report.trace, *rows])
 
-    def _restored(self, index: int) -> Kept | None:
+    def _restored(self, index: int) -> StoredBlock | None:
         """Return a block that is stored already; of several processes all find it or none."""
         one = self.store.restore(index, self.before) if processes.first() else None
         there = processes.from_first(one is not None)

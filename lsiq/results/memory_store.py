@@ -13,7 +13,7 @@ from lsiq.errors import InputError
 from lsiq.models.loading import Model
 from lsiq.models.result import BlockResult
 from lsiq.results.block_file import to_result, to_tensors
-from lsiq.results.store import Digest, Kept, Streams
+from lsiq.results.store import Digest, StoredBlock, Streams
 from lsiq.runtime.files import Stored, tensor_digest
 
 
@@ -40,17 +40,17 @@ class MemoryStore:
         """Whether `depth` blocks are there."""
         return len(self.kept(depth)) == depth
 
-    def kept(self, depth: int) -> list[Kept]:
+    def kept(self, depth: int) -> list[StoredBlock]:
         """Return the finished blocks from the first on, up to where one is missing; tensors left out."""
         there = next((index for index in range(depth) if index not in self._blocks), depth)
-        return [Kept(BlockResult({}), self._blocks[index].digest, {}) for index in range(there)]
+        return [StoredBlock(BlockResult({}), self._blocks[index].digest, {}) for index in range(there)]
 
-    def restore(self, index: int, before: Digest) -> Kept | None:
+    def restore(self, index: int, before: Digest) -> StoredBlock | None:
         """Return a block if it is there."""
         del before  # blocks of another state cannot be here
         if index not in self._blocks:
             return None
-        return Kept(self.read(index), self._blocks[index].digest, {})
+        return StoredBlock(self.read(index), self._blocks[index].digest, {})
 
     def write(
         self, index: int, result: BlockResult, before: Digest | None = None, report: Mapping[str, Any] | None = None
@@ -72,7 +72,7 @@ class MemoryStore:
         """Nobody goes on from here, so what enters the next block is not kept."""
         del streams, before
 
-    def read_streams(self, kept: Sequence[Kept]) -> Streams | None:
+    def read_streams(self, kept: Sequence[StoredBlock]) -> Streams | None:
         """Return None: what enters a block is not kept."""
         del kept
 

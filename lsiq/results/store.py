@@ -32,7 +32,7 @@ _AGAIN = "give the run's command again (with force=true where it is finished), a
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredBlock:
     """A finished block that was found in a store.
 
     Attributes:
@@ -111,17 +111,17 @@ class BlockStore:
         finally:
             self._streams.wait()
 
-    def kept(self, depth: int) -> list[Kept]:
+    def kept(self, depth: int) -> list[StoredBlock]:
         """Return the finished blocks from the first on, up to where one is missing or damaged; tensors left out."""
         self._blocks.wait()
-        found: list[Kept] = []
+        found: list[StoredBlock] = []
         before = self.model_digest()
         while len(found) < depth and (one := self.restore(len(found), before)) is not None:
             found.append(replace(one, result=BlockResult({})))
             before = one.digest
         return found
 
-    def restore(self, index: int, before: Digest) -> Kept | None:
+    def restore(self, index: int, before: Digest) -> StoredBlock | None:
         """Return a block if it is there; None, and a warning, where it is damaged or made after another state.
 
         Where it is not there this does not wait for what is being written.
@@ -144,7 +144,7 @@ class BlockStore:
         if stored.metadata["before"] != _known(before):
             warn(f"{file} was made after other blocks than are there now; the block is quantised again")
             return None
-        return Kept(to_result(file, stored), stored.digest, json.loads(stored.metadata["report"]))
+        return StoredBlock(to_result(file, stored), stored.digest, json.loads(stored.metadata["report"]))
 
     def _check_stamp(self, file: Path, stored: Stored) -> None:
         if self.stamp is not None and stored.metadata["stamp"] != self.stamp:
@@ -202,7 +202,7 @@ class BlockStore:
             copied = self._streams.in_memory(held)
             self._streams.start(lambda: save(copied))
 
-    def read_streams(self, kept: Sequence[Kept]) -> Streams | None:
+    def read_streams(self, kept: Sequence[StoredBlock]) -> Streams | None:
         """Return what enters the next block after some of `kept`; None where that is not known any more."""
         try:
             stored = read_tensors(self._streams_file)

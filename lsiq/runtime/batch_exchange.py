@@ -12,7 +12,7 @@ from lsiq.runtime import processes
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchShare:
     """What this process does of a batch of sequences.
 
     Attributes:
@@ -32,7 +32,7 @@ class Part:
         return sum(self.received)
 
 
-def part_of(samples: Tensor, total: int) -> Part:
+def share_of_batch(samples: Tensor, total: int) -> BatchShare:
     """Return this process's part of the batch `samples (n,)`, indices among `total` sequences.
 
     Each takes as many as its share of the batch counts, those that it holds first: a batch is a sum, so only what some
@@ -53,10 +53,10 @@ def part_of(samples: Tensor, total: int) -> Part:
     own, mine = bounds[processes.rank()], taken[processes.rank()]
     rows = [some[(some >= own.start) & (some < own.stop)] - own.start for some in taken]
     received = [int(((mine >= other.start) & (mine < other.stop)).sum()) for other in bounds]
-    return Part(torch.cat(rows), [len(row) for row in rows], received, counts[processes.rank()] / len(samples))
+    return BatchShare(torch.cat(rows), [len(row) for row in rows], received, counts[processes.rank()] / len(samples))
 
 
-def exchange(part: Part, sent: Tensor, received: Tensor) -> None:
+def exchange(part: BatchShare, sent: Tensor, received: Tensor) -> None:
     """Send the sequences `sent (n, …)`, `part.rows` of a stream, and fill `received (count, …)` with what comes in."""
     dist.all_to_all_single(received, sent, part.received, part.sent)
 
@@ -69,7 +69,7 @@ def fetch(stream: Tensor, samples: Tensor, total: int) -> tuple[Tensor, float]:
     """
     if processes.size() == 1:
         return stream[samples], 1.0
-    part = part_of(samples, total)
+    part = share_of_batch(samples, total)
     received = stream.new_empty((part.count, *stream.shape[1:]))
     exchange(part, stream[part.rows].contiguous(), received)
     return received, part.weight

@@ -28,7 +28,7 @@ class Entry:
     origin: Mapping[str, str]
 
 
-class EvaluationCache:
+class ContentCache:
     """A folder of measurements, each named by the hash of what decides it.
 
     Nothing in it is ever changed: entries appear whole, by renaming, so that any number of runs may share a folder,

@@ -22,7 +22,7 @@ _MAPS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
 
 @contextlib.contextmanager
-def kept_in(folder: Path | None) -> Iterator[None]:
+def stored_in(folder: Path | None) -> Iterator[None]:
     """While this lasts, new streams are files in `folder`; None keeps them in memory.
 
     The files have no names: their space is free again when the stream is dropped or the process ends, however it does.

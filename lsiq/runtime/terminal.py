@@ -63,7 +63,7 @@ def say(message: str, of_all: str | None = None) -> None:
     STORY.print(redacted(message), soft_wrap=True)
 
 
-class Stage:
+class StageProgress:
     """The progress of one stage; on a terminal a moving bar, elsewhere a line from time to time."""
 
     def __init__(self, progress: Progress, task: TaskID, name: str, total: int, brief: bool) -> None:
@@ -98,7 +98,7 @@ class _Shown(Progress):
 
 
 @contextlib.contextmanager
-def stage(name: str, total: int, above: Callable[[], RenderableType] | None = None) -> Iterator[Stage]:
+def show_progress(name: str, total: int, above: Callable[[], RenderableType] | None = None) -> Iterator[StageProgress]:
     """Show the progress of `total` steps under `name`; on a terminal with what `above` returns above the bar."""
     columns = (
         TextColumn("{task.description:<12}"),
@@ -108,7 +108,9 @@ def stage(name: str, total: int, above: Callable[[], RenderableType] | None = No
         TextColumn("{task.fields[note]}"),
     )
     with _Shown(*columns, above=above) as progress:
-        yield Stage(progress, progress.add_task(name, total=total, note=""), name, total, brief=above is not None)
+        yield StageProgress(
+            progress, progress.add_task(name, total=total, note=""), name, total, brief=above is not None
+        )
 
 
 def gib(size: float) -> str:

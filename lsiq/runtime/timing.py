@@ -74,7 +74,7 @@ def collect_stages() -> Iterator[dict[str, float]]:
 
 
 @contextlib.contextmanager
-def stage(name: str) -> Iterator[None]:
+def measured_stage(name: str) -> Iterator[None]:
     """Count what happens inside as the stage `name`, where somebody collects."""
     seconds = _SPENT.get()
     if seconds is None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lsiq.track.settings import TrackerSettings
 
 
-class Mirror:
+class BackgroundTracker:
     """Hands a run's story to a backend, in order, without waiting for it.
 
     The first failure is reported in one line, and nothing is told afterwards. At the end the run waits for the backend
@@ -40,7 +40,7 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name=f"tracker {settings.kind}", daemon=True)
         self._step, self._failed = 0, False
 
-    def __enter__(self) -> Mirror:
+    def __enter__(self) -> BackgroundTracker:
         self._thread.start()
         self._tasks.put(self._open)
         return self

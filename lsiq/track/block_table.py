@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lsiq.runtime.terminal import Stage, new_table, number, stage
+from lsiq.runtime.terminal import StageProgress, new_table, number, show_progress
 
 # Blocks that stay on the screen.
 SHOWN = 8
@@ -18,7 +18,7 @@ class BlockTable:
     """Loss, error and seconds of each block; on a terminal a live table, elsewhere a line from time to time."""
 
     def __init__(self) -> None:
-        self.stage: Stage
+        self.stage: StageProgress
         self._rows: list[tuple[str, ...]] = []
         self._now: tuple[str, ...] = ()
         self._losses: list[float] = []
@@ -57,5 +57,5 @@ class BlockTable:
 def block_table(depth: int) -> Iterator[BlockTable]:
     """Show `depth` blocks as they are quantised, with the time left and the peak memory."""
     table = BlockTable()
-    with stage("quantize", depth, table.render) as table.stage:
+    with show_progress("quantize", depth, table.render) as table.stage:
         yield table

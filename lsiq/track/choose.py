@@ -25,7 +25,7 @@ def make_tracker(
     """
     if not processes.first() or settings.kind == "none" or settings.mode == "disabled":
         return NoTracker()
-    from lsiq.track.background_tracker import Mirror
+    from lsiq.track.background_tracker import BackgroundTracker
 
     if settings.kind == "wandb":
         from lsiq.track.wandb import Wandb
@@ -35,4 +35,4 @@ def make_tracker(
         from lsiq.track.tensorboard import TensorBoard
 
         backend = TensorBoard(settings, plain, record, folder)
-    return Mirror(backend, settings, folder, anew=anew)
+    return BackgroundTracker(backend, settings, folder, anew=anew)

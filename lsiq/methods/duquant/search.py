@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lsiq.linalg.hadamard import random_orthogonal
-from lsiq.linalg.rotation import Rotation, Stage
+from lsiq.linalg.rotation import Rotation, RotationStage
 
 
 def find_rotation(x: Tensor, block: int, steps: int, permutations: int, generator: torch.Generator) -> Rotation:
@@ -20,12 +20,12 @@ def find_rotation(x: Tensor, block: int, steps: int, permutations: int, generato
     n = x.shape[1]
     width = max((size for size in range(2, min(block, n) + 1) if n % size == 0), default=n)
     order = torch.arange(n, device=x.device)
-    stages: list[Stage] = []
+    stages: list[RotationStage] = []
     for turn in range(permutations + 1):
         if turn:
             order = zigzag(x.abs().amax(0), width)
         blocks = greedy_blocks(x[:, order].unflatten(1, (-1, width)), steps, generator)
-        stage = Stage(order, x.new_ones(n), blocks)
+        stage = RotationStage(order, x.new_ones(n), blocks)
         stages.append(stage)
         x = stage.apply(x)
     return Rotation(tuple(stages))

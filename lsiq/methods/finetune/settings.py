@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from lsiq.learning.schedule import Course
+from lsiq.learning.schedule import TrainingSchedule
 from lsiq.methods.base import Method, Traits, WholeMethod, chain
 from lsiq.methods.learned import Learned
 from lsiq.models.context import Context, Need
@@ -67,7 +67,7 @@ class FineTune(Traits):
     loss: Literal["text", "float"] = Field(
         "float", description="text (next token) or float (divergence from the model)"
     )
-    training: Course = Field(description="how they are trained")
+    training: TrainingSchedule = Field(description="how they are trained")
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.start is None):

@@ -72,7 +72,7 @@ class GPTQ(Traits):
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
         done: dict[str, QuantizedTensor] = {}
-        first = [stage[0] for stage in block.spec.stages]  # linears of a stage share their input
+        first = [measured_stage[0] for measured_stage in block.spec.stages]  # linears of a stage share their input
         grams = {} if self.true_sequential else self._grams(block, {}, first, quant, context)
         lost = 0.0
         for linears in block.spec.stages:
@@ -95,12 +95,12 @@ class GPTQ(Traits):
         import torch
 
         from lsiq.calib.gram import input_grams
-        from lsiq.runtime.timing import stage
+        from lsiq.runtime.timing import measured_stage
 
         assert context.inputs is not None
         product = torch.float64 if self.precision == "float64" else torch.float32
         weights = {name: tensor.decode() for name, tensor in done.items()}
-        with stage("statistics"):
+        with measured_stage("statistics"):
             return input_grams(block, weights, context.inputs, context.batch, linears, quant.activation, product)
 
     def _round_stage(
@@ -115,7 +115,7 @@ class GPTQ(Traits):
         from lsiq.calib.gram import output_error
         from lsiq.formats.tensor import QuantizedTensor
         from lsiq.methods.gptq.columns import factorise, round_with_feedback
-        from lsiq.runtime.timing import stage
+        from lsiq.runtime.timing import measured_stage
 
         names = [f"{name}.weight" for name in linears]
         for name in names:
@@ -125,9 +125,9 @@ class GPTQ(Traits):
                 )
         stacked = torch.cat([block.weights[name] for name in names])
         where = f"block {block.index}, {linears[0]}"
-        with stage("factorise"):
+        with measured_stage("factorise"):
             curvature = factorise(gram, self.act_order, self.damping, self.precision, where)
-        with stage("round"):
+        with measured_stage("round"):
             found = round_with_feedback(stacked, curvature, quant.weight, self.static_groups, self.block_size)
         rows = [len(block.weights[name]) for name in names]
         parts = zip(names, found.codes.split(rows), found.scale.split(rows), found.zero.split(rows), strict=True)

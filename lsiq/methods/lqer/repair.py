@@ -16,7 +16,7 @@ from lsiq.models.block import Block
 from lsiq.models.context import Context
 from lsiq.models.result import BlockResult
 from lsiq.runtime import processes
-from lsiq.runtime.timing import stage
+from lsiq.runtime.timing import measured_stage
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
@@ -32,14 +32,14 @@ def repair(
     """
     block = block.turning(result)
     floats = {name: result.reference.get(name, block.weights[name]) for name in block.linears}
-    with stage("statistics"):
+    with measured_stage("statistics"):
         costs = input_costs(settings, {**result.floats, **floats}, block, quant, context)
     fmt = settings.factor_format(quant)
     branches, left = {}, 0.0
     for name in block.linears:
         decoded = result.weights[name].decode().to(floats[name].device)
         error, cost = (floats[name] - decoded).double(), costs[name]
-        with stage("low rank"):
+        with measured_stage("low rank"):
             up, down = project(error, cost, min(settings.rank, *error.shape))
         branches[name] = round_factors(up.float(), down.float(), fmt, name)
         kept_up, kept_down = branches[name].decode()
