@@ -33,8 +33,8 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    # Torch's threads spin while they wait for each other; beside other work on the same cores that takes ten times as
-    # long as sleeping does. Read when torch is imported, which is later.
+    # Torch's threads spin while they wait for each other; beside other work on the same cores that takes several
+    # times as long as sleeping does. Read when torch is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with reporting(Path(__file__).parent / "conf"):
         main()
