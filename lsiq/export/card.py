@@ -79,7 +79,7 @@ def _settings(described: Described, record: Record) -> list[str]:
     return [
         "| setting | value |",
         "| --- | --- |",
-        f"| run | `{record.run_id}` |",
+        *([f"| run | `{record.run_id}` |"] if record.run_id else []),  # a model of lsiq.quantize is of no run
         f"| method | {described.method} |",
         f"| weights | {_weights(described)} |",
         f"| activations | {_activations(described)} |",
