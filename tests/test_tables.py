@@ -29,14 +29,14 @@ from lsiq.tables.papers.layout import study_jobs
 from lsiq.tables.papers.perplexity import bundled_perplexity
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
 from lsiq.tables.published import Literature, Published
-from lsiq.tables.render import README_MARKS, in_readme, render
+from lsiq.tables.render import README_MARKS, execute, in_readme, notebooks, render
 from lsiq.tables.runs import Run, read_runs, without_nulls
 from lsiq.tables.study import Runs, Sample, load
 from lsiq.tables.table import Cell, Row, Table, best_in_bold
 from lsiq.tables.traces import read_traces
 
 ROOT = CONF.parent
-NOTEBOOKS = sorted((ROOT / "analysis").glob("*.ipynb"))
+NOTEBOOKS = notebooks()
 SmallRun = Callable[..., DictConfig]
 
 
@@ -373,6 +373,15 @@ def test_notebooks_are_stored_without_outputs() -> None:
         code = [cell for cell in cells if cell["cell_type"] == "code"]
         assert not any(cell["outputs"] or cell["execution_count"] for cell in code), file.name
         assert all(len(cell["source"]) < 16 for cell in code), f"{file.name}: work belongs into lsiq/tables"
+
+
+@pytest.mark.slow
+def test_the_tour_of_the_python_interface_runs() -> None:
+    shown = execute(ROOT / "analysis" / "tour.ipynb")
+    printed = [
+        output.text for cell in shown.cells for output in cell.get("outputs", ()) if output.output_type == "stream"
+    ]
+    assert any("method.training.epochs=-1" in text for text in printed)
 
 
 def test_executing_the_notebooks_gives_the_committed_tables_byte_for_byte() -> None:

@@ -44,7 +44,7 @@ class MemoryStore:
     def kept(self, depth: int) -> list[StoredBlock]:
         """Return the finished blocks from the first on, up to where one is missing; tensors left out."""
         there = next((index for index in range(depth) if index not in self._blocks), depth)
-        return [StoredBlock(BlockResult({}), self._blocks[index].digest, self._reports[index]) for index in range(there)]
+        return [StoredBlock(BlockResult({}), self._blocks[i].digest, self._reports[i]) for i in range(there)]
 
     def restore(self, index: int, before: Digest) -> StoredBlock | None:
         """Return a block if it is there."""

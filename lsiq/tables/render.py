@@ -109,6 +109,11 @@ def in_readme(readme: str, main: str) -> str:
     return "\n".join([f"{before}{begin}\n", *table[:2], *rows, f"\n{end}{rest.partition(end)[2]}"])
 
 
+def notebooks() -> list[Path]:
+    """Return the notebooks that are pages of docs/tables; the tour shows the Python interface instead."""
+    return sorted(file for file in (ROOT / "analysis").glob("*.ipynb") if file.stem != "tour")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lsiq.tables.render", description=(__doc__ or "").partition("\n")[0]
@@ -117,7 +122,7 @@ def main() -> None:
     parser.add_argument("--png", action="store_true", help="write figures as PNG as well")
     given = parser.parse_args()
     try:
-        files = render(sorted((ROOT / "analysis").glob("*.ipynb")))
+        files = render(notebooks())
         write(files, given.out, given.png)
         if given.out.resolve() == (ROOT / "docs" / "tables").resolve():
             readme = ROOT / "README.md"
