@@ -1,8 +1,8 @@
 """Settings are frozen dataclasses whose fields carry their own rules; this module builds them from a composed config.
 
-A node with `_target_: lsiq.…` names the dataclass that its other keys fill. Only dataclasses of this package can be
-named, so a configuration cannot call anything. Modules that hold settings import without torch: a wrong key or value
-is then answered within a second.
+A node with `_target_: lsiq.…` names the dataclass that its other keys fill. Only dataclasses of this package and of
+`lsiq_plugins`, where a user's own stand, can be named, so a configuration cannot call anything else. Modules that hold
+settings import without torch: a wrong key or value is then answered within a second.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from lsiq.errors import ConfigError
 
 T = TypeVar("T")
+_MAY_BE_NAMED = ("lsiq.", "lsiq_plugins.")
 _STRICT = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
 
 
@@ -59,8 +60,8 @@ def describe_settings(value: Any) -> dict[str, Any]:
 
 def find_target(target: Any, key: str) -> type:
     """Return the settings class that the dotted name `target` stands for."""
-    way_out = "name a settings class of this package, such as lsiq.methods.rtn.RTN"
-    if not isinstance(target, str) or not target.startswith("lsiq."):
+    way_out = "name a settings class of this package, such as lsiq.methods.rtn.RTN, or one in lsiq_plugins/"
+    if not isinstance(target, str) or not target.startswith(_MAY_BE_NAMED):
         raise ConfigError(f"{key}._target_={target}: only classes of the package lsiq may be built; {way_out}")
     module, _, name = target.rpartition(".")
     try:
@@ -68,7 +69,7 @@ def find_target(target: Any, key: str) -> type:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}._target_={target}: no such class; {way_out}") from error
     if not (isinstance(found, type) and is_dataclass(found) and hasattr(found, "__pydantic_fields__")) or not (
-        found.__module__.startswith("lsiq.")
+        found.__module__.startswith(_MAY_BE_NAMED)
     ):
         raise ConfigError(f"{key}._target_={target}: not a settings class; {way_out}")
     return found

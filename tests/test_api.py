@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lsiq
 
@@ -25,10 +25,10 @@ def test_every_name_that_lsiq_offers_is_there():
 
 @pytest.mark.parametrize("method", ["gptq", "lsi", "rotate", "best"])
 def test_quantize_makes_the_blocks_that_a_run_makes_bit_for_bit(method, tmp_path, checkpoints):
-    words = ["quant=w3a16g64"] if method != "best" else ["quant=w2a16g64"]
+    words = ("quant=w3a16", "quant.weight.group=32")
     path, epochs = checkpoints["llama"], {"lsi": 1, "best": 1}.get(method)
     values = {} if epochs is None else {"epochs": epochs}
-    quant = lsiq.format(words[0].partition("=")[2])
+    quant = lsiq.format("w3a16", "quant.weight.group=32")
     model = lsiq.load_model(path, "model.seqlen=64")
     overrides = ["method.weight_only.start.training.epochs=1"] if method == "best" else []
     made = lsiq.quantize(model, lsiq.recipe(method, *overrides, **values), quant, lsiq.tokens("bundled", **SMALL))
@@ -36,7 +36,7 @@ def test_quantize_makes_the_blocks_that_a_run_makes_bit_for_bit(method, tmp_path
     record = lsiq.run(
         *(f"model.path={path}", "model.seqlen=64", *words, f"method={method}", "calib.samples=4", *overrides),
         *([f"{place}.epochs={epochs}"] if epochs else []),
-        *("eval.windows=2", "tracker=none", f"paths.runs={tmp_path}"),
+        *("calib=bundled", "eval.windows=2", "tracker=none", f"paths.runs={tmp_path}"),
     )
     assert made.average_bits == record.average_bits
     assert made.calibration == record.calibration
@@ -45,39 +45,34 @@ def test_quantize_makes_the_blocks_that_a_run_makes_bit_for_bit(method, tmp_path
     assert lsiq.perplexity(model, "bundled", windows=2).value == record.metrics["float/ppl/bundled@64"]
 
 
-def test_a_model_of_transformers_in_memory_needs_no_disk_and_stays_as_it_is():
-    module = tiny_model("llama")
+def in_memory(checkpoints):
+    return AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
+
+
+def test_a_model_of_transformers_in_memory_needs_no_disk_and_stays_as_it_is(checkpoints):
+    module = in_memory(checkpoints)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     ids = torch.randint(0, module.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
     model = lsiq.load_model(module)
     with torch.no_grad():
         expected = module(input_ids=ids).logits
     assert (model.logits(ids) - expected).abs().max() < 1e-5  # seen: 0 to 5e-7, another kernel of attention
-    small = lsiq.quantize(module, lsiq.recipe("gptq"), lsiq.format("w4a16g64"), ids)
+    small = lsiq.quantize(module, lsiq.recipe("gptq"), lsiq.format("w4a16"), ids)
     assert (small.logits(ids) - expected).abs().max() > 0
     assert lsiq.perplexity(small, ids).tokens == 4 * 31
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
-def test_a_model_in_memory_is_exported_and_reads_back(tmp_path):
-    from transformers import AutoTokenizer
-
-    module = tiny_model("llama")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path_of_bundled_tokenizer())
-    model = lsiq.load_model(module, tokenizer=tokenizer)
-    small = lsiq.quantize(model, lsiq.recipe("rtn"), lsiq.format("w4a16g64"))
+def test_a_model_in_memory_is_exported_and_reads_back(tmp_path, checkpoints):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
+    model = lsiq.load_model(in_memory(checkpoints), tokenizer=tokenizer)
+    small = lsiq.quantize(model, lsiq.recipe("rtn"), lsiq.format("w4a16"))
     found = small.export("plain", tmp_path / "out")
     assert found["status"] == "finished"
     assert found["checks"][0]["difference"] <= found["checks"][0]["tolerance"]
 
 
-def tmp_path_of_bundled_tokenizer():
-    from lsiq.assets import bundled_model
-
-    return bundled_model("tiny-llama")
-
-
-def test_wrong_words_are_the_errors_of_the_command_line():
+def test_wrong_words_are_the_errors_of_the_command_line(checkpoints):
     with pytest.raises(lsiq.ConfigError, match="quant=w9: no such choice; use one of"):
         lsiq.format("w9")
     with pytest.raises(lsiq.ConfigError, match=r"epoch=3: method lsi has no such setting; it has .*epochs"):
@@ -87,14 +82,14 @@ def test_wrong_words_are_the_errors_of_the_command_line():
     with pytest.raises(lsiq.ConfigError, match="sample=4: calib=bundled has no such setting"):
         lsiq.tokens("bundled", sample=4)
     with pytest.raises(lsiq.ConfigError, match="method gptq needs calibration tokens"):
-        lsiq.quantize(tiny_model("llama"), lsiq.recipe("gptq"), lsiq.format("w4a16g64"))
+        lsiq.quantize(in_memory(checkpoints), lsiq.recipe("gptq"), lsiq.format("w4a16"))
     with pytest.raises(lsiq.InputError, match="no such folder"):
         lsiq.load_model("nowhere/at-all")
 
 
 def test_records_are_a_table(tmp_path, checkpoints):
     lsiq.run(
-        *(f"model.path={checkpoints['llama']}", "model.seqlen=64", "quant=w4a16g64", "method=rtn", "calib=none"),
+        *(f"model.path={checkpoints['llama']}", "model.seqlen=64", "quant=w4a16", "method=rtn", "calib=none"),
         *("eval.windows=1", "tracker=none", f"paths.runs={tmp_path}"),
     )
     table = lsiq.records(tmp_path)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from lsiq.cli.folders import conf_folder, user_folder
 from lsiq.cli.hydra_guard import guarded
 from lsiq.cli.messages import choices, explain_hydra
 from lsiq.errors import ConfigError
+from lsiq.runtime.plugins import find_in
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -22,6 +25,7 @@ def compose(*overrides: str) -> DictConfig:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    find_in(Path.cwd())
     own = user_folder()
     path = [] if own is None else [f"hydra.searchpath=[file://{own.resolve()}]"]
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 from lsiq.cli.folders import conf_folder, user_folder
 from lsiq.cli.messages import one_line, reporting
 from lsiq.experiment.run import run
+from lsiq.runtime.plugins import find_in
 from lsiq.runtime.processes import together
 from lsiq.runtime.signals import terminable
 from lsiq.runtime.terminal import be_brief
@@ -63,6 +65,7 @@ def main() -> None:
             sys.argv[1 : 1 + words] = before
             importlib.import_module(module).main()
             return
+    find_in(Path.cwd())
     own = user_folder()
     if own is not None and not any(word.split("=")[0] in ("--config-dir", "-cd") for word in sys.argv):
         sys.argv += ["--config-dir", str(own)]

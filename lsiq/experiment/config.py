@@ -13,7 +13,6 @@ from lsiq.errors import ConfigError
 from lsiq.evals.settings import EvalSettings
 from lsiq.experiment.composed import named_config, recipe_family
 from lsiq.export.base import Exporter, refuse_method
-from lsiq.formats.integer import Integer
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.methods.finetune import FineTune
@@ -57,7 +56,7 @@ class RunConfig:
                     f"model.outliers={self.model.outliers}: is an exercise that is not exported; use model.outliers=0"
                 )
             refuse_method(self.method, self.export)
-        if isinstance(self.method, FineTune) and self.method.scales and not isinstance(self.quant.weight, Integer):
+        if isinstance(self.method, FineTune) and self.method.scales and not self.quant.weight.trains_steps:
             raise ValueError(
                 f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are powers of two and "
                 "cannot be trained; use method.scales=null or an integer format"

@@ -20,7 +20,6 @@ import torch
 from lsiq.data.tokens import random_windows
 from lsiq.experiment.probe import ProbedBlock, probe_block, probe_evaluation, shortened
 from lsiq.experiment.quantize import prepare_model
-from lsiq.formats.mxint import MXInt
 from lsiq.methods.base import Method, chain
 from lsiq.methods.finetune import FineTune
 from lsiq.methods.finetune.tuned_block import TunedBlock
@@ -95,7 +94,7 @@ def narrowed(architecture: Mapping[str, Any], quant: QuantSettings, depth: int) 
     width, heads = int(shape["hidden_size"]), int(shape["num_attention_heads"])
     head = int(shape.get("head_dim") or width // heads)
     weight = quant.weight
-    group = (weight.block if isinstance(weight, MXInt) else getattr(weight, "group", None)) or 1
+    group = weight.width or 1
     fewer = min(heads, max(2, WIDTH // head))
     while fewer < heads and fewer * head % group:
         fewer += 1

@@ -11,6 +11,7 @@ from lsiq.errors import InputError
 from lsiq.experiment.config import RunConfig
 from lsiq.experiment.identity import identify_inputs
 from lsiq.results.record import Record, versions
+from lsiq.runtime.plugins import plugins_hash
 from lsiq.runtime.sources import source_hash
 
 # Whose code decides what a block becomes, and whose does not: an evaluation may be mended after it failed.
@@ -37,6 +38,7 @@ def stamp(record: Record) -> str:
         kept,
         precision,
         source_hash(*DECIDES_BLOCKS),
+        *filter(None, [plugins_hash()]),
     ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lsiq.export.base import Exporter
-from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.formats.quant import QuantSettings
 from lsiq.models.settings import ModelSettings
 from lsiq.results.record import Record, command_line
@@ -79,7 +78,7 @@ def _settings(described: Described, record: Record) -> list[str]:
     return [
         "| setting | value |",
         "| --- | --- |",
-        f"| run | `{record.run_id}` |",
+        *([f"| run | `{record.run_id}` |"] if record.run_id else []),  # a model of lsiq.quantize is of no run
         f"| method | {described.method} |",
         f"| weights | {_weights(described)} |",
         f"| activations | {_activations(described)} |",
@@ -90,21 +89,12 @@ def _settings(described: Described, record: Record) -> list[str]:
 
 
 def _weights(described: Described) -> str:
-    fmt = described.quant.weight
-    if isinstance(fmt, MXInt):
-        return f"{fmt.bits} bits with their sign, blocks of {fmt.block} inputs with an exponent of {fmt.exponent} bits"
-    kind = "symmetric" if fmt.symmetric else "asymmetric"
-    shared = f"groups of {fmt.group} inputs" if fmt.group else "one scale per output channel"
-    return f"{fmt.bits} bits, {kind}, {shared}, {fmt.scale} scales"
+    return described.quant.weight.words
 
 
 def _activations(described: Described) -> str:
     fmt = described.quant.activation
-    if not fmt.active:
-        return "float"
-    if isinstance(fmt, MXActivation):
-        return f"{fmt.bits} bits, blocks of {fmt.block} channels with an exponent of {fmt.exponent} bits"
-    return f"{fmt.bits} bits per {fmt.per}, ranges found while it runs"
+    return fmt.words if fmt.active else "float"
 
 
 def _calibration(described: Described, record: Record) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float
 from lsiq.formats.activation import Activation
-from lsiq.formats.mxint import MXActivation
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class CompressedTensors(Destination):
                 "export=compressed-tensors quantises the inputs of linears, not queries, keys, values or attention "
                 "weights; quantise with quant.activation.attention=false quant.activation.softmax=false"
             )
-        if isinstance(activation, MXActivation) or activation.per != "token" or activation.symmetric:
+        if not isinstance(activation, Activation) or activation.per != "token" or activation.symmetric:
             raise ValueError(
                 "export=compressed-tensors: its loaders round symmetric activations with another step and a whole "
                 "tensor over another batch; quantise with quant.activation.per=token quant.activation.symmetric=false"

@@ -44,6 +44,14 @@ class Activation:
     def active(self) -> bool:
         return self.bits < 16
 
+    @property
+    def suffix(self) -> str:
+        return ""
+
+    @property
+    def words(self) -> str:
+        return f"{self.bits} bits per {self.per}, ranges found while it runs"
+
     def fake(self, x: Tensor) -> Tensor:
         """Return `x (…, channels)` on its grid, in its own dtype; rounding lets gradients straight through."""
         if not self.active:

@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
-from lsiq.formats.activation import Activation
-from lsiq.formats.integer import Integer
-from lsiq.formats.mxint import MXActivation, MXInt
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-WeightFormat = Integer | MXInt
-ActivationFormat = Activation | MXActivation
+from lsiq.formats.grid import Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WeightFormat = Grid
+
+
+@runtime_checkable
+class ActivationFormat(Protocol):
+    """Settings that round what enters a linear, and queries, keys and values where `attention` says so.
+
+    Attributes:
+        bits: per activation; 16 leaves them in float.
+        attention: whether queries, keys and values are rounded too.
+        softmax: whether attention weights are.
+    """
+
+    bits: int
+    attention: bool
+    softmax: bool
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is rounded."""
+        ...
+
+    @property
+    def suffix(self) -> str:
+        """What the name of a setting says of the format; empty for integers."""
+        ...
+
+    @property
+    def words(self) -> str:
+        """The format in words, for model cards."""
+        ...
+
+    def fake(self, x: Tensor) -> Tensor:
+        """Return `x (…, channels)` as the format holds it, in its own dtype; rounding lets gradients through."""
+        ...
+
+    def fake_softmax(self, weights: Tensor) -> Tensor:
+        """Return attention weights in 0 … 1 as the format holds them."""
+        ...

@@ -17,9 +17,20 @@ class Grid(ABC):
     A format says how wide its groups are (`width`), which codes it has (`lowest … levels`) and how `fit` makes scale
     and zero point from the extremes of a group; fake, encode and decode are the same for all, so they agree bit for
     bit.
+
+    Attributes:
+        bits: per weight, as the name of a setting has them; 16 leaves weights in float.
+        lowest: the smallest code.
+        width_key: the setting that says how wide groups are.
+        separator: what stands between the bits and the suffix in the name of a setting.
+        trains_steps: whether steps are numbers of their own that can be trained, not powers of two or the like.
     """
 
-    lowest = 0  # the smallest code
+    bits: int
+    lowest = 0
+    width_key = "group"
+    separator = "-"
+    trains_steps = False
 
     @property
     @abstractmethod
@@ -30,6 +41,24 @@ class Grid(ABC):
     @abstractmethod
     def width(self) -> int | None:
         """Inputs that share a scale; None for a whole output channel."""
+
+    @property
+    @abstractmethod
+    def suffix(self) -> str:
+        """What the name of a setting says after the bits."""
+
+    @property
+    @abstractmethod
+    def words(self) -> str:
+        """The format in words, for model cards."""
+
+    @abstractmethod
+    def stored_bits(self, out_features: int, in_features: int) -> int:
+        """Return the bits that a weight of this shape takes, all that decodes it counted."""
+
+    def check(self, in_features: int, name: str) -> None:
+        """Raise ConfigError unless the groups divide `in_features`, the input width of the linear `name`."""
+        check_divides(f"quant.weight.{self.width_key}", self.width, in_features, name)
 
     def grouped(self, w: Tensor) -> Tensor:
         """View `w (out, in)` as `(out, groups, width)`."""

@@ -40,6 +40,9 @@ class Integer(Grid):
     symmetric: bool = Field(False, description="true or false")
     scale: Literal["float32", "float16"] = Field("float32", description="float32 or float16")
 
+    separator = ""
+    trains_steps = True
+
     def __post_init__(self) -> None:
         if 8 < self.bits < 16:
             raise ValueError(
@@ -59,6 +62,12 @@ class Integer(Grid):
     def suffix(self) -> str:
         """What the name of a setting says after the bits: the group size and symmetry."""
         return (f"g{self.group}" if self.group else "") + ("-sym" if self.symmetric else "")
+
+    @property
+    def words(self) -> str:
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        shared = f"groups of {self.group} inputs" if self.group else "one scale per output channel"
+        return f"{self.bits} bits, {kind}, {shared}, {self.scale} scales"
 
     def check(self, in_features: int, name: str) -> None:
         """Raise ConfigError unless the groups divide `in_features`, the input width of the linear `name`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.formats.activation import check_activation_bits
-from lsiq.formats.grid import Grid, check_divides, round_through
+from lsiq.formats.grid import Grid, round_through
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class MXInt(Grid):
     exponent: Literal[4, 8] = Field(8, description="bits of the shared exponent, 4 or 8")
 
     lowest = 1  # magnitudes are symmetric: the code 0 is not used
+    width_key = "block"
 
     @property
     def levels(self) -> int:
@@ -57,9 +58,11 @@ class MXInt(Grid):
         """What the name of a setting says after the bits: the format, and what is not usual about it."""
         return _suffix(self.block, self.exponent)
 
-    def check(self, in_features: int, name: str) -> None:
-        """Raise ConfigError unless the blocks divide `in_features`, the input width of the linear `name`."""
-        check_divides("quant.weight.block", self.block, in_features, name)
+    @property
+    def words(self) -> str:
+        return (
+            f"{self.bits} bits with their sign, blocks of {self.block} inputs with an exponent of {self.exponent} bits"
+        )
 
     def fit(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Return step and zero point, both `(out, blocks, 1)`, of the block whose weights span `lo … hi`.
@@ -108,6 +111,10 @@ class MXActivation:
     def suffix(self) -> str:
         """What tells this format from the usual one."""
         return _suffix(self.block, self.exponent)
+
+    @property
+    def words(self) -> str:
+        return f"{self.bits} bits, blocks of {self.block} channels with an exponent of {self.exponent} bits"
 
     def fake(self, x: Tensor) -> Tensor:
         """Return `x (…, channels)` on its grid, in its own dtype; rounding lets gradients straight through."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pydantic import Field
 
 from lsiq.formats.base import ActivationFormat, WeightFormat
-from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.settings import settings
 
 
@@ -13,9 +12,9 @@ from lsiq.settings import settings
 class QuantSettings:
     """The number formats of the linears in every block."""
 
-    weight: WeightFormat = Field(description="a _target_ under lsiq.formats with its settings: Integer or MXInt")
+    weight: WeightFormat = Field(description="a weight format with its settings, such as lsiq.formats.integer.Integer")
     activation: ActivationFormat = Field(
-        description="a _target_ under lsiq.formats with its settings: Activation or MXActivation"
+        description="an activation format with its settings, such as lsiq.formats.activation.Activation"
     )
 
     def __post_init__(self) -> None:
@@ -29,14 +28,12 @@ class QuantSettings:
     def name(self) -> str:
         """The field's name of the setting, such as w4a16g128; made from the formats, so an override cannot belie it.
 
-        Blocks say -mxint; activations in another format than the weights add theirs.
+        Formats other than integers say their own name; activations in another format than the weights add theirs.
         """
         if self.weight.bits == 16 and self.activation.bits == 16:
             return "fp16"
-        blocks = isinstance(self.weight, MXInt)
-        name = f"w{self.weight.bits}a{self.activation.bits}{'-' if blocks else ''}{self.weight.suffix}"
-        if not self.activation.active:
+        weight, activation = self.weight, self.activation
+        name = f"w{weight.bits}a{activation.bits}{weight.separator}{weight.suffix}"
+        if not activation.active or activation.suffix == (weight.suffix if weight.separator else ""):
             return name
-        if isinstance(self.activation, MXActivation):
-            return name if self.activation.suffix == self.weight.suffix else f"{name}-a{self.activation.suffix}"
-        return f"{name}-aint" if blocks else name
+        return f"{name}-a{activation.suffix or 'int'}"

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lsiq.errors import ConfigError
-from lsiq.formats.mxint import MXInt
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
@@ -37,7 +36,7 @@ def check_groups(quant: QuantSettings, shape: Mapping[str, Any], model: str) -> 
     widths = input_widths(shape)
     for key, width in widths.items():
         if width % group:
-            field = "block" if isinstance(quant.weight, MXInt) else "group"
+            field = quant.weight.width_key
             fits = largest_group(list(widths.values()), group)
             raise ConfigError(
                 f"quant.weight.{field}={group} does not divide {key}={width} of {model}; use quant.weight.{field}="

@@ -28,6 +28,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._blocks: dict[int, Stored] = {}
+        self._reports: dict[int, Mapping[str, Any]] = {}
         self._model: dict[str, Tensor] = {}
 
     def open(self) -> None:
@@ -43,23 +44,24 @@ class MemoryStore:
     def kept(self, depth: int) -> list[StoredBlock]:
         """Return the finished blocks from the first on, up to where one is missing; tensors left out."""
         there = next((index for index in range(depth) if index not in self._blocks), depth)
-        return [StoredBlock(BlockResult({}), self._blocks[index].digest, {}) for index in range(there)]
+        return [StoredBlock(BlockResult({}), self._blocks[index].digest, self._reports[index]) for index in range(there)]
 
     def restore(self, index: int, before: Digest) -> StoredBlock | None:
         """Return a block if it is there."""
         del before  # blocks of another state cannot be here
         if index not in self._blocks:
             return None
-        return StoredBlock(self.read(index), self._blocks[index].digest, {})
+        return StoredBlock(self.read(index), self._blocks[index].digest, self._reports[index])
 
     def write(
         self, index: int, result: BlockResult, before: Digest | None = None, report: Mapping[str, Any] | None = None
     ) -> str:
-        """Keep a block, and return the digest of its tensors."""
-        del before, report
+        """Keep a block and its report, and return the digest of its tensors."""
+        del before
         tensors, metadata = to_tensors(result)
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self._blocks[index] = Stored(plain, metadata, tensor_digest(plain))
+        self._reports[index] = dict(report or {})
         return self._blocks[index].digest
 
     def read(self, index: int) -> BlockResult:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lsiq.formats.integer import Integer
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.models.block import Block
 from lsiq.models.context import Context
@@ -126,7 +125,7 @@ class TunedBlock:
         grid = self.grids[name]
         if name not in self.growth:
             return grid
-        assert isinstance(grid.format, Integer)  # the configuration refuses to train other formats' step sizes
+        assert grid.format.trains_steps  # the configuration refuses to train other formats' step sizes
         return replace(grid, scale=grid.format.storable(grid.scale * self.growth[name].exp()))
 
     def _in_steps(self, draft: Draft, name: str) -> Tensor:

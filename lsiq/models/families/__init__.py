@@ -9,6 +9,7 @@ from typing import Any
 
 from lsiq.errors import InputError
 from lsiq.models.spec import ModelSpec
+from lsiq.runtime import plugins
 
 # What the configuration of a model has that no family here has, by the keys that say so.
 _OTHER_KINDS = {
@@ -46,7 +47,8 @@ def find_spec(model_type: str, where: str) -> ModelSpec:
 
 
 def families() -> dict[str, ModelSpec]:
-    """Return what is known of each family, by `config.model_type`: every `ModelSpec` in a module of this folder."""
-    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
-    known = (value for module in modules for value in vars(module).values() if isinstance(value, ModelSpec))
+    """Return what is known of each family, by `config.model_type`: every `ModelSpec` here and of plug-ins."""
+    own = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    values = (value for module in (*own, *plugins.modules()) for value in vars(module).values())
+    known = (value for value in values if isinstance(value, ModelSpec))
     return {spec.model_type: spec for spec in known}
