@@ -92,7 +92,7 @@ def test_the_whole_model_comes_closer_to_the_float_one_at_the_same_codes(
     "part",
     [
         "{_target_: lsiq.parts.singular.Singular, corner: 8, lr: 0.01}",
-        "{_target_: lsiq.parts.dense.Dense, tensors: all}",
+        "{_target_: lsiq.parts.dense.Dense, lr: 0.001, tensors: all}",
     ],
     ids=["singular", "dense"],
 )
@@ -137,7 +137,7 @@ def test_wrong_settings_of_fine_tuning_name_the_way_out() -> None:
         (["method.run=null"], "run and start: give one of them"),
         (["method.run=x", "method.scales=null", "method.floats=null"], "leaves nothing to train"),
         (
-            ["method.run=x", "method.part={_target_: lsiq.parts.clip.Clip}"],
+            ["method.run=x", "method.part={_target_: lsiq.parts.clip.Clip, lr: 0.01}"],
             "part=Clip: .* use singular, expansion or dense",
         ),
     ):

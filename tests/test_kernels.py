@@ -38,21 +38,24 @@ from lsiq.kernels.activation import FusedActivation
 from lsiq.learning.fused_weights import FusedWeights, Scaled, uncovered
 
 A16 = Activation()
-ALL: tuple[Part, ...] = (Singular(corner=8), Equivalent(), Clip())
+ALL: tuple[Part, ...] = (Singular(corner=8, lr=1e-3), Equivalent(), Clip(lr=1e-2))
 CASES: dict[str, tuple[tuple[Part, ...], Integer]] = {
     "2 bits": (ALL, Integer(bits=2, group=32)),
     "3 bits, symmetric": (ALL, Integer(bits=3, group=32, symmetric=True)),
     "4 bits, by channel": (ALL, Integer(bits=4, group=None)),
-    "8 bits, scales in half precision": ((Clip(),), Integer(bits=8, group=16, scale="float16")),
-    "symmetric by channel, full range": ((Singular(),), Integer(bits=4, group=None, symmetric=True)),
-    "linear clipping alone": ((Clip(form="linear"),), Integer(bits=3, group=32)),
+    "8 bits, scales in half precision": ((Clip(lr=1e-2),), Integer(bits=8, group=16, scale="float16")),
+    "symmetric by channel, full range": ((Singular(lr=1e-3, corner=0),), Integer(bits=4, group=None, symmetric=True)),
+    "linear clipping alone": ((Clip(form="linear", lr=1e-2),), Integer(bits=3, group=32)),
     "scales alone": ((Equivalent(),), Integer(bits=4, group=32)),
-    "band": ((Expansion(width=3, corner=8), Clip()), Integer(bits=3, group=32)),
+    "band": ((Expansion(width=3, corner=8, lr=1e-3), Clip(lr=1e-2)), Integer(bits=3, group=32)),
     "upper band, few directions, larger corner": (
-        (Expansion(width=2, sides="upper", top=20, corner=30), Clip()),
+        (Expansion(width=2, sides="upper", top=20, corner=30, lr=1e-3), Clip(lr=1e-2)),
         Integer(bits=2, group=32),
     ),
-    "one linear": ((Singular(linears=["self_attn.q_proj"]), Clip()), Integer(bits=4, group=32)),
+    "one linear": (
+        (Singular(linears=["self_attn.q_proj"], lr=1e-3, corner=0), Clip(lr=1e-2)),
+        Integer(bits=4, group=32),
+    ),
 }
 
 
@@ -148,7 +151,7 @@ def test_weights_and_gradients_equal_the_plain_path_in_float32(small: dict[str, 
 
 
 def test_half_precision_products_lie_within_their_rounding(small: dict[str, Path]) -> None:
-    parts = (Expansion(width=2, product="float16"), Clip())
+    parts = (Expansion(width=2, product="float16", lr=1e-3, corner=0), Clip(lr=1e-2))
     quant = QuantSettings(weight=Integer(bits=4, group=32), activation=A16)
     block, states = shaken(parts, small["llama"], quant, torch.float32)
     half = replace(block, dtype=torch.float16)
@@ -161,7 +164,7 @@ def test_half_precision_products_lie_within_their_rounding(small: dict[str, Path
 
 
 def test_the_fused_product_keeps_tiny_increments(small: dict[str, Path]) -> None:
-    parts = (Singular(product="float16"),)
+    parts = (Singular(product="float16", lr=1e-3, corner=0),)
     block, states = shaken(parts, small["llama"], W2, torch.float32)
     states = [replace(states[0], parameters={k: torch.full_like(p, 1e-6) for k, p in states[0].parameters.items()})]
     fused = FusedWeights(parts, states, block, W2)
@@ -173,7 +176,7 @@ def test_the_fused_product_keeps_tiny_increments(small: dict[str, Path]) -> None
 
 
 def test_dead_groups_and_ties_have_the_plain_gradients_and_nan_stays(small: dict[str, Path]) -> None:
-    parts = (Clip(),)
+    parts = (Clip(lr=1e-2),)
     block, states = shaken(parts, small["llama"], W2, torch.float64)
     name = block.linears[0]
     weight = block.weights[name].clone()
@@ -206,7 +209,7 @@ def test_activations_and_their_gradients_equal_the_plain_ones(dtype: torch.dtype
 
 def test_learning_with_the_kernels_learns_what_the_plain_path_learns(small: dict[str, Path]) -> None:
     block, context = setting(small["llama"])
-    parts = (Singular(corner=8), Clip())
+    parts = (Singular(corner=8, lr=1e-3), Clip(lr=1e-2))
     outcomes = []
     for kernels in ("plain", "triton"):
         training = schedule_of(epochs=3, batch=8, kernels=kernels)
@@ -223,9 +226,9 @@ def test_what_the_kernels_do_not_cover_is_refused_with_the_reason(
     asked = schedule_of(kernels="triton")
     mx = QuantSettings(weight=MXInt(bits=4), activation=A16)
     for parts, quant, reason in (
-        ((Clip(),), mx, "integers of 2 to 8 bits"),
-        ((Rounding(), Clip()), W2, "in this order"),
-        ((Equivalent(), Singular()), W2, "in this order"),
+        ((Clip(lr=1e-2),), mx, "integers of 2 to 8 bits"),
+        ((Rounding(), Clip(lr=1e-2)), W2, "in this order"),
+        ((Equivalent(), Singular(lr=1e-3, corner=0)), W2, "in this order"),
         ((Equivalent(shift="always"),), W2, "not shifts"),
     ):
         shifted = [PartState({"input_layernorm:shift": torch.zeros(1)})]
@@ -235,8 +238,8 @@ def test_what_the_kernels_do_not_cover_is_refused_with_the_reason(
     if not torch.cuda.is_available():
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(ConfigError, match="on a GPU"):
-            choose(asked, (Clip(),), start_parts((Clip(),), block, W2, context), block, W2)
-        assert choose(schedule_of(), (Clip(),), [], block, W2) == "plain"
+            choose(asked, (Clip(lr=1e-2),), start_parts((Clip(lr=1e-2),), block, W2, context), block, W2)
+        assert choose(schedule_of(), (Clip(lr=1e-2),), [], block, W2) == "plain"
 
 
 def test_an_unknown_way_to_make_weights_is_refused() -> None:
@@ -267,7 +270,7 @@ def test_a_compiled_block_equals_the_plain_one_and_is_compiled_once(
 
 @pytest.mark.slow
 def test_compiled_weights_equal_the_plain_ones(small: dict[str, Path]) -> None:
-    parts = (Singular(), Clip(), Rounding())
+    parts = (Singular(lr=1e-3, corner=0), Clip(lr=1e-2), Rounding())
     block, states = shaken(parts, small["llama"], W2, torch.float32)
     plain, fast = plain_weights(parts, states, block, W2), compiled_weights(parts, states, block, W2)
     assert max(distance(fast[name], plain[name]) for name in plain) < 1e-4  # measured: 4e-7

@@ -34,18 +34,24 @@ CPU = torch.device("cpu")
 W2 = QuantSettings(weight=Integer(bits=2, group=32), activation=Activation())
 W4A4 = QuantSettings(weight=Integer(bits=4, group=32), activation=Activation(bits=4))
 PARTS: dict[str, tuple[Part, ...]] = {
-    "clip": (Clip(),),
+    "clip": (Clip(lr=1e-2),),
     "equivalent": (Equivalent(),),
-    "singular": (Singular(),),
-    "singular-corner": (Singular(corner=8),),
-    "all": (Singular(corner=8), Equivalent(), Clip()),
-    "band": (Expansion(width=3, corner=8), Clip()),
-    "hardened": (Rounding(hardening=0.5), Clip(form="linear")),
-    "rounding": (Rounding(), Clip(form="linear")),
-    "dense": (Dense(tensors="all"), Clip(search=True)),
-    "dense-steps": (Dense(unit="step"), Clip()),
-    "everything": (Expansion(), Equivalent(search=True), Dense(), Clip(search=True), Rounding()),
-    "fold-first": (Equivalent(), Singular(corner=8), Clip()),
+    "singular": (Singular(lr=1e-3, corner=0),),
+    "singular-corner": (Singular(corner=8, lr=1e-3),),
+    "all": (Singular(corner=8, lr=1e-3), Equivalent(), Clip(lr=1e-2)),
+    "band": (Expansion(width=3, corner=8, lr=1e-3), Clip(lr=1e-2)),
+    "hardened": (Rounding(hardening=0.5), Clip(form="linear", lr=1e-2)),
+    "rounding": (Rounding(), Clip(form="linear", lr=1e-2)),
+    "dense": (Dense(tensors="all", lr=1e-3), Clip(search=True, lr=1e-2)),
+    "dense-steps": (Dense(unit="step", lr=1e-3), Clip(lr=1e-2)),
+    "everything": (
+        Expansion(lr=1e-3, corner=0),
+        Equivalent(search=True),
+        Dense(lr=1e-3),
+        Clip(search=True, lr=1e-2),
+        Rounding(),
+    ),
+    "fold-first": (Equivalent(), Singular(corner=8, lr=1e-3), Clip(lr=1e-2)),
 }
 STILL = ("singular-corner", "clip", "band", "rounding", "dense")
 
@@ -172,7 +178,7 @@ def test_the_increment_gradient_is_the_published_one() -> None:
 
 def test_half_precision_products_keep_tiny_increments(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    exact, half = Singular(corner=4), Singular(corner=4, product="float16")
+    exact, half = Singular(corner=4, lr=1e-3), Singular(corner=4, product="float16", lr=1e-3)
     state = exact.start(block, W2, context)
     state = PartState({k: torch.full_like(p, 1e-6) for k, p in state.parameters.items()}, state.constants)
     name = block.linears[0]
@@ -183,11 +189,11 @@ def test_half_precision_products_keep_tiny_increments(checkpoint: Path) -> None:
 
 def test_only_the_chosen_linears_and_directions_are_trained(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    part = Singular(linears=["self_attn.q_proj"], top=5)
+    part = Singular(linears=["self_attn.q_proj"], top=5, lr=1e-3, corner=0)
     state = part.start(block, W2, context)
     assert {k: tuple(p.shape) for k, p in state.parameters.items()} == {"self_attn.q_proj.weight:increment": (5,)}
     with pytest.raises(Exception, match="has no nonsense"):
-        Singular(linears=["nonsense"]).start(block, W2, context)
+        Singular(linears=["nonsense"], lr=1e-3, corner=0).start(block, W2, context)
 
 
 @pytest.mark.parametrize("name", ["clip", "all"])
@@ -203,7 +209,7 @@ def test_learning_lowers_the_loss_of_rounding(checkpoint: Path, name: str) -> No
 
 def test_best_is_never_worse_than_the_start(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    wild = (Singular(lr=10.0),)  # a rate that ruins the block
+    wild = (Singular(lr=10.0, corner=0),)  # a rate that ruins the block
     learned = learn(wild, schedule_of(epochs=2, batch=4, keep="best"), block, W2, context)
     assert learned.best_epoch == -1
     assert all(p.abs().max() == 0 for p in learned.states[0].parameters.values())
@@ -212,7 +218,7 @@ def test_best_is_never_worse_than_the_start(checkpoint: Path) -> None:
 def test_a_staged_schedule_lets_late_parts_wait(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
     training = schedule_of(epochs=4, batch=4, schedule="staged", wait=2)
-    learned = learn((Singular(), Clip()), training, block, W2, context)
+    learned = learn((Singular(lr=1e-3, corner=0), Clip(lr=1e-2)), training, block, W2, context)
     name = f"singular:{block.linears[0]}:increment"
     assert learned.epochs[1].increments[name].abs().max() == 0
     assert learned.epochs[2].increments[name].abs().max() > 0
@@ -222,8 +228,8 @@ def test_a_staged_schedule_lets_late_parts_wait(checkpoint: Path) -> None:
 def test_every_precision_trains_to_about_the_same_loss(checkpoint: Path, precision: str) -> None:
     block, context = setting(checkpoint)
     training = schedule_of(epochs=6, batch=4, precision=precision)
-    learned = learn((Clip(),), training, block, W2, context)
-    reference = learn((Clip(),), schedule_of(epochs=6, batch=4), block, W2, replace(context, generator=fresh()))
+    learned = learn((Clip(lr=1e-2),), training, block, W2, context)
+    reference = learn((Clip(lr=1e-2),), schedule_of(epochs=6, batch=4), block, W2, replace(context, generator=fresh()))
     assert learned.epochs[-1].loss == pytest.approx(reference.epochs[-1].loss, rel=0.05)
 
 
@@ -233,9 +239,9 @@ def fresh() -> torch.Generator:
 
 def test_the_augmented_loss_is_larger_and_trains(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    plain = learn((Clip(),), schedule_of(epochs=1, batch=4), block, W2, context)
+    plain = learn((Clip(lr=1e-2),), schedule_of(epochs=1, batch=4), block, W2, context)
     both = learn(
-        (Clip(),), schedule_of(epochs=1, batch=4, aug_loss=True), block, W2, replace(context, generator=fresh())
+        (Clip(lr=1e-2),), schedule_of(epochs=1, batch=4, aug_loss=True), block, W2, replace(context, generator=fresh())
     )
     assert both.epochs[0].loss > plain.epochs[0].loss
 
@@ -247,7 +253,7 @@ def test_a_loss_that_is_not_finite_is_retried_and_then_stops_with_block_and_knob
     assert context.targets is not None
     spoiled = replace(context, targets=context.targets.clone().index_fill_(0, torch.tensor([0]), float("nan")))
     with pytest.raises(NumericalError, match=r"block 0: .*clip\.lr"):
-        learn((Clip(),), schedule_of(epochs=2, batch=4, retries=2), block, W2, spoiled)
+        learn((Clip(lr=1e-2),), schedule_of(epochs=2, batch=4, retries=2), block, W2, spoiled)
     assert "try 1 of 2" in " ".join(capsys.readouterr().err.split())
 
 
@@ -284,7 +290,7 @@ def test_models_that_cannot_be_folded_are_refused_with_the_reason(checkpoint: Pa
 
 def test_training_for_seconds_stops_after_the_epoch_that_passes_them(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    learned = learn((Clip(),), schedule_of(epochs=1000, batch=4, seconds=0.05), block, W2, context)
+    learned = learn((Clip(lr=1e-2),), schedule_of(epochs=1000, batch=4, seconds=0.05), block, W2, context)
     assert len(learned.epochs) in range(1, 1000)
 
 

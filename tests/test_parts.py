@@ -49,7 +49,7 @@ def dense_core(state: PartState, name: str) -> Tensor:
 @pytest.mark.parametrize("changes", [{}, {"corner": 40}, {"top": 33}, {"top": 5, "corner": 9}], ids=str)
 def test_the_band_is_that_of_the_dense_core(checkpoint: Path, sides: str, changes: dict[str, int]) -> None:
     block, context = setting(checkpoint)
-    part = Expansion(width=3, sides=sides, **changes)  # type: ignore[arg-type]
+    part = Expansion(width=3, sides=sides, lr=1e-3, **{"corner": 0, **changes})  # type: ignore[arg-type]
     (state,) = moved([part.start(block, W2, context)])
     for name in block.linears:
         core = dense_core(state, name)
@@ -62,7 +62,7 @@ def test_the_band_is_that_of_the_dense_core(checkpoint: Path, sides: str, change
 
 def test_the_change_of_a_weight_follows_from_its_core(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    part = Expansion(width=3, corner=8)
+    part = Expansion(width=3, corner=8, lr=1e-3)
     state = part.start(block, W2, context)
     learned = learn((part,), schedule_of(epochs=2), block, W2, context)
     for name in block.linears:
@@ -76,8 +76,10 @@ def test_the_change_of_a_weight_follows_from_its_core(checkpoint: Path) -> None:
 def test_a_band_without_width_is_lsi_bit_for_bit(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
     training = schedule_of(epochs=3)
-    lsi = learn((Singular(corner=4), Clip()), training, block, W2, context)
-    sde = learn((Expansion(width=0, corner=4), Clip()), training, block, W2, replace(context, generator=fresh()))
+    lsi = learn((Singular(corner=4, lr=1e-3), Clip(lr=1e-2)), training, block, W2, context)
+    sde = learn(
+        (Expansion(width=0, corner=4, lr=1e-3), Clip(lr=1e-2)), training, block, W2, replace(context, generator=fresh())
+    )
     assert [epoch.loss for epoch in lsi.epochs] == [epoch.loss for epoch in sde.epochs]
     for name, parameter in lsi.states[0].parameters.items():
         assert torch.equal(parameter, sde.states[0].parameters[name]), name
@@ -85,7 +87,7 @@ def test_a_band_without_width_is_lsi_bit_for_bit(checkpoint: Path) -> None:
 
 def test_half_precision_products_keep_a_tiny_band(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    exact, half = Expansion(width=2), Expansion(width=2, product="float16")
+    exact, half = Expansion(width=2, lr=1e-3, corner=0), Expansion(width=2, product="float16", lr=1e-3, corner=0)
     state = exact.start(block, W2, context)
     state = replace(state, parameters={k: torch.full_like(p, 1e-6) for k, p in state.parameters.items()})
     name = block.linears[0]
@@ -152,7 +154,7 @@ def test_hardening_starts_unrounded_and_ends_on_the_grid(checkpoint: Path) -> No
 def test_signed_steps_run_in_every_precision(checkpoint: Path, precision: str) -> None:
     block, context = setting(checkpoint)
     training = schedule_of(epochs=2, decay="linear", signed=["rounding"], precision=precision)
-    learned = learn((Rounding(), Clip()), training, block, W2, context)
+    learned = learn((Rounding(), Clip(lr=1e-2)), training, block, W2, context)
     assert all(p.isfinite().all() for state in learned.states for p in state.parameters.values())
 
 
@@ -166,7 +168,7 @@ def test_bulky_parameters_are_not_stored(checkpoint: Path) -> None:
 
 def test_training_all_tensors_changes_norms_too(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    parts = (Dense(tensors="all"),)
+    parts = (Dense(tensors="all", lr=1e-3),)
     learned = learn(parts, schedule_of(epochs=2), block, W2, context)
     result = merge(apply_parts(parts, learned.states, block), block, W2)
     assert set(result.floats) == set(block.weights) - set(block.linears)
@@ -178,7 +180,7 @@ def test_increments_in_steps_do_not_depend_on_the_scale_of_the_weights(checkpoin
     changes = []
     for factor in (1.0, 8.0):  # a power of two, so that grids scale without rounding
         scaled = replace(block, weights={**block.weights, name: block.weights[name] * factor})
-        part = Dense(unit="step")
+        part = Dense(unit="step", lr=1e-3)
         state = part.start(scaled, W2, context)
         state.parameters[f"{name}:change"] += 1.0
         changed = part.apply(Draft(scaled.weights), state, scaled).weights[name]
@@ -188,7 +190,14 @@ def test_increments_in_steps_do_not_depend_on_the_scale_of_the_weights(checkpoin
     assert torch.allclose(changes[0].unflatten(1, (-1, 32)), step.expand(-1, -1, 32), atol=1e-6)  # measured: 1.5e-8
 
 
-@pytest.mark.parametrize("part", [Singular(unit="step"), Singular(unit="step", corner=0.5), Expansion(unit="step")])
+@pytest.mark.parametrize(
+    "part",
+    [
+        Singular(unit="step", lr=1e-3, corner=0),
+        Singular(unit="step", corner=0.5, lr=1e-3),
+        Expansion(unit="step", lr=1e-3, corner=0),
+    ],
+)
 def test_one_unit_of_every_entry_is_one_step_of_the_grid_root_mean_square(checkpoint: Path, part: Singular) -> None:
     block, context = setting(checkpoint)
     (state,) = moved([part.start(block, W2, context)], 1.0)
@@ -207,19 +216,19 @@ def test_a_corner_is_a_number_a_share_or_all_of_the_rank(checkpoint: Path) -> No
     name = block.linears[0]
     rank = min(block.weights[name].shape)
     for corner, size in ((5, 5), (10**6, rank), (0.25, -(-rank // 4)), ("full", rank), (1.0, rank)):
-        state = Singular(corner=corner).start(block, W2, context)
+        state = Singular(corner=corner, lr=1e-3).start(block, W2, context)
         assert state.parameters[f"{name}:corner"].shape == (size, size)
-    assert f"{name}:corner" not in Singular(corner=0).start(block, W2, context).parameters
+    assert f"{name}:corner" not in Singular(corner=0, lr=1e-3).start(block, W2, context).parameters
 
 
 def test_a_complete_corner_reaches_every_change_of_a_weight(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    state = Singular(corner="complete").start(block, W2, context)
+    state = Singular(corner="complete", lr=1e-3).start(block, W2, context)
     for name in block.linears:
         wanted = torch.randn(block.weights[name].shape, generator=fresh())
         u, vh = (state.constants[f"{name}:{side}"] for side in ("u", "vh"))
         state.parameters[f"{name}:corner"].copy_(u.T @ wanted @ vh.T)
-        found = Singular(corner="complete").apply(Draft(block.weights), state, block).weights[name]
+        found = Singular(corner="complete", lr=1e-3).apply(Draft(block.weights), state, block).weights[name]
         assert torch.allclose(found - block.weights[name], wanted, atol=1e-4)  # measured: 1e-5
 
 
@@ -227,7 +236,7 @@ def test_a_grid_of_the_start_stays_while_the_weights_move(checkpoint: Path) -> N
     block, context = setting(checkpoint)
     grids = {}
     for span in ("present", "start"):
-        parts = (Dense(), Clip(span=span))  # type: ignore[arg-type]
+        parts = (Dense(lr=1e-3), Clip(span=span, lr=1e-2))  # type: ignore[arg-type]
         states = start_parts(parts, block, W2, context)
         before = quantized_ranges(apply_parts(parts, states, block), block.linears[0], W2)[0]
         after = quantized_ranges(apply_parts(parts, [*moved(states[:1]), states[1]], block), block.linears[0], W2)[0]
@@ -242,7 +251,10 @@ def loss_at_the_start(parts: tuple[Part, ...], block: Block, context: Context) -
 
 @pytest.mark.parametrize(
     ("plain", "searched"),
-    [((Clip(),), (Clip(search=True),)), ((Equivalent(), Clip()), (Equivalent(search=True), Clip(search=True)))],
+    [
+        ((Clip(lr=1e-2),), (Clip(search=True, lr=1e-2),)),
+        ((Equivalent(), Clip(lr=1e-2)), (Equivalent(search=True), Clip(search=True, lr=1e-2))),
+    ],
     ids=["clip", "both"],
 )
 def test_a_searched_start_has_the_lower_loss(
@@ -256,8 +268,8 @@ def test_a_searched_start_has_the_lower_loss(
 @pytest.mark.parametrize("form", ["sigmoid", "linear"])
 def test_both_forms_of_clipping_start_at_the_same_grid(checkpoint: Path, form: str) -> None:
     block, context = setting(checkpoint)
-    state = Clip(form=form).start(block, W2, context)  # type: ignore[arg-type]
-    draft = Clip(form=form).apply(Draft(block.weights), state, block)  # type: ignore[arg-type]
+    state = Clip(form=form, lr=1e-2).start(block, W2, context)  # type: ignore[arg-type]
+    draft = Clip(form=form, lr=1e-2).apply(Draft(block.weights), state, block)  # type: ignore[arg-type]
     low, high = draft.clip[block.linears[0]]
     assert torch.allclose(low, torch.tensor(4.0).sigmoid(), atol=1e-7)
     assert torch.equal(low, high)
@@ -265,7 +277,7 @@ def test_both_forms_of_clipping_start_at_the_same_grid(checkpoint: Path, form: s
 
 def test_parts_start_on_what_the_parts_before_them_left(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    first, second = start_parts((Equivalent(), Singular()), block, W2, context)
+    first, second = start_parts((Equivalent(), Singular(lr=1e-3, corner=0)), block, W2, context)
     draft = Equivalent().apply(Draft(block.weights), first, block)
     name = block.linears[0]
     u, s, vh = (second.constants[f"{name}:{key}"] for key in ("u", "s", "vh"))

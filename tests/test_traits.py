@@ -14,7 +14,7 @@ from lsiq.formats.integer import Integer
 from lsiq.formats.mxint import MXInt
 from lsiq.methods.gptq.columns import factorise, round_with_feedback
 from lsiq.methods.rtn import RTN
-from lsiq.settings import fill, settings
+from lsiq.settings import build, fill, settings
 
 
 @settings
@@ -82,3 +82,9 @@ def test_every_method_and_part_says_what_it_is() -> None:
     assert not rounding.keeps_function
     for words, rank in ((["method=lqer"], True), (["method=lqer", "method.rank=0"], False), (["method=rtn"], False)):
         assert parse(compose_run(*words)).method.adds_branches is rank
+
+
+@pytest.mark.parametrize("target", ["clip.Clip", "dense.Dense", "singular.Singular", "expansion.Expansion"])
+def test_what_is_tuned_has_its_value_in_the_files_alone(target: str) -> None:
+    with pytest.raises(ConfigError, match=r"(lr|corner) has no value"):
+        build({"_target_": f"lsiq.parts.{target}"})

@@ -37,7 +37,9 @@ from lsiq.runtime.memory import peak_bytes, reset_peak
 from lsiq.settings import fill
 
 SAMPLES, DEPTH = 8, 3
-LSI, LET, CLIP = fill(Singular, {}), fill(Equivalent, {}), fill(Clip, {})
+# Rates and corner that a step costs the same with, whatever they are.
+RATE, DIAGONAL = {"lr": 1e-3}, {"lr": 1e-3, "corner": 0}
+LSI, LET, CLIP = fill(Singular, DIAGONAL), fill(Equivalent, {}), fill(Clip, RATE)
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ CASES = (
     Case("lsi-4", (LSI, CLIP), 4, "≤ 5.3", LLAMA),
     Case("lwc-1", (CLIP,), 1, "", LLAMA),
     Case("lwc-4", (CLIP,), 4, "≤ 4.1", LLAMA),
-    Case("corner-4", (fill(Singular, {"corner": 300}), CLIP), 4, "", LLAMA),
-    Case("sde8-4", (fill(Expansion, {"width": 8}), CLIP), 4, "≤ 1.1 × lsi-4", LLAMA),
+    Case("corner-4", (fill(Singular, {**RATE, "corner": 300}), CLIP), 4, "", LLAMA),
+    Case("sde8-4", (fill(Expansion, {**DIAGONAL, "width": 8}), CLIP), 4, "≤ 1.1 × lsi-4", LLAMA),
     Case("cl2-4", (LSI, CLIP), 4, "≤ 2.0 × lsi-4", LLAMA, ahead=2),
     Case("w4a4-let-4", (LSI, LET, CLIP), 4, "≤ 10", LLAMA, group=None, activation=4),
     Case("opt-let-1", (LSI, LET, CLIP), 1, "", OPT),

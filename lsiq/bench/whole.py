@@ -23,7 +23,9 @@ def run_whole(options: argparse.Namespace, device: torch.device) -> None:
     """Quantise a model from its first to its last block; print where the time went and what 20 epochs would take."""
     model = random_model(options, LLAMA, options.layers, device)
     training = course(options.whole, options.batch, options.precision, options.kernels)
-    method = Learned(label="lsi", parts=[fill(Singular, {}), fill(Clip, {})], training=training)
+    method = Learned(
+        label="lsi", parts=[fill(Singular, {"lr": 1e-3, "corner": 0}), fill(Clip, {"lr": 1e-2})], training=training
+    )
     quant = formats(4, 32 if options.small else 128)
     tokens = torch.randint(0, 32000, (options.samples, options.seqlen), generator=torch.Generator().manual_seed(0))
     reset_peak()

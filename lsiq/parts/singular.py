@@ -55,7 +55,7 @@ class Singular(PartTraits):
     here the order of the parts in a method says what comes first.
     """
 
-    lr: float | None = Field(1e-3, gt=0, description="learning rate of the increments, above 0; null: travel / steps")
+    lr: float | None = Field(gt=0, description="learning rate of the increments, above 0; null: travel / steps")
     travel: float = Field(
         1.0, gt=0, description="with lr=null: how far an increment goes in steps that all point one way"
     )
@@ -63,7 +63,6 @@ class Singular(PartTraits):
         "value", description="what the rate counts in: value (of the singular values), or step (of the weights' grid)"
     )
     corner: Annotated[int | float | str, AfterValidator(_corner)] = Field(
-        0,
         description="the dense block of the largest singular directions: its size, a share of the rank such as 0.5, "
         "full (all of the rank) or complete (those of no singular value too); 0 for none",
     )
