@@ -6,6 +6,7 @@ refused later too, in the same words; what passes may still be refused then.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import struct
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsiq.assets import KINDS
-from lsiq.data.corpora import HUB, Split, corpus_files
+from lsiq.data.corpora import HUB, Split, check_readers, corpus_files
 from lsiq.data.documents import read_documents
 from lsiq.data.lengths import too_short
 from lsiq.errors import ConfigError, InputError
@@ -143,6 +144,18 @@ def _check_tokenizer_files(folder: Path) -> None:
         raise InputError(
             f"{folder}: the tokenizer cannot be loaded (there is no tokenizer.json); put its files beside the weights"
         )
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+    if missing and not any((folder / file).exists() for file in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        raise InputError(
+            f"{folder}: its tokenizer is read with {' and '.join(missing)}, not installed here; pip install 'lsiq[hub]'"
+        )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # what the name lies in is missing too
+        return False
 
 
 def _check_text(
@@ -150,6 +163,7 @@ def _check_text(
 ) -> None:
     """Raise InputError where the text of a corpus is not there, is damaged near its start, is empty or too short."""
     if corpus in HUB:
+        check_readers(corpus, split, path)
         corpus_files(corpus, split, path)
     if corpus != "file" or path is None or corpus in KINDS:
         return
