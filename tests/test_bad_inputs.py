@@ -82,6 +82,8 @@ CONFIG_ERRORS = {
     "no-samples": (["calib.samples=0"], ["calib.samples=0", "at least 1"]),
     "short-windows": (["eval.seqlen=2"], ["eval.seqlen=2", "at least 8"]),
     "unknown-corpus": (["eval.corpora=[wikitext3]"], ["eval.corpora", "wikitext2"]),
+    "mixture-without-weights": (["calib=mix"], ["calib.mix", "calib.mix.wikitext2=1"]),
+    "template-of-a-corpus": (["+calib.template=true"], ["calib.template=true", "calib=file"]),
     "file-without-path": (["calib=file"], ["calib.path=null", "calib.path=FILE"]),
     "eval-file-without-path": (["eval=file"], ["eval.path=null", "eval.path=FILE"]),
     "unknown-device": (["device=tpu"], ["device=tpu", "cuda"]),

@@ -91,11 +91,15 @@ CORPORA = ("bundled", *KINDS, *HUB, "file", "random")
 
 @dataclass(frozen=True)
 class Text:
-    """A text to tokenise: documents, the string that joins them, and whether windows stay inside one document."""
+    """A text to tokenise: documents, the string that joins them, and whether windows stay inside one document.
+
+    `special` says whether the tokenizer adds its special tokens; those of a chat template stand in the text already.
+    """
 
     documents: Sequence[str]
     glue: str
     by_document: bool = False
+    special: bool = True
 
     def joined(self) -> str:
         return self.glue.join(self.documents)
@@ -185,7 +189,10 @@ def _hub_rows(name: str, corpus: Corpus, split: Split) -> Iterator[str]:
 def _hub_file(name: str, corpus: Corpus, split: Split) -> Path:
     from lsiq.data.hub import fetch_file  # hub access in one place, with its short patience
 
-    way_out = f"give a local copy with calib.path=FILE or eval.local.{name}=FILE, or choose calib=bundled eval=bundled"
+    way_out = (
+        f"give a local copy with calib.path=FILE (of a mixture calib.paths.{name}=FILE) or eval.local.{name}=FILE, or "
+        "choose calib=bundled eval=bundled"
+    )
     return fetch_file(corpus.repository, corpus.files[split], corpus.revision, kind="dataset", way_out=way_out)
 
 

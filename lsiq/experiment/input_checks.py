@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsiq.assets import KINDS
+from lsiq.assets import KINDS, bundled_model
+from lsiq.data.conversations import no_conversation, no_template, read_conversations
 from lsiq.data.corpora import HUB, Split, check_readers, corpus_files
 from lsiq.data.documents import read_documents
 from lsiq.data.lengths import too_short
@@ -23,6 +24,7 @@ from lsiq.evals.task_names import check_tasks
 from lsiq.experiment.lengths import check_window_lengths
 from lsiq.methods.base import chain
 from lsiq.methods.lqer import LQER
+from lsiq.models.chat_template import read_chat_template
 from lsiq.models.families import find_spec
 from lsiq.models.folder import read_config, weight_files
 from lsiq.models.gguf_file import is_gguf
@@ -68,10 +70,14 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
     for corpus in config.eval.corpora:
         path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
         _check_text(corpus, "evaluation", path, tuple(config.eval.fields), config.eval.seqlen, "eval.seqlen", folder)
-    if calibrates and config.calib.corpus is not None:
-        calib = config.calib
+    calib = config.calib
+    for share in calib.shares() if calibrates else []:
+        if share.template:
+            assert share.path is not None  # the settings see to it
+            _check_conversations(share.path, folder)
+            continue
         fields = tuple(calib.fields)
-        _check_text(config.calib.corpus, "calibration", calib.path, fields, calib.seqlen, "calib.seqlen", folder)
+        _check_text(share.corpus, "calibration", share.path, fields, calib.seqlen, "calib.seqlen", folder)
     check_tasks(config.eval)
 
 
@@ -180,11 +186,23 @@ def _check_text(
         raise InputError(too_short(path, tokens, seqlen, key))
 
 
+def _check_conversations(path: str, folder: Path | None) -> None:
+    """Raise ConfigError where there is no chat template, and InputError where the file begins with no conversations."""
+    checkpoint = folder or bundled_model("tiny-llama")  # whose tokenizer a shape without a checkpoint borrows
+    if read_chat_template(checkpoint) is None:
+        raise ConfigError(no_template(checkpoint))
+    size = 0
+    for conversation in read_conversations(path):
+        size += sum(len(message["content"]) for message in conversation.messages)
+        if size > _LOOKED_AT:
+            return
+    if size == 0:
+        raise InputError(no_conversation(path))
+
+
 def _count(text: str, folder: Path | None) -> int:
     """Return how many tokens a text has; where only transformers could tell, how many bytes, which are no fewer."""
     from tokenizers import Tokenizer
-
-    from lsiq.assets import bundled_model
 
     file = (folder or bundled_model("tiny-llama")) / "tokenizer.json"
     if not file.is_file():
