@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import even, save_model, tiny_model
 
 import lsiq
 
@@ -24,9 +24,9 @@ def test_every_name_that_lsiq_offers_is_there():
 
 
 @pytest.mark.parametrize("method", ["gptq", "lsi", "rotate", "best"])
-def test_quantize_makes_the_blocks_that_a_run_makes_bit_for_bit(method, tmp_path, checkpoints):
+def test_quantize_makes_the_blocks_that_a_run_makes_bit_for_bit(method, tmp_path):
     words = ["quant=w3a16g64"] if method != "best" else ["quant=w2a16g64"]
-    path, epochs = checkpoints["llama"], {"lsi": 1, "best": 1}.get(method)
+    path, epochs = save_model(even("llama"), tmp_path / "model"), {"lsi": 1, "best": 1}.get(method)
     values = {} if epochs is None else {"epochs": epochs}
     quant = lsiq.format(words[0].partition("=")[2])
     model = lsiq.load_model(path, "model.seqlen=64")
