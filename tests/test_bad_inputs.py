@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CONF
@@ -31,6 +32,11 @@ def call(*arguments: str, cwd: Path, without: str | None = None) -> tuple[subpro
         [sys.executable, str(RUN), *arguments], capture_output=True, text=True, cwd=cwd, env=environment, check=False
     )
     return done, time.perf_counter() - start
+
+
+def every_third(names: Iterable[str]) -> list[Any]:
+    """Return all names as parameters, two thirds of them `slow`: each starts a process."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if n % 3 else []) for n, name in enumerate(sorted(names))]
 
 
 # Answered from the configuration alone.
@@ -175,7 +181,7 @@ CONFIG_ERRORS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(CONFIG_ERRORS))
+@pytest.mark.parametrize("name", every_third(CONFIG_ERRORS))
 def test_a_wrong_configuration_is_one_line_within_a_second(name: str, tmp_path: Path) -> None:
     arguments, wanted = CONFIG_ERRORS[name]
     done, seconds = call(*arguments, cwd=tmp_path)
@@ -283,7 +289,7 @@ INPUT_ERRORS: dict[str, tuple[Callable[..., list[str]], list[str]]] = {
 
 
 # Importing torch takes seconds, on a busy machine half a minute. Only the name of a task is sought for a second more.
-@pytest.mark.parametrize("name", sorted(INPUT_ERRORS))
+@pytest.mark.parametrize("name", every_third(INPUT_ERRORS))
 def test_a_wrong_input_is_one_line_before_torch_is_imported(
     name: str, tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:

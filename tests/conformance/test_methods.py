@@ -126,17 +126,13 @@ def test_the_same_seed_gives_the_same_codes(config: RunConfig, model: Model) -> 
     assert all(torch.equal(first.weights[name].codes, second.weights[name].codes) for name in block.linears)
 
 
-def test_the_result_keeps_the_block_close(config: RunConfig, model: Model, checkpoint: Path) -> None:
+def test_the_result_keeps_the_block_close(config: RunConfig, model: Model) -> None:
     hidden, block = stream(model)
     result = quantize(config, block, hidden)
     target = run_stream(block.with_weights({}), hidden, 2, CPU)
     found = run_stream(block.with_result(result), hidden, 2, CPU)
     error = (found - target).square().mean() / target.square().mean()
-    # 3 bits in groups of 32: rtn leaves 0.18 (llama) and 0.09 (opt) on these random models, more where a block has norms
-    # behind its parts; there a method may not do much worse than rtn does.
-    rounded = quantize(composed("rtn", checkpoint), block, hidden)
-    plain = (run_stream(block.with_result(rounded), hidden, 2, CPU) - target).square().mean() / target.square().mean()
-    assert error < max(0.2, 1.1 * plain)
+    assert error < 0.2  # 3 bits in groups of 32; rtn measured 0.18 (llama) and 0.09 (opt) on these random models
 
 
 def test_metrics_are_finite_numbers(config: RunConfig, model: Model) -> None:
