@@ -116,8 +116,8 @@ def test_what_is_learned_agrees_before_a_code_flips(
     mine, other = (BlockStore(folder / one.run_id / "blocks").read(0).state for folder in (tmp_path, two))
     assert mine.keys() == other.keys()
     for name, parameter in mine.items():
-        # Sums in another order differ by an ulp, and each step carries that on: measured 1.7e-5 and 1.5e-4, on CPUs with and
-        # without AVX512-BF16.
+        # Sums in another order differ by an ulp, and each step carries that on: measured 1.7e-5 and 1.5e-4, on CPUs
+        # with and without AVX512-BF16.
         assert (other[name] - parameter).norm() <= 1e-3 * parameter.norm(), name
 
 
