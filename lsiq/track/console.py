@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -46,7 +47,9 @@ def hush() -> None:
 
 
 def warn(message: str) -> None:
-    STORY.print(f"[yellow]warning:[/] {redacted(message)}", soft_wrap=True)
+    STORY.print(
+        f"[yellow]warning:[/] {escape(redacted(message))}", soft_wrap=True
+    )  # unescaped, lsiq[wandb] loses its bracket
 
 
 def say(message: str, of_all: str | None = None) -> None:
