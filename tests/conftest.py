@@ -71,9 +71,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.numprocesses = min(cores, MOST_WORKERS)
 
 
-def save_model(shape: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32, std: float = 0.08) -> Path:
-    """Write a checkpoint with random weights, large enough that rounding them shows, and the bundled tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def random_model(shape: dict[str, Any], std: float = 0.08) -> Any:
+    """Return a model of transformers with random weights, large enough that rounding them shows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, initializer_range=std, init_std=std))
@@ -82,7 +82,14 @@ def save_model(shape: dict[str, Any], folder: Path, dtype: torch.dtype = torch.f
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             assert parameter.isfinite().all(), name
-    model.to(dtype).save_pretrained(folder)
+    return model
+
+
+def save_model(shape: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32, std: float = 0.08) -> Path:
+    """Write a checkpoint of `random_model` and the bundled tokenizer."""
+    from transformers import AutoTokenizer
+
+    random_model(shape, std).to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(bundled_model("tiny-llama")).save_pretrained(folder)
     return folder
 
