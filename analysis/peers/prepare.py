@@ -24,5 +24,6 @@ AutoModelForCausalLM.from_pretrained(bundled_model(name), dtype=torch.float32).s
 AutoTokenizer.from_pretrained(bundled_model(name)).save_pretrained(folder)
 model = load(config.model, bundled_model(name), torch.device("cpu"), config.seed)
 tokens = calibration_tokens(config.calib, model, config.seed)
+assert tokens is not None
 torch.save(tokens, folder / "tokens.pt")
 print(f"{folder}: {name} in float32 and {tuple(tokens.shape)} tokens, hash {token_hash(tokens)}")
