@@ -15,6 +15,8 @@ from lsiq.models.folder import fingerprint
 
 # How and where a run is carried out, against what it is.
 NOT_IDENTITY = ("tracker", "paths", "force", "trace", "dry_run", "export")
+# Settings of methods that came later, at the values which stand for what was done before: runs keep their names.
+BEFORE = (("unit", "value"), ("travel", 1.0), ("span", "present"), ("latents", False))
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -32,10 +34,17 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
     identity["calib"] = {
         key: value for key, value in identity["calib"].items() if (key, value) != ("windows", "random")
     }
-    identity["method"] = {key: value for key, value in identity["method"].items() if key != "run"}
+    identity["method"] = _as_before({key: value for key, value in identity["method"].items() if key != "run"})
     text = json.dumps({"config": identity, "inputs": dict(inputs)}, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
     return f"{config.model.name}_{config.quant.name}_{config.method.name}_s{config.seed}_{digest}"
+
+
+def _as_before(node: Any) -> Any:
+    """Return a method's settings without those that change nothing about what was done before they came."""
+    if isinstance(node, Mapping):
+        return {key: _as_before(value) for key, value in node.items() if (key, value) not in BEFORE}
+    return [_as_before(value) for value in node] if isinstance(node, list) else node
 
 
 def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str]:
