@@ -85,7 +85,7 @@ def test_reading_ahead_hides_what_runs_beside_it() -> None:
 
 
 def test_peaks_are_those_of_the_widest_precision_that_blocks_may_need() -> None:
-    widest = widened(parse(compose_run("method=lsi", "method@method.then=gptq")).method)
+    widest = widened(parse(compose_run("method=lsi-corner", "method@method.then=gptq")).method)
     assert widest.then.precision == "float64"
     chosen = parse(compose_run("method=gptq", "method.precision=float32")).method
     assert widened(chosen) == chosen

@@ -303,6 +303,7 @@ def test_method_files_say_what_their_names_say() -> None:
     assert parts("autoround") == ["rounding", "clip"]
     assert parts("dense") == ["dense", "clip"]
     assert parts("omniquant") == ["equivalent", "clip"]
-    assert parts("lsi") == ["singular", "equivalent", "clip"]
+    assert parts("lsi") == ["singular", "equivalent", "clip", "rounding"]
+    assert parts("lsi-corner") == parts("lsi-diagonal") == ["singular", "equivalent", "clip"]
     assert parts("lsi-only") == ["singular"]
     assert parts("lsi-random") == ["random", "equivalent", "clip"]

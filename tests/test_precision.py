@@ -141,5 +141,7 @@ def test_training_through_the_model_is_compared_by_its_precision(had: str, wante
 def test_the_first_run_stays_out_of_the_studys_tables() -> None:
     composed = {group: plain_config(compose_run())[group] for group in ("calib", "method")}
     assert composed["method"]["label"] == "lsi"
-    study = {group: plain_config(compose_run("sweep=study", "method=lsi"))[group] for group in ("calib", "method")}
+    study = {
+        group: plain_config(compose_run("sweep=study", "method=lsi-corner"))[group] for group in ("calib", "method")
+    }
     assert contradiction(composed["method"], study["method"], "method") is not None

@@ -131,7 +131,9 @@ def test_a_study_that_says_the_same_agrees(committed: tuple[Runs, Literature]) -
 
 
 def test_a_run_with_other_settings_does_not_stand_in_the_studys_tables(committed: tuple[Runs, Literature]) -> None:
-    found = next(r for r in committed[0].runs if (r.study, r.method, r.setting) == ("learned", "lsi", "w2a16g128"))
+    found = next(
+        r for r in committed[0].runs if (r.study, r.method, r.setting) == ("learned", "lsi-corner", "w2a16g128")
+    )
     assert STUDY.holds(found)
 
     def with_training(**values: Any) -> Run:
@@ -173,23 +175,23 @@ def augmented(run: Run, **changes: Any) -> Run:
 
 def test_augmented_text_makes_rows_of_their_own_which_do_not_compete(committed: tuple[Runs, Literature]) -> None:
     runs = [run for run in committed[0].runs if (run.study, run.setting) == ("learned", "w2a16g128")]
-    plain = bundled_perplexity(Runs(runs), ["w2a16g128"], "t", "C", "excess", ["omniquant", "lsi"])
-    assert [row.labels[1] for row in plain.rows] == ["omniquant", "lsi"], "runs that know no such text had none"
+    plain = bundled_perplexity(Runs(runs), ["w2a16g128"], "t", "C", "excess", ["omniquant", "lsi-corner"])
+    assert [row.labels[1] for row in plain.rows] == ["omniquant", "lsi-corner"], "runs that know no such text had none"
     better = [
         augmented(run, metrics={key: 0.9 * value for key, value in run.metrics.items()})
         for run in runs
-        if (run.model, run.method) == ("tiny-llama", "lsi")
+        if (run.model, run.method) == ("tiny-llama", "lsi-corner")
     ]
-    table = bundled_perplexity(Runs([*runs, *better]), ["w2a16g128"], "t", "C", "excess", ["omniquant", "lsi"])
+    table = bundled_perplexity(Runs([*runs, *better]), ["w2a16g128"], "t", "C", "excess", ["omniquant", "lsi-corner"])
     assert table.rows[:2] == plain.rows
-    assert table.rows[2].labels == ("w2a16g128", "lsi, augmented", "2.14")
+    assert table.rows[2].labels == ("w2a16g128", "lsi-corner, augmented", "2.14")
     assert not any(cell.bold for cell in table.rows[2].cells)
     ours = [row.cells[0].ours for row in table.rows[1:]]
     assert ours[0] is not None
     assert ours[1] is not None
     assert ours[1].mean == pytest.approx(0.9 * ours[0].mean)
     assert table.commands == [
-        "python run.py sweep=study calib=augmented model=tiny-opt quant=w2a16g128 method=lsi",
+        "python run.py sweep=study calib=augmented model=tiny-opt quant=w2a16g128 method=lsi-corner",
     ]
     assert STUDY.contradiction(better[0]) == "calib.written"
     assert strangers([*runs, *better, replace(better[0], model="opt-125m")]) == {"calib.corpus": 1}
@@ -198,7 +200,9 @@ def test_augmented_text_makes_rows_of_their_own_which_do_not_compete(committed: 
 
 def test_a_loss_that_is_not_above_zero_stands_on_the_edge_of_its_figure(committed: tuple[Runs, Literature]) -> None:
     runs = [run for run in committed[0].runs if (run.study, run.setting) == ("learned", "w2a16g128")]
-    better = [replace(run, metrics={**run.metrics, EXCESS: -0.01}) if run.method == "lsi" else run for run in runs]
+    better = [
+        replace(run, metrics={**run.metrics, EXCESS: -0.01}) if run.method == "lsi-corner" else run for run in runs
+    ]
     for found, edge in ((runs, []), (better, ["≤ 0"])):
         for figure in (
             excess_by_method(Runs(found), ["w2a16g128"]),
@@ -206,7 +210,7 @@ def test_a_loss_that_is_not_above_zero_stands_on_the_edge_of_its_figure(committe
         ):
             assert all([text.get_text() for text in axis.texts] == edge for axis in figure.canvas.axes)
             (legend,) = figure.canvas.legends
-            assert [text.get_text() for text in legend.get_texts()][-2:] == ["omniquant", "lsi"]
+            assert [text.get_text() for text in legend.get_texts()][-2:] == ["omniquant", "lsi-corner"]
 
 
 def test_a_model_without_runs_leaves_the_panel_of_the_other_as_it_is(committed: tuple[Runs, Literature]) -> None:
@@ -221,10 +225,10 @@ def test_a_model_without_runs_leaves_the_panel_of_the_other_as_it_is(committed: 
 
 
 def test_of_two_runs_of_a_seed_the_later_one_that_measured_it_counts(committed: tuple[Runs, Literature]) -> None:
-    found = next(r for r in committed[0].runs if (r.study, r.method, r.seed) == ("learned", "lsi", 0))
+    found = next(r for r in committed[0].runs if (r.study, r.method, r.seed) == ("learned", "lsi-corner", 0))
     later = replace(found, created="2099-01-01", metrics={"ppl/bundled@512": 1.0})
     sample = Runs([later, found]).sample
-    job = (STUDY, found.model, found.setting, "lsi")
+    job = (STUDY, found.model, found.setting, "lsi-corner")
     assert sample(*job, "ppl/bundled@512") == Sample((1.0,))
     assert sample(*job, "ppl/wikitext2@512") == Sample((found.metrics["ppl/wikitext2@512"],))
 
@@ -247,7 +251,7 @@ def test_rounding_and_the_float_model_are_read_from_beside_other_methods(committ
         ("opt-125m", "fp16", "fp16", "wikitext2", "27.65"),
         ("llama-2-7b", "w4a16g128", "gptq", "wikitext2", "5.61"),
         ("opt-125m", "w2a16g128", "omniquant", "wikitext2", "75.43"),  # its own table, not a quotation of it
-        ("opt-125m", "w2a16g128", "lsi", "wikitext2", "56.17†"),
+        ("opt-125m", "w2a16g128", "lsi-corner", "wikitext2", "56.17†"),
         ("llama-7b", "w3a16g128", "lsi-finetune", "ptb", "30.69†"),
         ("opt-1.3b", "w4a8-mxint", "rtn", "wikitext2", "16.12"),  # there called mxint-plain
     ],
@@ -325,12 +329,12 @@ def test_commands_carry_out_just_the_empty_cells() -> None:
         ("tiny-llama", "w4a4", "gptq"),
         ("tiny-llama", "w6a6", "gptq"),
         ("tiny-llama", "w4a4", "awq+gptq"),
-        ("tiny-llama", "w4a4", "lsi"),
-        ("tiny-opt", "w4a4", "lsi"),
+        ("tiny-llama", "w4a4", "lsi-corner"),
+        ("tiny-opt", "w4a4", "lsi-corner"),
     ]
     commands = STUDY.commands(jobs)
     assert sorted(jobs_of(commands)) == sorted(jobs)
-    assert commands[0] == "python run.py sweep=study model=tiny-opt,tiny-llama quant=w4a4 method=gptq,lsi"
+    assert commands[0] == "python run.py sweep=study model=tiny-opt,tiny-llama quant=w4a4 method=gptq,lsi-corner"
     assert len(commands) == 3
 
 
@@ -355,7 +359,7 @@ def test_every_command_of_the_pages_is_a_run_that_would_start() -> None:
 def test_the_study_is_what_its_files_say() -> None:
     jobs = study_jobs()
     assert len(jobs) == 204  # times three seeds
-    assert ("tiny-opt", "w4a8-mxint", "lsi") in jobs
+    assert ("tiny-opt", "w4a8-mxint", "lsi-corner") in jobs
     assert ("tiny-llama", "w2a16g128", "best") in jobs
     assert not {job for job in jobs if job[1:] in {("w4a8-mxint", "best"), ("w4a16", "smoothquant")}}
     assert PAPERS.commands([("opt-125m", "w4a16", "rtn")]) == [

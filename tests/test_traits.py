@@ -72,7 +72,7 @@ def test_a_learned_method_takes_whatever_only_rounds() -> None:
 
 
 def test_every_method_and_part_says_what_it_is() -> None:
-    learned = parse(compose_run("method=lsi", "method@method.then=gptq")).method
+    learned = parse(compose_run("method=lsi-corner", "method@method.then=gptq")).method
     assert learned.training.epochs > 0
     assert not learned.rounds_only
     assert learned.then.rounds_only

@@ -20,7 +20,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     that has a recipe for each family of formats only the one that is carried out remains. Parts stand in a list, in the
     order in which they act: this is what records hold and what names a run.
     """
-    return _listed(named_config(cfg))
+    return listed_parts(named_config(cfg))
 
 
 def named_config(cfg: DictConfig) -> dict[str, Any]:
@@ -43,16 +43,16 @@ def named_config(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _listed(node: Any) -> Any:
+def listed_parts(node: Any) -> Any:
     """Return plain data in which the named parts of every method are a list."""
     if isinstance(node, list):
-        return [_listed(item) for item in node]
+        return [listed_parts(item) for item in node]
     if not isinstance(node, Mapping):
         return node
-    listed = {str(key): _listed(value) for key, value in node.items()}
-    if "_target_" in listed and isinstance(parts := listed.get("parts"), dict):
-        listed["parts"] = list(parts.values())
-    return listed
+    found = {str(key): listed_parts(value) for key, value in node.items()}
+    if "_target_" in found and isinstance(parts := found.get("parts"), dict):
+        found["parts"] = list(parts.values())
+    return found
 
 
 def recipe_for(method: Any, quant: Any) -> Any:

@@ -16,6 +16,8 @@ from lsiq.models.folder import fingerprint
 
 # How and where a run is carried out, against what it is.
 NOT_IDENTITY = ("tracker", "paths", "force", "trace", "dry_run", "export")
+# Settings of methods that came later, at the values which stand for what was done before: runs keep their names.
+BEFORE = (("unit", "value"), ("travel", 1.0), ("span", "present"), ("latents", False))
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -30,7 +32,7 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
     # Where a checkpoint or an earlier run lies does not matter; `inputs` says which it is.
     identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
     identity["calib"] = _calib_identity(identity["calib"])
-    identity["method"] = {key: value for key, value in identity["method"].items() if key != "run"}
+    identity["method"] = _as_before({key: value for key, value in identity["method"].items() if key != "run"})
     text = json.dumps({"config": identity, "inputs": dict(inputs)}, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
     return f"{config.model.name}_{config.quant.name}_{config.method.name}_s{config.seed}_{digest}"
@@ -43,6 +45,13 @@ def _calib_identity(calib: Mapping[str, Any]) -> dict[str, Any]:
     kept["paths"] = {name: path for name, path in (calib.get("paths") or {}).items() if path is not None}
     before = {"windows": "random", "template": False, "mix": {}, "paths": {}}
     return {key: value for key, value in kept.items() if key not in before or value != before[key]}
+
+
+def _as_before(node: Any) -> Any:
+    """Return a method's settings without those that change nothing about what was done before they came."""
+    if isinstance(node, Mapping):
+        return {key: _as_before(value) for key, value in node.items() if (key, value) not in BEFORE}
+    return [_as_before(value) for value in node] if isinstance(node, list) else node
 
 
 def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str]:

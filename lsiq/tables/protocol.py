@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lsiq.experiment.composed import recipe_for
+from lsiq.experiment.composed import listed_parts, recipe_for
 from lsiq.tables.runs import Run, without_nulls
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -127,7 +127,7 @@ def _composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
             composed = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
     except (ConfigCompositionException, MissingConfigException):
         return None
-    return without_nulls(composed)
+    return without_nulls(listed_parts(composed))
 
 
 def _same_precision(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:

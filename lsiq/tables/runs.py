@@ -158,8 +158,19 @@ def read_runs(file: Path) -> list[Run]:
                 f"{file}:{number}: not a compact record ({', '.join(sorted(wrong)[:3])} unknown or missing); "
                 "write it with python -m lsiq.tables.collect"
             )
-        found.append(Run(**values))
+        found.append(Run(**_named_as_now(values)))
     return found
+
+
+def _named_as_now(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a run under the name that its method has now: what `lsi-corner` does was called lsi once."""
+    method, _, then = values["method"].partition("+")
+    parts = values["config"].get("method", {}).get("parts", [])
+    kinds = {str(part.get("_target_")).rpartition(".")[2]: part for part in parts}
+    if method != "lsi" or "Rounding" in kinds or not kinds.get("Singular", {}).get("corner"):
+        return values
+    config = {**values["config"], "method": {**values["config"]["method"], "label": "lsi-corner"}}
+    return {**values, "method": "lsi-corner" + (f"+{then}" if then else ""), "config": config}
 
 
 def write_runs(runs: Iterable[Run], file: Path) -> None:

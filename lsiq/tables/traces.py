@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,4 +100,6 @@ def write_trace(found: Trace, folder: Path) -> Path:
 
 def read_traces(folder: Path) -> list[Trace]:
     """Return the traces of a folder, in the order of their names."""
-    return [Trace(**json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.glob("*.json"))]
+    traces = [Trace(**json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.glob("*.json"))]
+    # All that are kept under this name are of what is called lsi-corner now.
+    return [replace(trace, method="lsi-corner") if trace.method == "lsi" else trace for trace in traces]

@@ -14,7 +14,7 @@ from lsiq.tables.table import Cell, Row, Table, best_in_bold, decimals
 MODEL, SETTING = "tiny-llama", "w2a16g128"
 METRICS = ("excess/bundled@512", "excess/wikitext2@512")
 BATCHES, RATES = (1, 2, 4, 8, 16), (3.5e-4, 7e-4, 1.4e-3)
-PARTS = ("lwc", "omniquant", "lsi-only", "lsi-random", "lsi", "sde", "autoround", "dense")
+PARTS = ("lwc", "omniquant", "lsi-only", "lsi-random", "lsi-corner", "sde", "autoround", "dense")
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,37 @@ class Axis:
     methods: tuple[str, ...]
 
 
+CORNER = ("lsi-corner",)
 AXES = (
-    Axis("ablation-width", "Width of SDE's band (0 is lsi)", "method.parts.expansion.width", (0, 1, 2, 8), ("sde",)),
     Axis(
-        "ablation-ahead", "Blocks that the loss looks ahead", "method.training.ahead.blocks", (0, 1, 2), ("lsi", "sde")
+        "ablation-width",
+        "Width of SDE's band (0: lsi-corner)",
+        "method.parts.expansion.width",
+        (0, 1, 2, 8),
+        ("sde",),
     ),
-    Axis("ablation-samples", "Calibration sequences of 512 tokens", "calib.samples", (8, 16, 32, 64, 128), ("lsi",)),
+    Axis(
+        "ablation-ahead",
+        "Blocks that the loss looks ahead",
+        "method.training.ahead.blocks",
+        (0, 1, 2),
+        ("lsi-corner", "sde"),
+    ),
+    Axis(
+        "ablation-samples",
+        "Calibration sequences of 512 tokens",
+        "calib.samples",
+        (8, 16, 32, 64, 128),
+        CORNER,
+    ),
     Axis(
         "ablation-corpus",
         "Calibration text",
         "calib.corpus",
         ("bundled", "stories", "science", "history", "craft"),
-        ("lsi",),
+        CORNER,
     ),
-    Axis("ablation-epochs", "Epochs", "method.training.epochs", (1, 2, 5, 10, 20, 40), ("lsi",)),
+    Axis("ablation-epochs", "Epochs", "method.training.epochs", (1, 2, 5, 10, 20, 40), CORNER),
 )
 
 
@@ -95,7 +112,7 @@ def batches(runs: Runs) -> Table:
     rows, missing = list[Row](), list[int]()
     for size in BATCHES:
         for metric in METRICS:
-            found = (runs.sample(protocol, MODEL, SETTING, "lsi", metric, {batch: size, rate: r}) for r in RATES)
+            found = (runs.sample(protocol, MODEL, SETTING, "lsi-corner", metric, {batch: size, rate: r}) for r in RATES)
             cells = tuple(Cell(sample, wanted=True) for sample in found)
             rows.append(Row((str(size), *_corpora([metric])), cells))
             missing += [size] * any(cell.ours is None for cell in cells)

@@ -22,10 +22,22 @@ WEIGHT_ACTIVATION = ("w8a8", "w6a6", "w4a4")
 # In the order of the rows, from what uses no data to what trains everything.
 METHODS = (
     *("fp16", "rtn", "gptq", "awq", "smoothquant", "rotate", "duquant", "lqer", "l2qer", "qera-approx", "qera-exact"),
-    *("lwc", "omniquant", "lsi-only", "lsi-random", "lsi", "sde", "autoround", "dense", "best"),
+    *(
+        "lwc",
+        "omniquant",
+        "lsi-only",
+        "lsi-diagonal",
+        "lsi-random",
+        "lsi-corner",
+        "lsi",
+        "sde",
+        "autoround",
+        "dense",
+        "best",
+    ),
 )
 # Rows that a table of hub models has even where no paper printed a number.
-ALWAYS = ("rtn", "gptq", "awq", "omniquant", "lsi")
+ALWAYS = ("rtn", "gptq", "awq", "omniquant", "lsi-corner")
 # Published methods that this project does not have, as far as they make uniform grids of the same bits.
 OTHERS = (
     *("quip", "affinequant", "cbq", "sliderquant", "tesseraq", "efficientqat", "qllm", "atom", "rptq", "duquant-lwc"),

@@ -25,7 +25,7 @@ def weight_distribution(traces: Sequence[Trace]) -> Figure:
     caption = "Weights of the float model and after training and rounding"
     if found is None:
         canvas, (axis,) = panels(1, 1, 2.0)
-        empty(axis, "python run.py method=lsi")
+        empty(axis, "python run.py method=lsi-corner")
         return Figure("weight-distribution", caption, canvas)
     linears = list(dict.fromkeys(entry["linear"] for entry in found.histograms))
     canvas, axes = panels(len(linears), len(found.histograms) // len(linears), 2.1)
@@ -64,7 +64,7 @@ def training_details(runs: Runs, traces: Sequence[Trace]) -> Figure:
         place.set_xlabel(label)
         place.set_ylabel("perplexity")
         place.legend(fontsize=7)
-    learned = [t for t in traces if (t.model, t.setting, t.method) == (MODEL, SETTING, "lsi")]
+    learned = [t for t in traces if (t.model, t.setting, t.method) == (MODEL, SETTING, "lsi-corner")]
     if learned:
         longest = max(learned, key=_training)
         _losses_by_block(axes[2], longest)
@@ -116,7 +116,7 @@ def singular_values(traces: Sequence[Trace]) -> Figure:
     caption = "What training adds to singular values"
     if found is None:
         canvas, (axis,) = panels(1, 1, 2.0)
-        empty(axis, "python run.py method=lsi")
+        empty(axis, "python run.py method=lsi-corner")
         return Figure("singular-values", caption, canvas)
     linears = list(dict.fromkeys(entry["linear"] for entry in found.increments))
     canvas, axes = panels(len(linears), len(found.increments) // len(linears), 2.1, sharex=True)
@@ -168,8 +168,8 @@ def error_by_layer(runs: Runs, setting: str, methods: Sequence[str]) -> Figure:
 
 
 def _longest(traces: Sequence[Trace]) -> Trace | None:
-    """The run of lsi that was trained longest."""
-    return max((trace for trace in traces if trace.method == "lsi"), key=_training, default=None)
+    """The run of lsi-corner that was trained longest."""
+    return max((trace for trace in traces if trace.method == "lsi-corner"), key=_training, default=None)
 
 
 def _training(trace: Trace) -> tuple[int, int, str]:
