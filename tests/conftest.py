@@ -11,46 +11,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of workers side by side would
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, for the tests of its kernels
+from helpers.configuration import compose_run
+from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
-
-from lsiq.assets import bundled_model
-from lsiq.cli.compose import compose
-
-CONF = Path(__file__).parent.parent / "conf"
-SHARED = Path(__file__).parent.parent.parent / "shared"
-
-# Small shapes with what trips careless code: fewer key-value heads than heads, a width that is no power of two.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {
-        "model_type": "llama",
-        "vocab_size": 4096,
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-    },
-    "opt": {
-        "model_type": "opt",
-        "vocab_size": 4096,
-        "hidden_size": 96,
-        "word_embed_proj_dim": 96,
-        "ffn_dim": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "max_position_embeddings": 128,
-    },
-}
-
 
 # Workers beyond this number mostly wait for memory: each holds torch and transformers.
 MOST_WORKERS = 8
@@ -69,29 +38,6 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not asked and whole and cores > 1 and not config.option.usepdb and not config.option.collectonly:
         config.option.numprocesses = min(cores, MOST_WORKERS)
-
-
-def random_model(shape: dict[str, Any], std: float = 0.08) -> Any:
-    """Return a model of transformers with random weights, large enough that rounding them shows."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, initializer_range=std, init_std=std))
-    with torch.no_grad():  # norms and biases that are not all ones and zeros
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            assert parameter.isfinite().all(), name
-    return model
-
-
-def save_model(shape: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32, std: float = 0.08) -> Path:
-    """Write a checkpoint of `random_model` and the bundled tokenizer."""
-    from transformers import AutoTokenizer
-
-    random_model(shape, std).to(dtype).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(bundled_model("tiny-llama")).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -139,8 +85,3 @@ def small_run(text_file: Path, tmp_path: Path) -> Callable[..., DictConfig]:
         )
 
     return make
-
-
-def compose_run(*overrides: str) -> DictConfig:
-    """Compose a configuration as the command line would."""
-    return compose(*overrides)

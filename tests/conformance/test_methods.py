@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONF, SHAPES, compose_run, save_model
-from families import FAMILIES
+from helpers.configuration import CONF, compose_run
+from helpers.families import FAMILIES
+from helpers.models import SHAPES, save_model
 from torch import Tensor
 
 from lsiq.errors import InputError

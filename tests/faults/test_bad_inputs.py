@@ -1,0 +1,310 @@
+"""Forty ways to be wrong: each is one error line that names key or file, rule and way out, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.commands import assert_one_line, call
+
+
+def every_third(names: Iterable[str]) -> list[Any]:
+    """Return all names as parameters, two thirds of them `slow`: each starts a process."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if n % 3 else []) for n, name in enumerate(sorted(names))]
+
+
+# Answered from the configuration alone.
+CONFIG_ERRORS = {
+    "unknown-key": (["quant.weight.bts=3"], ["quant.weight.bts", "no such setting"]),
+    "unknown-top-level-key": (["sede=1"], ["sede", "no such setting"]),
+    "added-key": (["+quant.new=3"], ["quant.new=3", "weight, activation"]),
+    "added-nested-key": (["+quant.weight.bit=3"], ["quant.weight.bit=3", "did you mean bits"]),
+    "added-existing-key": (["+seed=3"], ["seed"]),
+    "unknown-choice": (["quant=w5a16"], ["quant=w5a16", "w4a16g128"]),
+    "unknown-model": (["model=opt-6.8b"], ["model=opt-6.8b", "opt-6.7b"]),
+    "unknown-method": (["method=magic"], ["method=magic", "rtn"]),
+    "unknown-group": (["quantize=w4a16"], ["quantize", "no such setting"]),
+    "bits-too-large": (["quant.weight.bits=17"], ["quant.weight.bits=17", "2 to 8"]),
+    "bits-between": (["quant.weight.bits=9"], ["quant.weight.bits=9", "16"]),
+    "float-weights-quantised-activations": (["quant=w8a8", "quant.weight.bits=16"], ["quant.weight.bits=16", "fp16"]),
+    "bits-too-small": (["quant.weight.bits=1"], ["quant.weight.bits=1", "2 to 8"]),
+    "bits-not-a-number": (["quant.weight.bits=four"], ["quant.weight.bits=four", "integer"]),
+    "group-zero": (["quant.weight.group=0"], ["quant.weight.group=0"]),
+    "group-negative": (["quant.weight.group=-128"], ["quant.weight.group=-128"]),
+    "wrong-bool": (["quant.weight.symmetric=perhaps"], ["quant.weight.symmetric=perhaps"]),
+    "wrong-scale": (["quant.weight.scale=float8"], ["quant.weight.scale=float8", "float16"]),
+    "target-outside": (["method._target_=os.system"], ["os.system", "lsiq"]),
+    "target-not-settings": (
+        ["method._target_=lsiq.experiment.run.run"],
+        ["lsiq.experiment.run.run", "not a settings class"],
+    ),
+    "target-missing": (["method._target_=lsiq.methods.magic.Magic"], ["lsiq.methods.magic.Magic", "no such class"]),
+    "target-of-another-kind": (
+        ["method=rtn", "method._target_=lsiq.runtime.settings.PathSettings"],
+        ["method", "not a method"],
+    ),
+    "block-bits": (["quant=w4a8-mxint", "quant.weight.bits=9"], ["quant.weight.bits=9", "2 to 8"]),
+    "block-exponent": (["quant=w4a8-mxint", "quant.weight.exponent=5"], ["quant.weight.exponent=5", "4 or 8"]),
+    "negative-rank": (["method=lqer", "method.rank=-1"], ["method.rank=-1", "at least 0"]),
+    "two-low-ranks": (["method=lqer", "method@method.then=l2qer"], ["method.then", "low-rank"]),
+    "low-rank-inside-clipping": (["method=awq", "method@method.then=lqer"], ["method.then", "method.clip=false"]),
+    "no-process": (
+        ["-m", "seed=0,1", "hydra/launcher=processes", "hydra.launcher.n_jobs=0"],
+        ["hydra.launcher.n_jobs=0", "1 or more"],
+    ),
+    "unknown-launcher": (["-m", "hydra/launcher=rya"], ["hydra/launcher=rya", "processes, ray, slurm"]),
+    "launcher-of-one-run": (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "-m", "sweep="]),
+    "search-of-one-run": (["hydra/sweeper=tpe"], ["hydra/sweeper=tpe", "-m", "sweep="]),
+    "ray-retries": (["-m", "hydra/launcher=ray", "hydra.launcher.retries=-1"], ["hydra.launcher.retries=-1", "from 0"]),
+    "no-trials": (["-m", "hydra/sweeper=tpe", "hydra.sweeper.trials=0"], ["hydra.sweeper.trials=0", "at least 1"]),
+    "unknown-study": (["sweep=everything"], ["sweep=everything", "baselines"]),
+    "negative-seed": (["seed=-1"], ["seed=-1"]),
+    "no-samples": (["calib.samples=0"], ["calib.samples=0", "at least 1"]),
+    "short-windows": (["eval.seqlen=2"], ["eval.seqlen=2", "at least 8"]),
+    "unknown-corpus": (["eval.corpora=[wikitext3]"], ["eval.corpora", "wikitext2"]),
+    "mixture-without-weights": (["calib=mix"], ["calib.mix", "calib.mix.wikitext2=1"]),
+    "template-of-a-corpus": (["+calib.template=true"], ["calib.template=true", "calib=file"]),
+    "file-without-path": (["calib=file"], ["calib.path=null", "calib.path=FILE"]),
+    "eval-file-without-path": (["eval=file"], ["eval.path=null", "eval.path=FILE"]),
+    "unknown-device": (["device=tpu"], ["device=tpu", "cuda"]),
+    "unknown-dtype": (["model.dtype=int8"], ["model.dtype=int8", "bfloat16"]),
+    "unknown-weights": (["model.weights=none"], ["model.weights=none", "random"]),
+    "tracker-mode": (["tracker.mode=loud"], ["tracker.mode=loud", "offline"]),
+    "tracker-panels": (["tracker.panels=-1"], ["tracker.panels=-1", "at least 0"]),
+    "tracker-without-network": (
+        ["tracker=tensorboard", "tracker.mode=offline"],
+        ["tracker.mode=offline", "tracker=tensorboard", "mode=auto"],
+    ),
+    "unknown-tracker": (["tracker=mlflow"], ["tracker=mlflow", "tensorboard"]),
+    "group-as-value": (["quant=null"], ["quant", "group=choice"]),
+    "missing-folder": (["model.path=/nowhere/at/all"], ["model.path=/nowhere/at/all", "no such folder"]),
+    "missing-text": (["calib=file", "calib.path=/nowhere.txt"], ["calib.path=/nowhere.txt", "no such file"]),
+    "misspelt-option": (["--hlep"], ["--hlep", "did you mean --help"]),
+    "no-equal-sign": (["quant"], ["quant", "key=value"]),
+    "list-wanted": (["eval.corpora=bundled"], ["eval.corpora=bundled", "list"]),
+    "empty-override": (["=3"], ["key=value"]),
+    "local-not-measured": (["eval.local.c4=/nowhere"], ["eval.local.c4", "not among"]),
+    "task-file-not-measured": (["+eval.tasks_local.piqa=/nowhere"], ["eval.tasks_local.piqa", "not among"]),
+    "missing-task-file": (
+        ["eval=zeroshot", "eval.tasks_local.piqa=/nowhere"],
+        ["eval.tasks_local.piqa=/nowhere", "no such file"],
+    ),
+    "no-items": (["eval.items=0"], ["eval.items=0"]),
+    "task-with-a-path": (["eval.tasks=[../task.yaml]"], ["eval.tasks", "letters, digits"]),
+    "mandatory-value": (["method=lsi-finetune"], ["method.run has no value"]),
+    "missing-run": (["method=lsi-finetune", "method.run=nothing"], ["method.run=nothing", "no record"]),
+    "place-twice": (["method=rotate", "method.places=[down,down]"], ["method.places", "twice"]),
+    "no-such-place": (["method=duquant", "method.places=[query_key]"], ["method.places", "norm"]),
+    "empty-prefix": (["method=prefix", "method.count=0", "method.bos=false"], ["count=0", "bos=true"]),
+    "prefix-without-tokens": (["method=prefix", "calib=none"], ["calib.corpus=null", "prefix"]),
+    "rounded-ahead": (
+        [
+            "method=rotate",
+            "method@method.then=lsi",
+            "method.then.training.ahead.blocks=1",
+            "method.then.training.ahead.later=rtn",
+        ],
+        ["method.then", "later=rtn", "later=float"],
+    ),
+    "export-rotations": (["export=plain", "method=rotate"], ["export=plain", "rotations", "method=rotate"]),
+    "export-prefix": (
+        ["export=plain", "method=e2e", "method.run=null", "method@method.start=prefix"],
+        ["export=plain", "a prefix", "prefix"],
+    ),
+    "export-planted": (["export=plain", "model.outliers=2"], ["model.outliers=2", "model.outliers=0"]),
+    "negative-outliers": (["model.outliers=-1"], ["model.outliers=-1"]),
+    "unknown-export": (["export=onnx"], ["export=onnx", "gguf"]),
+    "export-without-group": (["export.push=me/model"], ["export.push", "no such setting"]),
+    "export-target": (["+export._target_=lsiq.methods.rtn.RTN"], ["export", "not an export"]),
+    "export-bits": (["export=gguf", "quant.weight.bits=8"], ["asymmetric", "Q8_0", "quant.weight.bits=7"]),
+    "export-type": (["export=gguf", "export.type=Q3_K"], ["export.type=Q3_K", "Q5_0"]),
+    "export-scales": (["export=gptq"], ["quant.weight.scale=float32", "export.round_scales=true"]),
+    "export-blocks": (
+        ["export=gptq", "quant=w4a8-mxint", "quant.activation.bits=16"],
+        ["export=gptq", "integers in groups", "export=plain"],
+    ),
+    "export-low-rank": (
+        ["export=compressed-tensors", "method=lqer"],
+        ["export=compressed-tensors", "low-rank", "export=plain"],
+    ),
+    "export-push": (["export=plain", "export.push=me"], ["export.push=me", "owner/name"]),
+    "export-of-random-weights": (["export=plain", "model.weights=random"], ["model.weights=random", "checkpoint"]),
+    "from-nothing": (["from=nothing", "export=plain"], ["from=nothing", "no record"]),
+    "from-without-export": (["from=nothing"], ["from=nothing", "export="]),
+    "from-with-settings": (["from=x", "export=plain", "quant=w2a16"], ["quant=w2a16", "from=x"]),
+    "scales-of-blocks": (["method=e2e", "method.run=x", "quant=w4a8-mxint"], ["method.scales", "powers of two"]),
+    "waiting-jointly": (["method.training.wait=3"], ["method.training.wait=3", "schedule=staged"]),
+    "two-starts": (["method=best", "method.weight_only.run=x"], ["method.weight_only.run and start", "one of them"]),
+    "best-on-blocks": (
+        ["method=best", "quant=w4a8-mxint"],
+        ["method.weight_activation.scales=0.001", "use method.weight_activation.scales=null"],
+    ),
+    "best-inside": (
+        ["method=best", "method.weight_only.start.parts.0.lr=-1"],
+        ["method.weight_only.start.parts.dense.lr=-1", "above 0"],
+    ),
+    "whole-method-inside": (
+        ["method=rotate", "method@method.then=e2e", "method.then.run=x"],
+        ["method.then=e2e: cannot stand there", "the method that quantises the turned block"],
+    ),
+    "steps-of-norms": (
+        ["method=dense", "method.parts.0.unit=step", "method.parts.0.tensors=all"],
+        ["unit=step", "linears"],
+    ),
+    "tuned-low-rank": (
+        ["method=e2e", "method.run=null", "method@method.start=lqer"],
+        ["method.start", "low-rank", "not trained"],
+    ),
+    "signed-part-unknown": (["method=lsi", "method.training.signed=[clap]"], ["training.signed", "has no clap"]),
+    "window-weights": (["method=lsi", "method.training.ahead.weights=[1,1]"], ["training.ahead", "blocks=0 needs 1"]),
+    "no-full-logit": (["method=lwc", "method.parts.0.start_logit=null"], ["start_logit=null", "form=linear"]),
+    "streams-on-tape": (["paths.streams=tape"], ["paths.streams=tape", "memory", "disk"]),
+    "no-hub": (["model=opt-125m"], ["facebook/opt-125m", "model.path", "cache"]),
+}
+
+
+@pytest.mark.parametrize("name", every_third(CONFIG_ERRORS))
+def test_a_wrong_configuration_is_one_line_within_a_second(name: str, tmp_path: Path) -> None:
+    arguments, wanted = CONFIG_ERRORS[name]
+    done, seconds = call(*arguments, cwd=tmp_path)
+    assert_one_line(done, wanted)
+    # Measured: 0.6 s on an idle machine; a busy one takes more for the same work.
+    assert seconds < 3.0
+    assert not (tmp_path / "runs").exists()
+
+
+def empty_text(folder: Path) -> list[str]:
+    (folder / "empty.txt").write_text("  \n\n")
+    return ["calib=file", "calib.path=empty.txt"]
+
+
+def short_text(folder: Path) -> list[str]:
+    (folder / "short.txt").write_text("Not much to read.")
+    return ["eval=file", "eval.path=short.txt"]
+
+
+def binary_text(folder: Path) -> list[str]:
+    (folder / "image.txt").write_bytes(bytes(range(256)) * 20)
+    return ["calib=file", "calib.path=image.txt"]
+
+
+def damaged_xz(folder: Path) -> list[str]:
+    (folder / "text.txt.xz").write_bytes(lzma.compress(b"Some text. " * 9000)[:100])
+    return ["eval=file", "eval.path=text.txt.xz"]
+
+
+def wrong_field(folder: Path) -> list[str]:
+    (folder / "text.jsonl").write_text(json.dumps({"body": "words"}) + "\n")
+    return ["eval=file", "eval.path=text.jsonl"]
+
+
+def broken_json(folder: Path) -> list[str]:
+    (folder / "text.jsonl").write_text('{"text": "words"}\n{"text": \n')
+    return ["eval=file", "eval.path=text.jsonl"]
+
+
+def truncated_weights(folder: Path, checkpoint: Path) -> list[str]:
+    copy = shutil.copytree(checkpoint, folder / "model")
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-999])
+    return ["model.path=model"]
+
+
+def no_config(folder: Path, checkpoint: Path) -> list[str]:
+    (shutil.copytree(checkpoint, folder / "model") / "config.json").unlink()
+    return ["model.path=model"]
+
+
+def broken_config(folder: Path, checkpoint: Path) -> list[str]:
+    (shutil.copytree(checkpoint, folder / "model") / "config.json").write_text("{")
+    return ["model.path=model"]
+
+
+def no_weights(folder: Path, checkpoint: Path) -> list[str]:
+    (shutil.copytree(checkpoint, folder / "model") / "model.safetensors").unlink()
+    return ["model.path=model"]
+
+
+def no_tokenizer(folder: Path, checkpoint: Path) -> list[str]:
+    (shutil.copytree(checkpoint, folder / "model") / "tokenizer.json").unlink()
+    return ["model.path=model"]
+
+
+def other_family(folder: Path, checkpoint: Path) -> list[str]:
+    copy = shutil.copytree(checkpoint, folder / "model")
+    (copy / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    return ["model.path=model"]
+
+
+def wrong_item(folder: Path) -> list[str]:
+    (folder / "items.jsonl").write_text('{"query": "Question: x", "choices": ["a"], "gold": 3}\n')
+    return ["eval=zeroshot", "eval.tasks=[arc_easy]", "eval.tasks_local.arc_easy=items.jsonl"]
+
+
+INPUT_ERRORS: dict[str, tuple[Callable[..., list[str]], list[str]]] = {
+    "empty-text": (empty_text, ["empty.txt", "empty"]),
+    "short-text": (short_text, ["short.txt", "eval.seqlen=512"]),
+    "binary-text": (binary_text, ["image.txt", "UTF-8"]),
+    "damaged-xz": (damaged_xz, ["text.txt.xz"]),
+    "wrong-field": (wrong_field, ["text.jsonl", "text"]),
+    "broken-json": (broken_json, ["text.jsonl", "line 2"]),
+    "truncated-weights": (truncated_weights, ["model.safetensors", "cannot be read"]),
+    "no-config": (no_config, ["config.json"]),
+    "broken-config": (broken_config, ["config.json"]),
+    "no-weights": (no_weights, ["model.safetensors"]),
+    "no-tokenizer": (no_tokenizer, ["tokenizer"]),
+    "other-family": (other_family, ["gpt2", "llama"]),
+    "windows-too-long": (lambda _: ["eval.seqlen=4096"], ["eval.seqlen=4096", "1024"]),
+    "group-that-does-not-divide": (lambda _: ["quant.weight.group=100"], ["quant.weight.group=100", "384", "64"]),
+    "block-that-does-not-divide": (
+        lambda _: ["quant=w4a8-mxint", "quant.weight.block=24"],
+        ["quant.weight.block=24", "1024", "16"],
+    ),
+    "rank-above-all": (lambda _: ["method=lqer", "method.rank=999"], ["method.rank=999", "384"]),
+    "no-such-gpu": (lambda _: ["device=cuda:9"], ["device=cuda:9"]),
+    "runs-is-a-file": (lambda folder: [f"paths.runs={(folder / 'taken').write_text('x') and 'taken'}"], ["paths.runs"]),
+    "unknown-task": (lambda _: ["eval.tasks=[arc_eazy]"], ["eval.tasks", "arc_eazy", "arc_easy"]),
+    "hub-task-offline": (lambda _: ["eval=zeroshot"], ["arc_easy", "eval.tasks_local.arc_easy=FILE"]),
+    "wrong-item": (wrong_item, ["items.jsonl", "line 1"]),
+    "hub-corpus-offline": (lambda _: ["eval=wikitext2"], ["Salesforce/wikitext", "eval.local.wikitext2"]),
+}
+
+
+# Importing torch takes seconds, on a busy machine half a minute. Only the name of a task is sought for a second more.
+@pytest.mark.parametrize("name", every_third(INPUT_ERRORS))
+def test_a_wrong_input_is_one_line_before_torch_is_imported(
+    name: str, tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
+    prepare, wanted = INPUT_ERRORS[name]
+    takes_checkpoint = prepare.__code__.co_argcount == 2
+    arguments = prepare(tmp_path, checkpoints["llama"]) if takes_checkpoint else prepare(tmp_path)
+    done, _ = call("tracker=none", *arguments, cwd=tmp_path, without="torch")
+    assert_one_line(done, wanted)
+
+
+def test_debug_asks_for_the_traceback(tmp_path: Path) -> None:
+    done, _ = call("seed=-1", "debug=trace", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_in_a_sweep_a_wrong_job_does_not_stop_the_others(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    done, _ = call(
+        "-m",
+        "method=rtn",
+        "quant.weight.group=40,32",
+        f"model.path={checkpoints['llama']}",
+        "calib=none",
+        "eval=none",
+        "tracker=none",
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    statuses = sorted(json.loads(file.read_text())["status"] for file in tmp_path.glob("runs/*/record.json"))
+    assert statuses == ["failed", "finished"]

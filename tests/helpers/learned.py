@@ -1,0 +1,76 @@
+"""A block with its context, and the parts and settings that tests of learning share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from helpers.models import load_small
+from torch import Tensor
+
+from lsiq.formats.activation import Activation
+from lsiq.formats.integer import Integer
+from lsiq.formats.quant import QuantSettings
+from lsiq.learning.schedule import Training
+from lsiq.models.block import Block, run_stream
+from lsiq.models.context import Context
+from lsiq.parts.base import Part, PartState
+from lsiq.parts.clip import Clip
+from lsiq.parts.dense import Dense
+from lsiq.parts.equivalent import Equivalent
+from lsiq.parts.expansion import Expansion
+from lsiq.parts.rounding import Rounding
+from lsiq.parts.singular import Singular
+
+CPU = torch.device("cpu")
+W2 = QuantSettings(weight=Integer(bits=2, group=32), activation=Activation())
+W4A4 = QuantSettings(weight=Integer(bits=4, group=32), activation=Activation(bits=4))
+PARTS: dict[str, tuple[Part, ...]] = {
+    "clip": (Clip(lr=1e-2),),
+    "equivalent": (Equivalent(),),
+    "singular": (Singular(lr=1e-3, corner=0),),
+    "singular-corner": (Singular(corner=8, lr=1e-3),),
+    "all": (Singular(corner=8, lr=1e-3), Equivalent(), Clip(lr=1e-2)),
+    "band": (Expansion(width=3, corner=8, lr=1e-3), Clip(lr=1e-2)),
+    "hardened": (Rounding(hardening=0.5), Clip(form="linear", lr=1e-2)),
+    "rounding": (Rounding(), Clip(form="linear", lr=1e-2)),
+    "dense": (Dense(tensors="all", lr=1e-3), Clip(search=True, lr=1e-2)),
+    "dense-steps": (Dense(unit="step", lr=1e-3), Clip(lr=1e-2)),
+    "everything": (
+        Expansion(lr=1e-3, corner=0),
+        Equivalent(search=True),
+        Dense(lr=1e-3),
+        Clip(search=True, lr=1e-2),
+        Rounding(),
+    ),
+    "fold-first": (Equivalent(), Singular(corner=8, lr=1e-3), Clip(lr=1e-2)),
+}
+
+
+def schedule_of(**changes: object) -> Training:
+    return Training(**({"epochs": 2, "batch": 4, "decay": "constant"} | changes))  # type: ignore[arg-type]
+
+
+def setting(checkpoint: Path, samples: int = 8) -> tuple[Block, Context]:
+    model = load_small(checkpoint)
+    tokens = torch.randint(0, 4096, (samples, 24), generator=torch.Generator().manual_seed(3))
+    hidden, kwargs = model.embed(tokens, batch=4)
+    block = model.block(0, kwargs)
+    targets = run_stream(block.with_weights({}), hidden, 4, CPU)
+    noisy = hidden + 0.02 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))
+    return block, Context(noisy, targets, torch.Generator().manual_seed(0), 4, lambda values: None)
+
+
+def moved(states: list[PartState], size: float = 0.05) -> list[PartState]:
+    """Parameters away from their start, as training leaves them."""
+    generator = torch.Generator().manual_seed(5)
+
+    def shake(tensor: Tensor) -> Tensor:
+        return tensor + size * torch.randn(tensor.shape, generator=generator)
+
+    return [replace(state, parameters={k: shake(p) for k, p in state.parameters.items()}) for state in states]
+
+
+def fresh() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

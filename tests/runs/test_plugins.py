@@ -1,0 +1,52 @@
+"""A method, a part, a number format and a family are added from outside the package: one file each, and its YAML."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.configuration import ROOT
+
+PLUGINS = ROOT / "tests" / "plugins"
+RUN = ROOT / "run.py"
+SHORT = ("calib=bundled", "calib.samples=4", "calib.seqlen=64", "eval.windows=1", "tracker=none")
+
+
+def run(tmp_path: Path, *words: str) -> str:
+    """Run the program in the folder of plug-ins, and return what it printed."""
+    command = [sys.executable, str(RUN), *words, *SHORT, f"paths.runs={tmp_path}"]
+    done = subprocess.run(command, cwd=PLUGINS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_family_a_method_and_a_format_from_outside_run_together(tmp_path):
+    shown = run(tmp_path, "model=helium-tiny", "quant=w4-coarse", "method=shrunk-range")
+    assert "helium-tiny  w4a16-coarse32  shrunk-range" in shown
+    record = next(tmp_path.glob("helium-tiny_w4a16-coarse32_shrunk-range_s0_*/record.json")).read_text()
+    assert '"average_bits": 4.25' in record  # 4 bits, and 8 bits for each 32 weights
+
+
+@pytest.mark.parametrize("method", ["gptq", "lqer", "lsi", "dense"])
+def test_a_format_from_outside_goes_through_methods_that_know_nothing_of_it(method, tmp_path):
+    learned = ["method.training.epochs=1"] if method in ("lsi", "dense") else []
+    rank = ["method.rank=4"] if method == "lqer" else []
+    run(tmp_path, "model=helium-tiny", "quant=w4-coarse", f"method={method}", *learned, *rank)
+
+
+def test_a_part_from_outside_is_trained_with_others(tmp_path):
+    words = ["method=lwc", "+method/part@method.parts.row_scale=row_scale", "method.training.epochs=1"]
+    run(tmp_path, "model=helium-tiny", "quant=w4a16", "quant.weight.group=32", *words)
+    (block,) = tmp_path.glob("*/blocks/block_000.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(block, "pt") as tensors:
+        learned = [name for name in tensors.keys() if name.startswith("row_scale:")]  # noqa: SIM118 (is no dict)
+        assert len(learned) == 7
+        assert tensors.get_tensor(learned[0]).abs().max() > 0
+
+
+def test_a_target_outside_the_package_and_its_plug_ins_is_refused(tmp_path):
+    command = [sys.executable, str(RUN), "method._target_=os.path.join", f"paths.runs={tmp_path}"]
+    done = subprocess.run(command, cwd=PLUGINS, capture_output=True, text=True)
+    assert "only classes of the package lsiq may be built" in done.stderr

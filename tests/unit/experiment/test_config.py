@@ -1,0 +1,144 @@
+"""Every configuration file composes to settings, and wrong ones are answered without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.configuration import CONF, compose_run
+
+from lsiq.errors import ConfigError
+from lsiq.experiment.composed import plain_config
+from lsiq.experiment.config import parse
+from lsiq.experiment.identity import run_id
+
+FILES = sorted(
+    (file.parent.name, file.stem)
+    for group in CONF.iterdir()
+    if group.is_dir() and group.name != "base"  # what other files begin with
+    for file in group.glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize(("group", "choice"), FILES, ids=lambda part: part)
+def test_every_file_composes_to_checked_settings(group: str, choice: str, text_file: Path) -> None:
+    overrides = [f"{group}={choice}"]
+    if choice == "file":
+        overrides.append(f"{group}.path={text_file}")
+    if "run: ???" in (CONF / group / f"{choice}.yaml").read_text():
+        overrides.append("method.run=some-run")
+    if (group, choice) == ("calib", "mix"):
+        overrides.append("calib.mix.bundled=1")  # there is no mixture that everybody wants
+    if (group, choice) == ("calib", "none"):
+        overrides.append("method=rtn")  # the default method needs calibration tokens
+    if group == "export":
+        overrides.append("quant.weight.scale=float16")
+    config = parse(compose_run(*overrides))
+    assert config.model.seqlen >= 8
+
+
+@pytest.mark.parametrize(("group", "choice"), FILES, ids=lambda part: part)
+def test_every_file_begins_with_what_it_is(group: str, choice: str) -> None:
+    lines = (CONF / group / f"{choice}.yaml").read_text().splitlines()
+    first = lines[1] if lines[0].startswith("# @package") else lines[0]
+    assert first.startswith("# ")
+    assert len(first) > 20
+
+
+def test_the_best_recipe_follows_the_format() -> None:
+    chosen = {quant: parse(compose_run("method=best", f"quant={quant}")).method for quant in ("w2a16g128", "w4a4")}
+    assert {quant: method.start.name for quant, method in chosen.items()} == {
+        "w2a16g128": "best-blocks",
+        "w4a4": "smoothquant+rotate+best-blocks",
+    }
+    assert {method.name for method in chosen.values()} == {"best"}
+    plain = plain_config(compose_run("method=best", "quant=w4a4"))
+    assert "weight_only" not in plain["method"]  # the record holds what was carried out
+
+
+def test_quant_files_are_called_what_they_are() -> None:
+    for file in (CONF / "quant").glob("*.yaml"):
+        assert parse(compose_run(f"quant={file.stem}")).quant.name == file.stem
+
+
+def test_settings_are_checked_without_importing_torch() -> None:
+    code = (
+        "import sys; sys.argv=['run.py']\n"
+        "import lsiq.experiment.run\n"
+        "from lsiq.experiment.config import parse\n"
+        "from hydra import compose, initialize_config_dir\n"
+        f"with initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
+        "    from pathlib import Path\n"
+        f"    for file in sorted(Path({str(CONF)!r}, 'method').glob('*.yaml')):\n"
+        "        run = ['method.run=x'] if 'run: ???' in file.read_text() else []\n"
+        "        parse(compose('config', overrides=[f'method={file.stem}', *run]))\n"
+        f"    for file in Path({str(CONF)!r}, 'export').glob('*.yaml'):\n"
+        "        parse(compose('config', overrides=[f'export={file.stem}', 'quant.weight.scale=float16']))\n"
+        "assert not {'torch', 'transformers', 'wandb', 'datasets'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_is_named_by_what_decides_its_numbers() -> None:
+    def name(*overrides: str, **inputs: str) -> str:
+        cfg = compose_run(*overrides)
+        return run_id(parse(cfg), plain_config(cfg), inputs)
+
+    base = name()
+    assert base.startswith("tiny-llama_w3a16g128_")
+    for same in ("tracker=none", "paths.runs=/elsewhere", "force=true", "trace=true", "tracker.group=study"):
+        assert name(same) == base, same
+    for other in ("seed=1", "quant.weight.bits=2", "calib.samples=3", "eval.seqlen=256", "model=tiny-opt"):
+        assert name(other) != base, other
+    assert name(model="another checkpoint") != base
+
+
+def test_windows_drawn_at_random_are_named_as_before_there_was_a_choice() -> None:
+    cfg = compose_run("calib.windows=random")
+    plain = plain_config(cfg)
+    name = run_id(parse(cfg), plain, {})
+    del plain["calib"]["windows"]
+    assert run_id(parse(cfg), plain, {}) == name
+    disjoint = compose_run("calib.windows=disjoint")
+    assert run_id(parse(disjoint), plain_config(disjoint), {}) != name
+
+
+def test_runs_from_before_templates_and_mixtures_keep_their_names(text_file: Path) -> None:
+    cfg = compose_run("calib=file", f"calib.path={text_file}")
+    plain = plain_config(cfg)
+    assert "template" in plain["calib"]
+    name = run_id(parse(cfg), plain, {})
+    del plain["calib"]["template"]
+    assert run_id(parse(cfg), plain, {}) == name
+    rendered = compose_run("calib=file", f"calib.path={text_file}", "calib.template=true")
+    assert run_id(parse(rendered), plain_config(rendered), {}) != name
+
+
+def test_a_mixture_is_named_by_its_weights_whatever_their_order() -> None:
+    def name(*overrides: str) -> str:
+        cfg = compose_run("calib=mix", *overrides)
+        return run_id(parse(cfg), plain_config(cfg), {})
+
+    base = name("calib.mix.c4=1", "calib.mix.ptb=2")
+    assert name("calib.mix={ptb:2,c4:1}") == name("calib.mix={c4:1,ptb:2,file:0}") == base
+    assert name("calib.mix.c4=2", "calib.mix.ptb=1") != base
+
+
+def test_an_override_cannot_belie_the_name() -> None:
+    assert parse(compose_run("quant=w4a16g128", "quant.weight.bits=2")).quant.name == "w2a16g128"
+    assert parse(compose_run("quant.weight.symmetric=true")).quant.name == "w3a16g128-sym"
+
+
+def test_a_local_checkpoint_takes_its_folders_name() -> None:
+    config = parse(compose_run("model.path=/data/my models/opt 1b/"))
+    assert config.model.name == "opt-1b"
+    assert config.model.bundled is None
+
+
+def test_methods_that_need_data_are_refused_without() -> None:
+    config = parse(compose_run("method=rtn", "calib=none"))
+    assert config.calib.corpus is None
+    with pytest.raises(ConfigError, match="no such setting"):
+        parse(compose_run("+method.alpha=3"))
