@@ -89,7 +89,7 @@ def fill(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
 
 def _explain(error: ValidationError, cls: type, key: str) -> str:
     first = error.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"]]
+    place = [str(part) for part in first["loc"] if part != "[key]"]  # a mapping's own key
     full = ".".join(part for part in [key, *place] if part) or cls.__name__
     kind = first["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):

@@ -52,9 +52,28 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def save_model(shape: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32, std: float = 0.08) -> Path:
-    """Write a checkpoint with random weights, large enough that rounding them shows, and the bundled tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+# Workers beyond this number mostly wait for memory: each holds torch and transformers.
+MOST_WORKERS = 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spread whole folders of tests over this machine's cores, where pytest-xdist is there and no `-n` is given.
+
+    Single files run in this process: they start sooner, and their output is seen.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
+        return
+    asked = config.option.numprocesses is not None or config.option.tx or config.option.dist != "no"
+    whole = all(Path(arg).is_dir() for arg in config.args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not asked and whole and cores > 1 and not config.option.usepdb and not config.option.collectonly:
+        config.option.numprocesses = min(cores, MOST_WORKERS)
+
+
+def random_model(shape: dict[str, Any], std: float = 0.08) -> Any:
+    """Return a model of transformers with random weights, large enough that rounding them shows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, initializer_range=std, init_std=std))
@@ -63,7 +82,14 @@ def save_model(shape: dict[str, Any], folder: Path, dtype: torch.dtype = torch.f
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             assert parameter.isfinite().all(), name
-    model.to(dtype).save_pretrained(folder)
+    return model
+
+
+def save_model(shape: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32, std: float = 0.08) -> Path:
+    """Write a checkpoint of `random_model` and the bundled tokenizer."""
+    from transformers import AutoTokenizer
+
+    random_model(shape, std).to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(bundled_model("tiny-llama")).save_pretrained(folder)
     return folder
 

@@ -29,6 +29,8 @@ def test_every_file_composes_to_checked_settings(group: str, choice: str, text_f
         overrides.append(f"{group}.path={text_file}")
     if "run: ???" in (CONF / group / f"{choice}.yaml").read_text():
         overrides.append("method.run=some-run")
+    if (group, choice) == ("calib", "mix"):
+        overrides.append("calib.mix.bundled=1")  # there is no mixture that everybody wants
     if (group, choice) == ("calib", "none"):
         overrides.append("method=rtn")  # the default method needs calibration tokens
     if group == "export":
@@ -101,6 +103,27 @@ def test_windows_drawn_at_random_are_named_as_before_there_was_a_choice() -> Non
     assert run_id(parse(cfg), plain, {}) == name
     disjoint = compose_run("calib.windows=disjoint")
     assert run_id(parse(disjoint), plain_config(disjoint), {}) != name
+
+
+def test_runs_from_before_templates_and_mixtures_keep_their_names(text_file: Path) -> None:
+    cfg = compose_run("calib=file", f"calib.path={text_file}")
+    plain = plain_config(cfg)
+    assert "template" in plain["calib"]
+    name = run_id(parse(cfg), plain, {})
+    del plain["calib"]["template"]
+    assert run_id(parse(cfg), plain, {}) == name
+    rendered = compose_run("calib=file", f"calib.path={text_file}", "calib.template=true")
+    assert run_id(parse(rendered), plain_config(rendered), {}) != name
+
+
+def test_a_mixture_is_named_by_its_weights_whatever_their_order() -> None:
+    def name(*overrides: str) -> str:
+        cfg = compose_run("calib=mix", *overrides)
+        return run_id(parse(cfg), plain_config(cfg), {})
+
+    base = name("calib.mix.c4=1", "calib.mix.ptb=2")
+    assert name("calib.mix={ptb:2,c4:1}") == name("calib.mix={c4:1,ptb:2,file:0}") == base
+    assert name("calib.mix.c4=2", "calib.mix.ptb=1") != base
 
 
 def test_an_override_cannot_belie_the_name() -> None:

@@ -116,7 +116,9 @@ def test_what_is_learned_agrees_before_a_code_flips(
     mine, other = (BlockStore(folder / one.run_id / "blocks").read(0).state for folder in (tmp_path, two))
     assert mine.keys() == other.keys()
     for name, parameter in mine.items():
-        assert (other[name] - parameter).norm() <= 1e-4 * parameter.norm(), name  # measured: 1.7e-5
+        # Sums in another order differ by an ulp, and each step carries that on: measured 1.7e-5 and 1.5e-4, on CPUs
+        # with and without AVX512-BF16.
+        assert (other[name] - parameter).norm() <= 1e-3 * parameter.norm(), name
 
 
 def test_a_process_that_fails_ends_the_run_with_its_message(

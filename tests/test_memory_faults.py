@@ -70,8 +70,9 @@ def test_out_of_memory_halves_what_passes_at_once_with_the_same_result(
     assert "CUDA out of memory" in (said := capsys.readouterr().err)
     assert "1 sequences at a time from here on" in said
     # Measured: 0 without training; for lsi, where a weight half way between two codes took the other one, 3e-3 of the
-    # perplexity and 0.01 of a quantile of the losses' changes; the rest stays below 1e-5.
-    tolerance = 0.03 if name == "lsi" else 1e-5
+    # perplexity and 0.01 of a quantile of the losses' changes; of ahead's
+    # quantiles 2.7e-5 on a CPU without AVX512-BF16, below 1e-5 on one with it.
+    tolerance = {"lsi": 0.03, "ahead": 3e-4}.get(name, 1e-5)
     for key, value in plenty.metrics.items():
         assert short.metrics[key] == pytest.approx(value, rel=tolerance, abs=tolerance), key
 

@@ -17,6 +17,7 @@ from lsiq.report.differences import side_by_side, what_got_worse
 from lsiq.report.runs import find_run, list_table, read_runs
 from lsiq.report.summary import summary
 from lsiq.results.record import Record
+from lsiq.runtime.terminal import warn
 from lsiq.track.panels import Table
 
 KEY = "ppl/file@64"
@@ -168,3 +169,8 @@ def test_listing_needs_neither_torch_nor_pandas(two_runs: Path) -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_warning_keeps_its_square_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    warn("install lsiq[wandb]")
+    assert "install lsiq[wandb]" in capsys.readouterr().err

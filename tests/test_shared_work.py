@@ -21,8 +21,8 @@ WANT = """
 import sys, time
 from pathlib import Path
 import torch
-from lsiq.evals.cache import EvaluationCache
-cache = EvaluationCache(Path(sys.argv[1]), {}, {})
+from lsiq.runtime.cache import ContentCache
+cache = ContentCache(Path(sys.argv[1]), {}, {})
 def measure():
     with open(sys.argv[2], "a") as file: file.write("measured\\n")
     time.sleep(1)

@@ -15,7 +15,6 @@ from lsiq.data.tokens import token_hash
 from lsiq.experiment.calibrate import calibration_tokens
 from lsiq.experiment.config import parse
 from lsiq.models.loading import load
-from lsiq.runtime.cache import ContentCache
 
 name, samples, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 conf = Path(__file__).resolve().parents[2] / "conf"
@@ -24,7 +23,7 @@ with initialize_config_dir(str(conf), version_base="1.3"):
 AutoModelForCausalLM.from_pretrained(bundled_model(name), dtype=torch.float32).save_pretrained(folder)
 AutoTokenizer.from_pretrained(bundled_model(name)).save_pretrained(folder)
 model = load(config.model, bundled_model(name), torch.device("cpu"), config.seed)
-nothing_kept = ContentCache(None, {}, {})
-tokens = calibration_tokens(config, model, nothing_kept, nothing_kept)
+tokens = calibration_tokens(config.calib, model, config.seed)
+assert tokens is not None
 torch.save(tokens, folder / "tokens.pt")
 print(f"{folder}: {name} in float32 and {tuple(tokens.shape)} tokens, hash {token_hash(tokens)}")

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lsiq.api.models import FloatModel, load_model
 from lsiq.api.recipes import Calibration, Recipe
-from lsiq.calib.generated_text import write_sequences
 from lsiq.cli.compose import compose
 from lsiq.data.corpora import read_corpus
-from lsiq.data.tokens import cut_windows, draw_windows, random_windows, token_hash
+from lsiq.data.tokens import cut_windows, token_hash
 from lsiq.errors import ConfigError
 from lsiq.evals.block_pass import FunctionOf, run_blocks
 from lsiq.evals.perplexity import Perplexity
 from lsiq.evals.perplexity import perplexity as measure
+from lsiq.experiment.calibrate import calibration_tokens
 from lsiq.experiment.checks import check_formats
 from lsiq.experiment.config import RunConfig, parse
 from lsiq.experiment.export import export
@@ -226,19 +226,9 @@ def _drawn(source: FloatModel, calibration: Calibration | Tensor | None, batch: 
             )
         return calibration, batch
     settings = calibration.settings(source.seqlen)
-    parts = []
-    if settings.corpus == "random":
-        vocabulary = source.model.config.vocab_size
-        parts.append(random_windows(vocabulary, settings.samples, settings.seqlen, calibration.seed))
-    elif settings.corpus is not None:
-        text = read_corpus(settings.corpus, "calibration", settings.path, settings.fields)
-        name = settings.path or settings.corpus
-        tokenizer = _tokenizer(source)
-        drawn = (settings.samples, settings.seqlen, calibration.seed, name, settings.windows)
-        parts.append(draw_windows(text, tokenizer, *drawn))
-    if settings.written:
-        parts.append(write_sequences(source.model, settings.written, settings.seqlen, calibration.seed))
-    return (torch.cat(parts) if parts else None), settings.batch
+    if any(share.corpus != "random" for share in settings.shares()):
+        _tokenizer(source)
+    return calibration_tokens(settings, source.model, calibration.seed), settings.batch
 
 
 def _tokenizer(source: FloatModel) -> Any:

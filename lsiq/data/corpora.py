@@ -6,6 +6,7 @@ own schema (parquet, jsonl, jsonl.gz), WikiText-2 also from the raw text files o
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,17 +82,24 @@ HUB = {
     ),
 }
 
+# Endings of the raw text files of WikiText's release.
+_RAW = (".raw", ".txt", ".tokens")
+
 # `bundled` is all kinds together; each kind can be had alone, to calibrate on one and measure on another.
 CORPORA = ("bundled", *KINDS, *HUB, "file", "random")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text to tokenise: documents, the string that joins them, and whether windows stay inside one document."""
+    """A text to tokenise: documents, the string that joins them, and whether windows stay inside one document.
+
+    `special` says whether the tokenizer adds its special tokens; those of a chat template stand in the text already.
+    """
 
     documents: Sequence[str]
     glue: str
     by_document: bool = False
+    special: bool = True
 
     def joined(self) -> str:
         return self.glue.join(self.documents)
@@ -140,11 +148,25 @@ def corpus_files(name: str, split: Split, path: str | None = None) -> list[Path]
     return [_hub_file(name, HUB[name], split)]
 
 
+def check_readers(name: str, split: Split, path: str | None = None) -> None:
+    """Raise InputError where a package that reads this hub corpus is not installed; nothing is fetched or imported."""
+    ending = Path(path or HUB[name].files[split]).suffix
+    if ending in _RAW:
+        return
+    wanted = ("datasets", "zstandard") if ending == ".zst" else ("datasets",)
+    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    if missing:
+        raise InputError(
+            f"{name}: is read with {' and '.join(missing)}, not installed here; pip install 'lsiq[hub]', "
+            "or choose calib=bundled eval=bundled"
+        )
+
+
 def _local_rows(corpus: Corpus, path: str) -> Iterator[str]:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{path}: no such file; give a local copy of {corpus.repository}, or leave the path out")
-    if file.suffix in (".raw", ".txt", ".tokens"):
+    if file.suffix in _RAW:
         return _raw_rows(file)
     return _column(_load(file.name.partition(".")[2], str(file)), corpus.column, path)
 
@@ -167,7 +189,10 @@ def _hub_rows(name: str, corpus: Corpus, split: Split) -> Iterator[str]:
 def _hub_file(name: str, corpus: Corpus, split: Split) -> Path:
     from lsiq.data.hub import fetch_file  # hub access in one place, with its short patience
 
-    way_out = f"give a local copy with calib.path=FILE or eval.local.{name}=FILE, or choose calib=bundled eval=bundled"
+    way_out = (
+        f"give a local copy with calib.path=FILE (of a mixture calib.paths.{name}=FILE) or eval.local.{name}=FILE, or "
+        "choose calib=bundled eval=bundled"
+    )
     return fetch_file(corpus.repository, corpus.files[split], corpus.revision, kind="dataset", way_out=way_out)
 
 

@@ -27,13 +27,41 @@ def read_documents(path: str | Path, fields: tuple[str, ...] = ("text",)) -> Ite
         line and field.
     """
     path = Path(path)
+    if path.name.removesuffix(".xz").endswith(".jsonl"):
+        yield from _json_documents(path, fields)
+    else:
+        yield from _text_documents(_lines(path))
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yield the line number and the object of each line of a jsonl file, plain or xz, blank lines left out.
+
+    Raises
+    ------
+    InputError
+        As `read_documents`, and for a line that is not one JSON object.
+    """
+    path = Path(path)
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            message = f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})"
+            raise InputError(f"{message}; each line must be one JSON object") from error
+        if not isinstance(record, dict):
+            raise InputError(
+                f"{path}, line {number}: holds a {type(record).__name__}; each line must be one JSON object"
+            )
+        yield number, record
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file, unpacked if it ends in `.xz`, with their newlines."""
     try:
         with lzma.open(path, "rb") if path.suffix == ".xz" else open(path, "rb") as file:
-            lines = _decoded_lines(file, path)
-            if path.name.removesuffix(".xz").endswith(".jsonl"):
-                yield from _json_documents(lines, path, fields)
-            else:
-                yield from _text_documents(lines)
+            yield from _decoded_lines(file, path)
     except (lzma.LZMAError, EOFError) as error:
         raise InputError(
             f"{path} is not a complete xz file ({error}); copy it again or unpack it with `xz -d`"
@@ -67,19 +95,8 @@ def _text_documents(lines: Iterator[str]) -> Iterator[str]:
         yield document
 
 
-def _json_documents(lines: Iterator[str], path: Path, fields: tuple[str, ...]) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            message = f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})"
-            raise InputError(f"{message}; each line must be one JSON object") from error
-        if not isinstance(record, dict):
-            raise InputError(
-                f"{path}, line {number}: holds a {type(record).__name__}; each line must be one JSON object"
-            )
+def _json_documents(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
+    for number, record in read_objects(path):
         document = "".join(_field(record, name, path, number) for name in fields)
         if document.strip():
             yield document

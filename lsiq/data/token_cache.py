@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lsiq.data.corpora import Split, corpus_files, read_corpus
+from lsiq.data.conversations import no_conversation, render, template_of
+from lsiq.data.corpora import Split, Text, corpus_files, read_corpus
 from lsiq.data.tokens import Windows, cut_windows, draw_windows
+from lsiq.errors import InputError
 from lsiq.runtime.cache import ContentCache
 from lsiq.runtime.sources import source_hash
 
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 class TokenRequest:
     """Windows of a corpus: `samples` drawn with `seed`, or all that can be cut where `samples` is None.
 
-    `windows` says how they are drawn, as in `draw_windows`.
+    `windows` says how they are drawn, as in `draw_windows`; `template` that the file holds conversations, which the
+    tokenizer's chat template turns into text. They follow each other with nothing between, in the order of the file.
     """
 
     corpus: str
@@ -34,6 +37,7 @@ class TokenRequest:
     samples: int | None = None
     seed: int = 0
     windows: Windows = "random"
+    template: bool = False
 
 
 def token_cache(folder: str | None, versions: Mapping[str, str | None], origin: Mapping[str, str]) -> ContentCache:
@@ -63,7 +67,7 @@ def cached_tokens(request: TokenRequest, tokenizer: Any, cache: ContentCache) ->
     """
 
     def make() -> dict[str, Tensor]:
-        text = read_corpus(request.corpus, request.split, request.path, request.fields)
+        text = _read(request, tokenizer)
         name = request.path or request.corpus
         if request.samples is None:
             windows = cut_windows(text, tokenizer, request.seqlen, name)
@@ -79,6 +83,18 @@ def cached_tokens(request: TokenRequest, tokenizer: Any, cache: ContentCache) ->
     for file in corpus_files(request.corpus, request.split, request.path):
         with file.open("rb") as stream:
             content.update(hashlib.file_digest(stream, "blake2b").digest())
+    if request.template:
+        content.update(template_of(tokenizer).encode())
     what = {key: value for key, value in asdict(request).items() if key != "path"}
     key = cache.key(**what, content=content.hexdigest())
     return cache.once(key, f"tokens of {request.path or request.corpus}", make)["tokens"].long()
+
+
+def _read(request: TokenRequest, tokenizer: Any) -> Text:
+    if not request.template:
+        return read_corpus(request.corpus, request.split, request.path, request.fields)
+    assert request.path is not None  # the settings see to it
+    documents = render(request.path, tokenizer)
+    if not documents:
+        raise InputError(no_conversation(request.path))
+    return Text(documents, "", special=False)

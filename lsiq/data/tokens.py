@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 Windows = Literal["disjoint", "random"]
 
 
-def tokenize(text: str, tokenizer: Any) -> Tensor:
-    """Return the token ids `(tokens,)` of `text`, with the special tokens that the tokenizer adds by default."""
+def tokenize(text: str, tokenizer: Any, special: bool = True) -> Tensor:
+    """Return the token ids `(tokens,)` of `text`; `special` adds what the tokenizer puts around a text by default."""
     # The tokenizer warns that a text is longer than the model's context; it is cut into windows afterwards.
     logger = logging.getLogger("transformers.tokenization_utils_base")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+        without = {} if special else {"add_special_tokens": False}
+        return torch.tensor(tokenizer(text, verbose=False, **without)["input_ids"], dtype=torch.long)
     finally:
         logger.setLevel(level)
 
@@ -48,7 +49,7 @@ def draw_windows(
     random = np.random.default_rng([seed, seqlen])
     if text.by_document:
         return _draw_by_document(text, tokenizer, samples, seqlen, random, name)
-    ids = tokenize(text.joined(), tokenizer)
+    ids = tokenize(text.joined(), tokenizer, text.special)
     if len(ids) < seqlen:
         raise InputError(too_short(name, len(ids), seqlen, "calib.seqlen"))
     if windows == "disjoint":

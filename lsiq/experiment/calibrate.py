@@ -1,37 +1,49 @@
-"""The sequences that a run calibrates on: drawn from a corpus, written by the model, or both."""
+"""The sequences that a run calibrates on: drawn from corpora, written by the model, or both."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lsiq.calib.generated_text import write_sequences
+from lsiq.data.settings import CalibSettings, Share
 from lsiq.data.token_cache import TokenRequest, cached_tokens
 from lsiq.data.tokens import random_windows
-from lsiq.experiment.config import RunConfig
 from lsiq.models.loading import Model
 from lsiq.runtime.cache import ContentCache
 from lsiq.runtime.sources import source_hash
 
 # Sequences that suffice to report block errors where a method needs none.
 SAMPLES_TO_MEASURE = 8
+NOTHING_KEPT = ContentCache(None, {}, {})
 
 
 def calibration_tokens(
-    config: RunConfig, model: Model, tokens: ContentCache, references: ContentCache
+    calib: CalibSettings,
+    model: Model,
+    seed: int,
+    limit: int | None = None,
+    tokens: ContentCache = NOTHING_KEPT,
+    references: ContentCache = NOTHING_KEPT,
 ) -> Tensor | None:
     """Draw the calibration windows `(samples + written, seqlen)`, those that the model writes last; None for no data.
 
-    What was drawn or written before is taken from the caches, of tokens and of what this model did.
+    Args:
+        limit: sequences at most, drawn ones first: enough to measure the error of each block where a method needs
+            none; None for all.
+        tokens: what was drawn before.
+        references: what this model wrote before.
 
-    A method that needs no data gets few: they only measure the error of each block.
+    Raises:
+        LsiqError: a text cannot be read, is too short, or does not fit the tokenizer.
     """
     parts = []
-    if config.calib.corpus is not None:
-        parts.append(drawn_tokens(config, model, tokens, limit=None if config.method.needs else SAMPLES_TO_MEASURE))
-    if config.calib.written and (config.method.needs or not parts):
-        count = config.calib.written if config.method.needs else min(config.calib.written, SAMPLES_TO_MEASURE)
-        wanted = {"count": count, "seqlen": config.calib.seqlen, "seed": config.seed}
+    if calib.corpus is not None:
+        parts.append(drawn_tokens(calib, model, seed, limit, tokens))
+    if calib.written and (limit is None or not parts):
+        count = calib.written if limit is None else min(calib.written, limit)
+        wanted = {"count": count, "seqlen": calib.seqlen, "seed": seed}
         key = references.key(kind="written", **wanted, source=source_hash("calib"))
         written = references.once(
             key, "sequences that the model writes", lambda: {"tokens": write_sequences(model, **wanted)}
@@ -40,15 +52,31 @@ def calibration_tokens(
     return torch.cat(parts) if parts else None
 
 
-def drawn_tokens(config: RunConfig, model: Model, cache: ContentCache, limit: int | None) -> Tensor:
-    """Draw `(samples, seqlen)` token ids from the calibration corpus, at most `limit` sequences."""
-    calib = config.calib
-    samples = calib.samples if limit is None else min(calib.samples, limit)
-    if calib.corpus == "random":
-        return random_windows(model.config.vocab_size, samples, calib.seqlen, config.seed)
-    assert calib.corpus is not None
-    fields = tuple(calib.fields)
+def drawn_tokens(calib: CalibSettings, model: Model, seed: int, limit: int | None, cache: ContentCache) -> Tensor:
+    """Draw `(samples, seqlen)` token ids from the calibration corpora, at most `limit` sequences.
+
+    Those of a mixture are shuffled, so that corpora meet in batches and in every process's share.
+    """
+    shares = calib.shares(limit)
+    drawn = torch.cat([_draw(share, calib, model, seed, cache) for share in shares])
+    if len(shares) == 1:
+        return drawn
+    random = np.random.default_rng([seed, calib.seqlen, len(drawn)])
+    return drawn[torch.from_numpy(random.permutation(len(drawn)))]
+
+
+def _draw(share: Share, calib: CalibSettings, model: Model, seed: int, cache: ContentCache) -> Tensor:
+    if share.corpus == "random":
+        return random_windows(model.config.vocab_size, share.samples, calib.seqlen, seed)
     request = TokenRequest(
-        calib.corpus, "calibration", calib.path, fields, calib.seqlen, samples, config.seed, calib.windows
+        share.corpus,
+        "calibration",
+        share.path,
+        tuple(calib.fields),
+        calib.seqlen,
+        share.samples,
+        seed,
+        calib.windows,
+        share.template,
     )
     return cached_tokens(request, model.tokenizer, cache)

@@ -89,7 +89,7 @@ def _carry_out(
             file.stat().st_size for suffix in ("safetensors", "gguf") for file in partial.glob(f"*.{suffix}")
         )
         entry["checks"] = verify(exporter, source, config.model, config.seed, partial) if exporter.verify else []
-        described = Described(config.model, config.quant, config.method.name, config.calib.path or config.calib.corpus)
+        described = Described(config.model, config.quant, config.method.name, config.calib.text)
         write_card(exporter, described, record, entry["checks"], partial)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)

@@ -11,6 +11,7 @@ from typing import Any
 from lsiq.errors import InputError
 from lsiq.experiment.config import RunConfig
 from lsiq.methods.finetune import FineTune
+from lsiq.models.chat_template import read_chat_template
 from lsiq.models.folder import fingerprint
 
 # How and where a run is carried out, against what it is.
@@ -30,14 +31,20 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
     identity = {key: value for key, value in plain.items() if key not in NOT_IDENTITY}
     # Where a checkpoint or an earlier run lies does not matter; `inputs` says which it is.
     identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
-    # Runs from before there was a choice drew at random, and keep their names.
-    identity["calib"] = {
-        key: value for key, value in identity["calib"].items() if (key, value) != ("windows", "random")
-    }
+    identity["calib"] = _calib_identity(identity["calib"])
     identity["method"] = _as_before({key: value for key, value in identity["method"].items() if key != "run"})
     text = json.dumps({"config": identity, "inputs": dict(inputs)}, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
     return f"{config.model.name}_{config.quant.name}_{config.method.name}_s{config.seed}_{digest}"
+
+
+def _calib_identity(calib: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides the tokens; runs from before there was a choice had these values, and keep their names."""
+    kept = dict(calib)
+    kept["mix"] = {name: weight for name, weight in (calib.get("mix") or {}).items() if weight}
+    kept["paths"] = {name: path for name, path in (calib.get("paths") or {}).items() if path is not None}
+    before = {"windows": "random", "template": False, "mix": {}, "paths": {}}
+    return {key: value for key, value in kept.items() if key not in before or value != before[key]}
 
 
 def _as_before(node: Any) -> Any:
@@ -53,10 +60,13 @@ def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str
     if checkpoint is not None and config.model.weights == "checkpoint":
         inputs["model"] = fingerprint(checkpoint, config.model.allow_pickle)
     paths = {"calib.path": config.calib.path, "eval.path": config.eval.path}
+    paths |= {f"calib.paths.{name}": path for name, path in config.calib.paths.items()}
     paths |= {f"eval.local.{name}": path for name, path in config.eval.local.items()}
     paths |= {f"eval.tasks_local.{name}": path for name, path in config.eval.tasks_local.items()}
     if isinstance(config.method, FineTune) and config.method.run is not None:
         inputs["method.run"] = Path(config.method.run).name  # a run's id already stands for all that made it
+    if config.calib.template and checkpoint is not None and (template := read_chat_template(checkpoint)):
+        inputs["calib.template"] = hashlib.blake2b(template.encode(), digest_size=10).hexdigest()
     for key, path in paths.items():
         if path is not None:
             inputs[key] = hash_file(key, Path(path).expanduser())

@@ -6,6 +6,7 @@ refused later too, in the same words; what passes may still be refused then.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import struct
@@ -13,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsiq.assets import KINDS
-from lsiq.data.corpora import HUB, Split, corpus_files
+from lsiq.assets import KINDS, bundled_model
+from lsiq.data.conversations import no_conversation, no_template, read_conversations
+from lsiq.data.corpora import HUB, Split, check_readers, corpus_files
 from lsiq.data.documents import read_documents
 from lsiq.data.lengths import too_short
 from lsiq.errors import ConfigError, InputError
@@ -22,6 +24,7 @@ from lsiq.evals.task_names import check_tasks
 from lsiq.experiment.lengths import check_window_lengths
 from lsiq.methods.base import chain
 from lsiq.methods.lqer import LQER
+from lsiq.models.chat_template import read_chat_template
 from lsiq.models.families import find_spec
 from lsiq.models.folder import read_config, weight_files
 from lsiq.models.gguf_file import is_gguf
@@ -67,10 +70,14 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
     for corpus in config.eval.corpora:
         path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
         _check_text(corpus, "evaluation", path, tuple(config.eval.fields), config.eval.seqlen, "eval.seqlen", folder)
-    if calibrates and config.calib.corpus is not None:
-        calib = config.calib
+    calib = config.calib
+    for share in calib.shares() if calibrates else []:
+        if share.template:
+            assert share.path is not None  # the settings see to it
+            _check_conversations(share.path, folder)
+            continue
         fields = tuple(calib.fields)
-        _check_text(config.calib.corpus, "calibration", calib.path, fields, calib.seqlen, "calib.seqlen", folder)
+        _check_text(share.corpus, "calibration", share.path, fields, calib.seqlen, "calib.seqlen", folder)
     check_tasks(config.eval)
 
 
@@ -143,6 +150,18 @@ def _check_tokenizer_files(folder: Path) -> None:
         raise InputError(
             f"{folder}: the tokenizer cannot be loaded (there is no tokenizer.json); put its files beside the weights"
         )
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+    if missing and not any((folder / file).exists() for file in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        raise InputError(
+            f"{folder}: its tokenizer is read with {' and '.join(missing)}, not installed here; pip install 'lsiq[hub]'"
+        )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # what the name lies in is missing too
+        return False
 
 
 def _check_text(
@@ -150,6 +169,7 @@ def _check_text(
 ) -> None:
     """Raise InputError where the text of a corpus is not there, is damaged near its start, is empty or too short."""
     if corpus in HUB:
+        check_readers(corpus, split, path)
         corpus_files(corpus, split, path)
     if corpus != "file" or path is None or corpus in KINDS:
         return
@@ -166,11 +186,23 @@ def _check_text(
         raise InputError(too_short(path, tokens, seqlen, key))
 
 
+def _check_conversations(path: str, folder: Path | None) -> None:
+    """Raise ConfigError where there is no chat template, and InputError where the file begins with no conversations."""
+    checkpoint = folder or bundled_model("tiny-llama")  # whose tokenizer a shape without a checkpoint borrows
+    if read_chat_template(checkpoint) is None:
+        raise ConfigError(no_template(checkpoint))
+    size = 0
+    for conversation in read_conversations(path):
+        size += sum(len(message["content"]) for message in conversation.messages)
+        if size > _LOOKED_AT:
+            return
+    if size == 0:
+        raise InputError(no_conversation(path))
+
+
 def _count(text: str, folder: Path | None) -> int:
     """Return how many tokens a text has; where only transformers could tell, how many bytes, which are no fewer."""
     from tokenizers import Tokenizer
-
-    from lsiq.assets import bundled_model
 
     file = (folder or bundled_model("tiny-llama")) / "tokenizer.json"
     if not file.is_file():

@@ -16,7 +16,7 @@ from lsiq.data.tokens import token_hash
 from lsiq.errors import ResourceError
 from lsiq.evals.harness import check_tasks
 from lsiq.evals.tasks import Tasks, load_tasks
-from lsiq.experiment.calibrate import calibration_tokens
+from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE, calibration_tokens
 from lsiq.experiment.checks import check_formats, check_lengths, check_processes
 from lsiq.experiment.evaluate import SCORES, evaluate, evaluation_windows, open_cache
 from lsiq.experiment.export import export
@@ -136,7 +136,10 @@ def read_texts(request: Request, model: Model, store: BlockStore, record: Record
     record.quantised = record.quantised and store.complete(model.depth)
     calibration = None
     if not record.quantised:
-        calibration = record.timed("tokens", lambda: calibration_tokens(config, model, tokens, references))
+        few = None if config.method.needs else SAMPLES_TO_MEASURE
+        calibration = record.timed(
+            "tokens", lambda: calibration_tokens(config.calib, model, config.seed, few, tokens, references)
+        )
     calibration = processes.from_first(calibration)  # what the model writes may differ from one GPU to another
     if calibration is not None:
         samples, seqlen = calibration.shape

@@ -22,9 +22,14 @@ class ActivationFormat(Protocol):
         softmax: whether attention weights are.
     """
 
-    bits: int
-    attention: bool
-    softmax: bool
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def attention(self) -> bool: ...
+
+    @property
+    def softmax(self) -> bool: ...
 
     @property
     def active(self) -> bool:

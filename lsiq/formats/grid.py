@@ -56,6 +56,10 @@ class Grid(ABC):
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Return the bits that a weight of this shape takes, all that decodes it counted."""
 
+    def storable(self, scale: Tensor) -> Tensor:
+        """Return step sizes as they can be stored; the gradient passes as if nothing had been rounded."""
+        return scale
+
     def check(self, in_features: int, name: str) -> None:
         """Raise ConfigError unless the groups divide `in_features`, the input width of the linear `name`."""
         check_divides(f"quant.weight.{self.width_key}", self.width, in_features, name)

@@ -4,6 +4,9 @@ The core is a diagonal (LSI) or a band around it (SDE). The plain version is `ls
 A tile of rows of the core is not zero on few columns more than it has rows, so it is a small dense product.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# (the body of a kernel is in Triton's language, which has no types)
+
 from __future__ import annotations
 
 from typing import Any

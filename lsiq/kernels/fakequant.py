@@ -5,6 +5,9 @@ tiles of whole groups: it makes `W' = rows · (W + P) · columns`, finds the ext
 backward kernel makes all of that again from `W` and `P`, so nothing else is kept in between.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# (the body of a kernel is in Triton's language, which has no types)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -46,7 +47,8 @@ def hush() -> None:
 
 
 def warn(message: str) -> None:
-    STORY.print(f"[yellow]warning:[/] {redacted(message)}", soft_wrap=True)
+    # Unescaped, "install lsiq[wandb]" would lose its brackets.
+    STORY.print(f"[yellow]warning:[/] {escape(redacted(message))}", soft_wrap=True)
 
 
 def say(message: str, of_all: str | None = None) -> None:

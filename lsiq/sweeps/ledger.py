@@ -140,6 +140,7 @@ class Ledger:
 
 def _files(plain: dict[str, Any]) -> Iterator[tuple[str, str]]:
     named = {"calib.path": plain["calib"]["path"], "eval.path": plain["eval"]["path"]}
+    named |= {f"calib.paths.{name}": path for name, path in plain["calib"].get("paths", {}).items()}
     named |= {
         f"eval.{group}.{name}": path
         for group in ("local", "tasks_local")
