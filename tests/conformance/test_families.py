@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.families import FAMILIES
 from helpers.hosts import Seen, hosts, quantised
-from helpers.models import load_small, save_model
+from helpers.models import SHAPES, load_small, save_model
 from omegaconf import DictConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -35,10 +35,10 @@ OLMO, PHI, SANDWICH = "olmo2", "phi3", ("gemma2", "gemma3")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {name: save_model(shape, root / name) for name, shape in FAMILIES.items()}
+    return {name: save_model(shape, root / name) for name, shape in {**SHAPES, **FAMILIES}.items()}
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=sorted({**SHAPES, **FAMILIES}))
 def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
     return folders[request.param]
 
@@ -238,7 +238,7 @@ def test_a_family_with_strange_blocks_is_refused(folders: dict[str, Path], tmp_p
 
 def test_every_family_is_found_by_its_name() -> None:
     assert all(find_spec(name, "here").model_type == name for name in families())
-    assert {shape["model_type"] for shape in FAMILIES.values()} <= set(families())
+    assert {shape["model_type"] for shape in {**SHAPES, **FAMILIES}.values()} <= set(families())
 
 
 @pytest.mark.parametrize("method", ["omniquant", "prefix"])

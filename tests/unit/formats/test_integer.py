@@ -5,55 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.grids import weights_and_integers
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lsiq.errors import ConfigError, NumericalError
 from lsiq.formats.integer import Integer
 from lsiq.formats.tensor import quantize
 
 
-@st.composite
-def weights_and_formats(draw: st.DrawFn) -> tuple[torch.Tensor, Integer]:
-    group = draw(st.sampled_from([1, 2, 8, 16, None]))
-    rows, columns = draw(st.integers(1, 5)), (group or 1) * draw(st.integers(1, 4))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    w = torch.randn(rows, columns, generator=generator) * 10.0 ** draw(st.integers(-42, 38))
-    kind = draw(st.sampled_from(["plain", "dead row", "constant row", "one sign", "duplicates"]))
-    if kind == "dead row":
-        w[0] = 0.0
-    elif kind == "constant row":
-        w[-1] = w[-1, 0].item()
-    elif kind == "one sign":
-        w = -w.abs()
-    elif kind == "duplicates":
-        w = w[:1].repeat(rows, 1)
-    w = w.clamp(-3.0e38, 3.0e38)
-    fmt = Integer(
-        bits=draw(st.integers(2, 8)),
-        group=group,
-        symmetric=draw(st.booleans()),
-        scale=draw(st.sampled_from(["float32", "float16"])),
-    )
-    return w, fmt
-
-
-@given(weights_and_formats())
-@settings(max_examples=400, deadline=None)
-def test_fake_encode_and_decode_agree_bit_for_bit(case: tuple[torch.Tensor, Integer]) -> None:
-    w, fmt = case
-    scale, zero = fmt.fit(*fmt.extremes(w))
-    fake = fmt.fake(w, scale, zero)
-    codes = fmt.encode(w, scale, zero)
-    assert codes.dtype == torch.uint8
-    assert int(codes.max()) <= fmt.levels
-    assert fake.isfinite().all()
-    assert torch.equal(fmt.decode(codes, scale, zero), fake)
-    trained = fmt.fake(w.clone().requires_grad_(), scale, zero)  # rounding that lets gradients through
-    assert torch.equal(trained.detach(), fake)
-
-
-@given(weights_and_formats())
+@given(weights_and_integers())
 @settings(max_examples=200, deadline=None)
 def test_rounding_stays_within_the_step(case: tuple[torch.Tensor, Integer]) -> None:
     w, fmt = case

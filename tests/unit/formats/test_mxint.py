@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from helpers.configuration import compose_run
+from helpers.grids import weights_and_blocks
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lsiq.errors import ConfigError, NumericalError
 from lsiq.experiment.config import parse
@@ -16,41 +16,7 @@ from lsiq.formats.mxint import MXActivation, MXInt, power_of_two_step
 from lsiq.formats.tensor import quantize
 
 
-@st.composite
-def weights_and_formats(draw: st.DrawFn) -> tuple[torch.Tensor, MXInt]:
-    block = draw(st.sampled_from([1, 4, 16, 32]))
-    rows, columns = draw(st.integers(1, 5)), block * draw(st.integers(1, 4))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    w = torch.randn(rows, columns, generator=generator) * 10.0 ** draw(st.integers(-42, 37))
-    kind = draw(st.sampled_from(["plain", "dead row", "powers of two", "one sign"]))
-    if kind == "dead row":
-        w[0] = 0.0
-    elif kind == "powers of two":
-        w = torch.exp2(torch.randint(-20, 20, w.shape, generator=generator).float())
-    elif kind == "one sign":
-        w = -w.abs()
-    fmt = MXInt(bits=draw(st.integers(2, 8)), block=block, exponent=draw(st.sampled_from([4, 8])))
-    return w, fmt
-
-
-@given(weights_and_formats())
-@settings(max_examples=300, deadline=None)
-def test_fake_encode_and_decode_agree_bit_for_bit(case: tuple[torch.Tensor, MXInt]) -> None:
-    w, fmt = case
-    scale, zero = fmt.fit(*fmt.extremes(w))
-    codes = fmt.encode(w, scale, zero)
-    fake = fmt.fake(w, scale, zero)
-    assert codes.dtype == torch.uint8
-    assert fmt.lowest <= int(codes.min()) <= int(codes.max()) <= fmt.levels
-    assert fake.isfinite().all()
-    assert torch.equal(fmt.decode(codes, scale, zero), fake)
-    assert torch.equal(fmt.encode(fake, scale, zero), codes), "what is on the grid stays where it is"
-    trained = w.clone().requires_grad_()
-    lo, hi = fmt.extremes(trained)
-    assert torch.equal(fmt.fake(trained, *fmt.fit(lo, hi)).detach(), fake)
-
-
-@given(weights_and_formats())
+@given(weights_and_blocks())
 @settings(max_examples=200, deadline=None)
 def test_rounding_costs_half_a_step_and_saturation_at_most_one(case: tuple[torch.Tensor, MXInt]) -> None:
     w, fmt = case
@@ -63,7 +29,7 @@ def test_rounding_costs_half_a_step_and_saturation_at_most_one(case: tuple[torch
     assert (error <= step).all()
 
 
-@given(weights_and_formats())
+@given(weights_and_blocks())
 @settings(max_examples=100, deadline=None)
 def test_steps_are_powers_of_two_just_large_enough(case: tuple[torch.Tensor, MXInt]) -> None:
     w, fmt = case

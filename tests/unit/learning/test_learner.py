@@ -8,106 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.configuration import compose_run
-from helpers.learned import PARTS, W2, W4A4, fresh, moved, schedule_of, setting
-from torch import Tensor
+from helpers.learned import PARTS, W2, W4A4, fresh, schedule_of, setting
 
 from lsiq.errors import InputError, NumericalError
 from lsiq.experiment.config import parse
-from lsiq.formats.quant import QuantSettings
-from lsiq.learning.encode import merge
 from lsiq.learning.learner import learn
-from lsiq.learning.trained import apply_parts, start_parts
-from lsiq.parts.base import Part, PartState, rounded
+from lsiq.parts.base import PartState
 from lsiq.parts.clip import Clip
 from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.singular import Singular
-
-STILL = ("singular-corner", "clip", "band", "rounding", "dense")
-
-
-@pytest.mark.parametrize("quant", [W2, W4A4], ids=["w2", "w4a4"])
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-def test_trained_path_merged_path_and_decoded_codes_are_equal(
-    checkpoint: Path, parts: tuple[Part, ...], quant: QuantSettings
-) -> None:
-    block, context = setting(checkpoint)
-    states = moved(start_parts(parts, block, quant, context))
-    trained = rounded(apply_parts(parts, states, block), block.linears, quant)
-    result = merge(apply_parts(parts, states, block), block, quant)
-    for name in block.linears:
-        assert torch.equal(result.weights[name].decode(), trained[name]), name
-    for name, tensor in result.floats.items():
-        assert torch.equal(tensor, trained[name]), name
-    assert torch.equal(
-        block.with_weights(trained, quant.activation)(context.inputs),
-        block.with_result(result, quant.activation)(context.inputs),
-    )
-
-
-@pytest.mark.parametrize("parts", [PARTS[n] for n in STILL], ids=STILL)
-def test_parts_start_where_the_block_is(checkpoint: Path, parts: tuple[Part, ...]) -> None:
-    block, context = setting(checkpoint)
-    draft = apply_parts(parts, [part.start(block, W2, context) for part in parts], block)
-    assert all(torch.equal(draft.weights[name], weight) for name, weight in block.weights.items())
-
-
-@pytest.mark.parametrize("shift", ["always", "never"])
-def test_equivalent_keeps_the_float_function(checkpoint: Path, shift: str) -> None:
-    block, context = setting(checkpoint)
-    part = Equivalent(shift=shift)
-    (state,) = moved([part.start(block, W2, context)], size=0.3)
-    assert any("query_key" in name for name in state.parameters)
-    assert any("v_proj" in name for name in state.parameters)
-    draft = part.apply(apply_parts((), (), block), state, block)
-    expected = block.with_weights({})(context.inputs)
-    assert torch.allclose(block.with_weights(draft.weights)(context.inputs), expected, atol=1e-4)  # measured: 2e-6
-    assert any(not torch.equal(draft.weights[name], block.weights[name]) for name in block.linears)
-
-
-@pytest.mark.parametrize("name", ["clip", "equivalent", "singular-corner", "all", "band"])
-def test_gradients_equal_float64_finite_differences(checkpoint: Path, name: str) -> None:
-    """Of everything but the rounding, whose gradient is a convention: on a grid of 16 bits that does not round."""
-    block, context = setting(checkpoint, samples=2)
-    block = replace(block, weights={n: w.double() for n, w in block.weights.items()}, dtype=torch.float64)
-    block = replace(
-        block,
-        kwargs={k: tuple(t.double() for t in v) if isinstance(v, tuple) else v for k, v in block.kwargs.items()},
-    )
-    context = replace(context, inputs=context.inputs.double(), targets=context.targets.double())
-    parts = PARTS[name]
-    states = moved([part.start(block, W2, context) for part in parts])
-    states = [
-        PartState(
-            {k: p.double().requires_grad_() for k, p in s.parameters.items()},
-            {k: c.double() for k, c in s.constants.items()},
-        )
-        for s in states
-    ]
-
-    def loss() -> Tensor:
-        draft = apply_parts(parts, states, block)
-        weights = dict(draft.weights)
-        for linear, (low, high) in draft.clip.items():  # the smooth part of clipping: the range itself
-            lo, hi = W2.weight.extremes(weights[linear])
-            weights[linear] = weights[linear] * 1.0 + 0.01 * (high * hi - low * lo).mean()
-        return (block.with_weights(weights)(context.inputs) - context.targets).square().mean()
-
-    loss().backward()
-    generator = torch.Generator().manual_seed(6)
-    for state in states:
-        for key, parameter in state.parameters.items():
-            direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            # The RMSNorm of transformers computes in float32 whatever it is given: a longer step, a wider tolerance.
-            step, tolerance, least = (1e-5, 1e-5, 1e-6) if block.spec.model_type == "opt" else (1e-2, 2e-2, 5e-5)
-            with torch.no_grad():
-                parameter += step * direction
-                above = loss()
-                parameter -= 2 * step * direction
-                below = loss()
-                parameter += step * direction
-            numeric = ((above - below) / (2 * step)).item()
-            analytic = (parameter.grad * direction).sum().item()
-            assert analytic == pytest.approx(numeric, rel=tolerance, abs=least), key
 
 
 def test_the_increment_gradient_is_the_published_one() -> None:

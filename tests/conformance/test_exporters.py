@@ -1,0 +1,133 @@
+"""What every export format must keep; a new file under conf/export/ is tested here for free.
+
+Whole runs that export are in tests/runs/test_export.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.configuration import CONF, compose_run
+from helpers.models import SHAPES, load_small
+from omegaconf import OmegaConf
+
+from lsiq.errors import LsiqError
+from lsiq.experiment.config import parse
+from lsiq.export.base import TOLERANCE, Exporter, installed
+from lsiq.export.source import Source
+from lsiq.export.verify import verify
+from lsiq.formats.activation import Activation
+from lsiq.formats.integer import Integer
+from lsiq.formats.mxint import MXActivation, MXInt
+from lsiq.formats.quant import QuantSettings
+from lsiq.models.rounding import round_to_nearest
+from lsiq.results.memory_store import MemoryStore
+from lsiq.settings import build
+
+FLOAT = Activation()
+LINEARS_ONLY = Activation(bits=8, attention=False)
+# Numbers that some layout holds and another one does not.
+QUANTS = {
+    "float": QuantSettings(weight=Integer(bits=16), activation=FLOAT),
+    "w2g32": QuantSettings(weight=Integer(bits=2, group=32, scale="float16"), activation=FLOAT),
+    "w3": QuantSettings(weight=Integer(bits=3, scale="float16"), activation=FLOAT),
+    "w4g32-sym": QuantSettings(weight=Integer(bits=4, group=32, symmetric=True, scale="float16"), activation=FLOAT),
+    "w4g16": QuantSettings(weight=Integer(bits=4, group=16, scale="float16"), activation=FLOAT),
+    "w5g32": QuantSettings(weight=Integer(bits=5, group=32, scale="float16"), activation=FLOAT),
+    "w8g32": QuantSettings(weight=Integer(bits=8, group=32, scale="float16"), activation=FLOAT),
+    "w8g32-sym": QuantSettings(weight=Integer(bits=8, group=32, symmetric=True, scale="float16"), activation=FLOAT),
+    "wide-scales": QuantSettings(weight=Integer(bits=4, group=32), activation=FLOAT),
+    "w8a8": QuantSettings(weight=Integer(bits=8), activation=LINEARS_ONLY),
+    "w8a8-attention": QuantSettings(weight=Integer(bits=8), activation=Activation(bits=8)),
+    "w4a4": QuantSettings(weight=Integer(bits=4), activation=Activation(bits=4, attention=False)),
+    "blocks": QuantSettings(weight=MXInt(bits=4), activation=FLOAT),
+    "blocks-a8": QuantSettings(weight=MXInt(bits=4), activation=MXActivation(bits=8, attention=False)),
+}
+# What each layout holds, and nothing else of the above; other layouts say for themselves what they hold.
+HELD = {
+    "compressed-tensors": {"w2g32", "w3", "w4g32-sym", "w4g16", "w5g32", "w8g32", "w8g32-sym", "wide-scales", "w8a8"},
+    "gguf": {"w2g32", "w3", "w4g32-sym", "w5g32", "w8g32-sym"},
+    "gptq": {"w2g32", "w3", "w4g32-sym", "w8g32", "w8g32-sym"},
+    "plain": {name for name, quant in QUANTS.items() if not quant.activation.active and name != "float"},
+}
+
+
+def exporter_of(name: str) -> Exporter:
+    node: Any = OmegaConf.to_container(OmegaConf.load(CONF / "export" / f"{name}.yaml"))
+    return build(node)
+
+
+EXPORTERS = sorted(file.stem for file in (CONF / "export").glob("*.yaml"))
+
+
+def source_of(quant: QuantSettings, checkpoint: Path) -> Source:
+    """A small model, rounded to nearest."""
+    model, store = load_small(checkpoint), MemoryStore()
+    _, kwargs = model.embed(torch.zeros(1, 8, dtype=torch.long), batch=1)
+    for index in range(model.depth if quant.weight.bits < 16 else 0):
+        store.write(index, round_to_nearest(model.block(index, kwargs), quant))
+    return Source(model, store, quant, checkpoint)
+
+
+def refusal(exporter: Exporter, source: Source) -> str | None:
+    """Return what is said before anything is written of numbers or a model that the layout cannot hold."""
+    try:
+        exporter.check(source.quant)
+        exporter.check_model(source)
+    except (ValueError, LsiqError) as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_is_an_exporter(name: str) -> None:
+    exporter = exporter_of(name)
+    assert isinstance(exporter, Exporter)
+    assert exporter.name == name
+    assert exporter.usage
+    assert exporter.verify
+    assert exporter.loaders
+    assert (exporter.folder, exporter.push) == (None, None)
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("family", sorted(SHAPES))
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_what_is_not_refused_at_once_reads_back(
+    name: str, family: str, quant: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    exporter, source = exporter_of(name), source_of(QUANTS[quant], checkpoints[family])
+    refused = refusal(exporter, source)
+    if name in HELD:
+        assert (refused is None) == (quant in HELD[name] and (name, family) != ("gguf", "opt"))
+    if refused is not None:
+        assert "\n" not in refused
+        assert name in refused
+        assert re.search(r"[;,] .*\b(use|choose|quantise|let|with)\b", refused), refused  # the way out
+        return
+    exporter.write(source, tmp_path)
+    assert any(tmp_path.iterdir())
+    settings = parse(compose_run(f"model.path={checkpoints[family]}")).model
+    found = verify(exporter, source, settings, 0, tmp_path)
+    for loader, entry in zip(exporter.loaders, found, strict=True):
+        if None in installed(loader.packages).values():
+            pytest.skip(entry["reason"])
+        assert entry["status"] == "read"
+        assert entry["difference"] <= TOLERANCE / 100  # measured: 0.0
+        assert entry["rounding"] == 0.0
+        assert entry["largest_logit"] > 1
+
+
+@pytest.mark.parametrize("family", sorted(SHAPES))
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_stored_are_the_weights_of_the_run(name: str, family: str, checkpoints: dict[str, Path]) -> None:
+    source = source_of(QUANTS["w4g32-sym"], checkpoints[family])
+    result = source.block(0)
+    stored = exporter_of(name).stored(result)
+    assert set(stored) == {*result.weights, *result.floats}
+    for weight_name, weight in result.weights.items():
+        assert torch.equal(stored[weight_name].float(), weight.decode()), weight_name

@@ -1,0 +1,214 @@
+"""What every number format must keep; a new file under conf/quant/ is tested here for free."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.configuration import CONF
+from helpers.grids import weights_and_blocks, weights_and_integers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from lsiq.errors import ConfigError
+from lsiq.formats.activation import Activation
+from lsiq.formats.base import ActivationFormat, WeightFormat
+from lsiq.formats.integer import Integer
+from lsiq.formats.mxint import MXActivation, MXInt
+from lsiq.formats.quant import QuantSettings
+from lsiq.settings import build, describe_settings, fill
+
+WIDTH = 256  # what the groups of every file divide
+
+
+def quant_of(name: str) -> QuantSettings:
+    node: Any = OmegaConf.to_container(OmegaConf.load(CONF / "quant" / f"{name}.yaml"))
+    return fill(QuantSettings, build(node))
+
+
+QUANTS = {file.stem: quant_of(file.stem) for file in sorted((CONF / "quant").glob("*.yaml"))}
+WEIGHTS: dict[str, WeightFormat] = {name: quant.weight for name, quant in QUANTS.items() if quant.weight.bits < 16} | {
+    "symmetric": Integer(bits=4, group=32, symmetric=True),
+    "half-scales": Integer(bits=3, group=64, scale="float16"),
+    "symmetric-half": Integer(bits=8, symmetric=True, scale="float16"),
+    "narrow-exponent": MXInt(bits=4, exponent=4),
+    "wide-blocks": MXInt(bits=8, block=64),
+}
+ACTIVATIONS: dict[str, ActivationFormat] = {
+    name: quant.activation for name, quant in QUANTS.items() if quant.activation.active
+} | {
+    "symmetric": Activation(bits=4, symmetric=True),
+    "tensor": Activation(bits=8, per="tensor"),
+    "symmetric-tensor": Activation(bits=6, per="tensor", symmetric=True),
+    "narrow-exponent": MXActivation(bits=4, exponent=4),
+    "wide-blocks": MXActivation(bits=8, block=64),
+}
+every_weight_format = pytest.mark.parametrize("fmt", WEIGHTS.values(), ids=WEIGHTS)
+every_activation_format = pytest.mark.parametrize("fmt", ACTIVATIONS.values(), ids=ACTIVATIONS)
+
+
+def some_weights(rows: int = 16) -> Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, rows)[:, None]
+
+
+def assert_one_function(w: Tensor, fmt: WeightFormat) -> None:
+    """What is trained (`fake`), stored (`encode`) and read (`decode`) is the same, bit for bit."""
+    scale, zero = fmt.fit(*fmt.extremes(w))
+    fake, codes = fmt.fake(w, scale, zero), fmt.encode(w, scale, zero)
+    assert (codes.dtype, codes.shape) == (torch.uint8, w.shape)
+    assert fmt.lowest <= int(codes.min()) <= int(codes.max()) <= fmt.levels
+    assert fake.isfinite().all()
+    assert torch.equal(fmt.decode(codes, scale, zero), fake)
+    assert torch.equal(fmt.encode(fake, scale, zero), codes), "what is on the grid stays where it is"
+    trained = w.clone().requires_grad_()  # rounding that lets gradients through
+    assert torch.equal(fmt.fake(trained, scale, zero).detach(), fake)
+    assert torch.equal(fmt.fake(trained, *fmt.fit(*fmt.extremes(trained))).detach(), fake)
+
+
+@given(weights_and_integers())
+@settings(max_examples=400, deadline=None)
+def test_integers_fake_encode_and_decode_agree_bit_for_bit(case: tuple[Tensor, Integer]) -> None:
+    assert_one_function(*case)
+
+
+@given(weights_and_blocks())
+@settings(max_examples=300, deadline=None)
+def test_blocks_fake_encode_and_decode_agree_bit_for_bit(case: tuple[Tensor, MXInt]) -> None:
+    assert_one_function(*case)
+
+
+@every_weight_format
+def test_fake_encode_and_decode_agree_bit_for_bit(fmt: WeightFormat) -> None:
+    assert_one_function(some_weights(), fmt)
+
+
+@every_weight_format
+def test_a_grid_spans_its_weights(fmt: WeightFormat) -> None:
+    w = some_weights()
+    scale, zero = fmt.fit(*fmt.extremes(w))
+    assert scale.shape == zero.shape == (len(w), WIDTH // (fmt.width or WIDTH), 1)
+    assert torch.equal(zero, zero.round())
+    assert torch.equal(fmt.storable(scale), scale)
+    # Half a step, another half where a zero point is rounded or a block saturates, and what 16 bits do to a scale.
+    error = (fmt.grouped(fmt.fake(w, scale, zero)) - fmt.grouped(w)).abs()
+    assert (error <= scale * (1 + 2.0**-11 * fmt.levels)).all()
+
+
+@given(st.one_of(weights_and_integers(), weights_and_blocks()), st.floats(0.05, 1.0), st.floats(0.05, 1.0))
+@settings(max_examples=200, deadline=None)
+def test_limits_are_ends_whose_grid_is_the_one_that_was_fitted(
+    case: tuple[Tensor, WeightFormat], low: float, high: float
+) -> None:
+    w, fmt = case
+    lo, hi = fmt.extremes(w)
+    ends = low * lo, high * hi
+    for mine, fitted in zip(fmt.fit(*fmt.limits(*ends)), fmt.fit(*ends), strict=True):
+        assert torch.equal(mine, fitted)
+
+
+@every_weight_format
+def test_gradients_reach_the_weights_inside_the_range_and_both_ends(fmt: WeightFormat) -> None:
+    w = some_weights().requires_grad_()
+    lo, hi = (end.detach().requires_grad_() for end in fmt.extremes(w))
+    rounded = fmt.fake(w, *fmt.fit(lo, hi))
+    (rounded * some_weights()).sum().backward()
+    for tensor in (w, lo, hi):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+        assert tensor.grad.any()
+    assert (torch.isclose(w.grad, some_weights(), rtol=1e-5) | (w.grad == 0)).all()  # straight through, or clipped
+    assert (w.grad != 0).float().mean() > 0.9  # measured: 0.96 (w2a8-mxint) to 1
+
+
+@every_weight_format
+def test_stored_bits_grow_with_the_rows_and_hold_more_than_the_codes(fmt: WeightFormat) -> None:
+    one, ten = fmt.stored_bits(1, WIDTH), fmt.stored_bits(10, WIDTH)
+    assert ten == 10 * one
+    assert fmt.bits * WIDTH < one < 16 * WIDTH
+
+
+@every_weight_format
+def test_a_width_that_the_groups_do_not_divide_is_refused_with_those_that_do(fmt: WeightFormat) -> None:
+    fmt.check(WIDTH, "q_proj")
+    if fmt.width is None:
+        fmt.check(WIDTH + 1, "q_proj")
+        return
+    width = fmt.width * 3 // 2
+    words = rf"quant\.weight\.{fmt.width_key}={fmt.width} does not divide in_features={width} of q_proj; use one of .+"
+    with pytest.raises(ConfigError, match=words) as why:
+        fmt.check(width, "q_proj")
+    assert "\n" not in str(why.value)
+    for word in str(why.value).partition("use one of ")[2].replace(" or null", "").split(", "):
+        if word != "…":
+            replace(fmt, **{fmt.width_key: int(word)}).check(width, "q_proj")  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("fmt", [*WEIGHTS.values(), *ACTIVATIONS.values()], ids=[*WEIGHTS, *ACTIVATIONS])
+def test_a_format_says_what_it_is_and_is_made_again_from_its_settings(fmt: WeightFormat | ActivationFormat) -> None:
+    assert str(fmt.bits) in fmt.words
+    assert "\n" not in fmt.words
+    assert build(describe_settings(fmt)) == fmt
+
+
+def test_every_quant_file_has_the_name_of_its_formats() -> None:
+    assert {name: quant.name for name, quant in QUANTS.items()} == {name: name for name in QUANTS}
+
+
+def some_inputs() -> Tensor:
+    """Tokens of several sizes whose ranges stay what they are when they are rounded.
+
+    A block whose largest value rounds down to a power of two gets a finer grid the second time, and a range whose ends
+    both round inwards, as -0.9 … 0.9 does, a narrower one.
+    """
+    x = (0.4 * torch.randn(2, 4, 128, generator=torch.Generator().manual_seed(0))).clamp(-0.8, 0.8)
+    x[..., ::16] = 0.9
+    return x * torch.tensor([1.0, 4.0, 16.0, 0.25])[:, None]
+
+
+@every_activation_format
+def test_rounding_activations_again_changes_nothing(fmt: ActivationFormat) -> None:
+    x = some_inputs()
+    rounded = fmt.fake(x)
+    assert not torch.equal(rounded, x)
+    assert torch.equal(x, some_inputs())
+    assert torch.allclose(fmt.fake(rounded), rounded, rtol=1e-5, atol=1e-5)  # measured: 0.0
+    assert (rounded - x).norm() / x.norm() < 2.0 ** (2 - fmt.bits)  # measured: at most 2.4 · 2^-bits
+
+
+@every_activation_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_activations_keep_shape_and_dtype(fmt: ActivationFormat, dtype: torch.dtype) -> None:
+    x = some_inputs().to(dtype)
+    rounded = fmt.fake(x)
+    assert (rounded.dtype, rounded.shape) == (x.dtype, x.shape)
+    assert rounded.isfinite().all()
+    assert torch.equal(fmt.fake(torch.zeros_like(x)), torch.zeros_like(x))
+
+
+@every_activation_format
+def test_gradients_pass_through_the_rounding_of_activations(fmt: ActivationFormat) -> None:
+    x, direction = some_inputs().requires_grad_(), torch.randn(2, 4, 128, generator=torch.Generator().manual_seed(1))
+    (fmt.fake(x) * direction).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert torch.cosine_similarity(x.grad.flatten(), direction.flatten(), 0) > 0.99  # measured: 0.9998 to 1
+
+
+@every_activation_format
+def test_attention_weights_stay_shares(fmt: ActivationFormat) -> None:
+    shares = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    rounded = fmt.fake_softmax(shares)
+    assert (rounded.dtype, rounded.shape) == (shares.dtype, shares.shape)
+    assert rounded.min() >= 0
+    assert rounded.max() <= 1
+    assert (rounded - shares).abs().max() < 2.0**-fmt.bits  # measured: at most 0.54 · 2^-bits
+
+
+@pytest.mark.parametrize("fmt", [quant.activation for quant in QUANTS.values() if not quant.activation.active][:1])
+def test_float_activations_are_left_alone(fmt: ActivationFormat) -> None:
+    x = some_inputs()
+    assert fmt.fake(x) is x
