@@ -98,6 +98,7 @@ class Integer(Grid):
     def storable(self, scale: Tensor) -> Tensor:
         """Return step sizes as they can be stored; the gradient passes as if nothing had been rounded."""
         if self.scale == "float16":
+            scale = scale.clamp(max=MAX_SCALE)  # the difference of two infinities would be no number
             half = scale.half().to(scale.dtype)
             scale = scale + (half - scale).detach()
             scale = scale.clamp(2.0**-24, 65504.0)  # the smallest and largest half-precision numbers

@@ -41,9 +41,9 @@ QUANTS = {
     "w8g32": QuantSettings(weight=Integer(bits=8, group=32, scale="float16"), activation=FLOAT),
     "w8g32-sym": QuantSettings(weight=Integer(bits=8, group=32, symmetric=True, scale="float16"), activation=FLOAT),
     "wide-scales": QuantSettings(weight=Integer(bits=4, group=32), activation=FLOAT),
-    "w8a8": QuantSettings(weight=Integer(bits=8), activation=LINEARS_ONLY),
-    "w8a8-attention": QuantSettings(weight=Integer(bits=8), activation=Activation(bits=8)),
-    "w4a4": QuantSettings(weight=Integer(bits=4), activation=Activation(bits=4, attention=False)),
+    "w8a8": QuantSettings(weight=Integer(bits=8, scale="float16"), activation=LINEARS_ONLY),
+    "w8a8-attention": QuantSettings(weight=Integer(bits=8, scale="float16"), activation=Activation(bits=8)),
+    "w4a4": QuantSettings(weight=Integer(bits=4, scale="float16"), activation=Activation(bits=4, attention=False)),
     "blocks": QuantSettings(weight=MXInt(bits=4), activation=FLOAT),
     "blocks-a8": QuantSettings(weight=MXInt(bits=4), activation=MXActivation(bits=8, attention=False)),
 }

@@ -72,6 +72,14 @@ def test_half_precision_scales_are_exact_in_half_precision() -> None:
     assert torch.equal(quantized.scale.half().float(), quantized.scale)
 
 
+@pytest.mark.parametrize("scale", ["float32", "float16"])
+def test_a_range_beyond_float32_stays_finite(scale: str) -> None:
+    w = torch.tensor([[2.5e38, -1.3e38]])
+    quantized = quantize(w, Integer(bits=2, group=2, scale=scale))  # type: ignore[arg-type]
+    assert quantized.scale.isfinite().all()
+    assert quantized.decode().isfinite().all()
+
+
 def test_a_group_that_does_not_divide_names_the_ones_that_do() -> None:
     with pytest.raises(
         ConfigError, match=r"group=48 does not divide in_features=64 of q_proj; use one of 1, 2, 4, 8, 16"
