@@ -25,9 +25,8 @@ def test_positions_reach_nested_methods():
 
 
 def test_a_position_that_is_not_there_says_which_parts_are():
-    with pytest.raises(
-        ConfigError, match=r"parts\.7\.lr=1: the method has 4 parts: singular, equivalent, clip, rounding"
-    ):
+    there = r"parts\.7\.lr=1: the method has 4 parts: singular, equivalent, clip, rounding"
+    with pytest.raises(ConfigError, match=there):
         compose("method=lsi", "method.parts.7.lr=1")
 
 

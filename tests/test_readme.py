@@ -82,7 +82,7 @@ def test_your_own_model_and_text(small: list[str], checkpoints: dict[str, Path],
     record = carry_out(given, *small, "method.training.epochs=1", f"paths.runs={tmp_path}")
     assert record.status == "finished"
     assert record.config["model"]["path"] == str(checkpoints["llama"])
-    assert record.method == "lsi"
+    assert record.method == "lsi-quick"
     assert "ppl/file@64" in record.metrics
 
 

@@ -33,7 +33,7 @@ from lsiq.track.wandb import COUNTERS
 pytest.importorskip("wandb")
 SmallRun = Callable[..., DictConfig]
 OFFLINE = ("tracker=wandb", "tracker.mode=offline")
-LSI = ("method=lsi", "method.training.epochs=2", "method.parts.0.corner=8")
+LSI = ("method=lsi-corner", "method.label=lsi", "method.training.epochs=2", "method.parts.0.corner=8")
 
 
 @pytest.fixture

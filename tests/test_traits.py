@@ -64,9 +64,9 @@ def test_an_export_of_integers_refuses_every_other_format(fmt: object) -> None:
 
 
 def test_a_learned_method_takes_whatever_only_rounds() -> None:
-    learned = parse(compose_run("method=lsi")).method
+    learned = parse(compose_run("method=lsi-corner")).method
     fields = {name: getattr(learned, name) for name in ("label", "parts", "training")}
-    assert fill(type(learned), {**fields, "then": Nearest()}).name == "lsi+rtn"
+    assert fill(type(learned), {**fields, "then": Nearest()}).name == "lsi-corner+rtn"
     with pytest.raises(ConfigError, match="does more than round"):
         parse(compose_run("method=lsi", "method@method.then=awq"))
 

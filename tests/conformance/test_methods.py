@@ -35,7 +35,7 @@ SHORTER = {"duquant": ["method.steps=8"]}
 CPU = torch.device("cpu")
 
 
-# The method that stands for all on the families beside LLaMA and OPT; the whole product is `slow`.
+# The method that stands for all on the families beside LLaMA and OPT; the whole product has a marker of its own.
 REPRESENTATIVE = dict.fromkeys(FAMILIES, "awq") | {"olmo2": "gptq"}
 # Methods that fold into norms or turn the residual stream, by the family whose blocks allow it not.
 REFUSED = {"olmo2": {"awq", "smoothquant"}}
@@ -46,7 +46,7 @@ def pairs() -> Iterator[Any]:
     for method, family in itertools.product(METHODS, [*sorted(SHAPES), *sorted(FAMILIES)]):
         if method not in REFUSED.get(family, ()):
             quick = family in SHAPES or method == REPRESENTATIVE[family]
-            yield pytest.param(method, family, id=f"{method}-{family}", marks=[] if quick else [pytest.mark.slow])
+            yield pytest.param(method, family, id=f"{method}-{family}", marks=[] if quick else [pytest.mark.product])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
