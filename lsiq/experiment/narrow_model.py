@@ -157,7 +157,7 @@ class Narrow:
             return self.depth * cost.seconds * self.grown, {"host": self._peak(cost, None, 1)}
         self._probe(quick, 2, SHORT)  # libraries load
         low, high, more = (self._probe(quick, n, t) for n, t in ((2, SHORT), (2, LONG), (4, SHORT)))
-        trainings = [link.training for link in chain(method) if hasattr(link, "training")]  # type: ignore[attr-defined]
+        trainings = [link.training for link in chain(method) if link.training is not None]
         tried = max((min(t.epochs, 3) for t in trainings), default=0)
         step = self._line(low.epoch_seconds / 2, high.epoch_seconds / 2)
         trained = 0.0

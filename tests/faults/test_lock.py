@@ -25,7 +25,7 @@ from lsiq.runtime.locks import exclusive
 HOLD = """
 import sys, time
 from pathlib import Path
-from lsiq.lock import exclusive
+from lsiq.runtime.locks import exclusive
 while not Path(sys.argv[2]).exists(): time.sleep(0.01)
 with exclusive(Path(sys.argv[1]), "the work", "") as waited:
     start = time.time()

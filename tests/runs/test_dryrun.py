@@ -23,7 +23,7 @@ SmallRun = Callable[..., DictConfig]
 ALONE = """
 import json, sys
 from helpers.configuration import compose_run
-from lsiq.run import run
+from lsiq.experiment.run import run
 record = run(compose_run(*json.loads(sys.argv[1])))
 print(json.dumps([record.status, record.peak_bytes, record.seconds]))
 """

@@ -28,7 +28,7 @@ def resident() -> int:
 
 
 def test_a_stream_on_disk_takes_no_memory_once_released_and_keeps_its_values(tmp_path: Path) -> None:
-    with streams.kept_in(tmp_path):
+    with streams.stored_in(tmp_path):
         stream = streams.empty((64, 1024, 256), torch.float32)  # 64 MiB
     before = resident()
     for index in range(64):
@@ -69,5 +69,5 @@ def test_between_two_blocks_only_what_enters_the_next_one_is_held(checkpoint: Pa
 
 
 def test_a_disk_that_is_too_small_says_so_before_anything_is_written(tmp_path: Path) -> None:
-    with streams.kept_in(tmp_path), pytest.raises(OutputError, match=r"paths\.streams=disk: .* cannot be kept in"):
+    with streams.stored_in(tmp_path), pytest.raises(OutputError, match=r"paths\.streams=disk: .* cannot be kept in"):
         streams.empty((2**18, 2**18, 2**10), torch.float32)  # 256 TiB
