@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.interruption import at_rename, kill, outcome
+from helpers.interruption import carry_out, outcome
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,29 +22,8 @@ pytestmark = pytest.mark.faults
 
 # Processes that have imported what a run needs, so that moments fall into its work.
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["lsiq.experiment.stages", "interruption"])
+FRESH.set_forkserver_preload(["lsiq.experiment.stages", "helpers.interruption"])
 MOMENTS = 30
-
-
-def carry_out(cfg: str, rename: int | str | None, background: bool) -> None:
-    """In a process of its own: the run, killed where the file `rename` would get its name.
-
-    Args:
-        background: whether its small blocks are written beside the next one, as large ones are.
-    """
-    import contextlib
-
-    import torch
-
-    import lsiq.results.store
-    from lsiq.experiment.run import run
-
-    torch.set_num_threads(1)
-    if background:
-        lsiq.results.store.LARGE = 0
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
-    with contextlib.nullcontext() if rename is None else at_rename(rename, kill):
-        run(OmegaConf.create(cfg))
 
 
 def process(

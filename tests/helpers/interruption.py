@@ -64,6 +64,28 @@ def kill() -> None:
     os.kill(os.getpid(), 9)
 
 
+def carry_out(cfg: str, rename: int | str | None, background: bool) -> None:
+    """In a process of its own: the run, killed where the file `rename` would get its name.
+
+    It stands here, for a fresh process finds helpers by their names, and not modules of tests.
+
+    Args:
+        background: whether its small blocks are written beside the next one, as large ones are.
+    """
+    import torch
+    from omegaconf import OmegaConf
+
+    import lsiq.results.store
+    from lsiq.experiment.run import run
+
+    torch.set_num_threads(1)
+    if background:
+        lsiq.results.store.LARGE = 0
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    with contextlib.nullcontext() if rename is None else at_rename(rename, kill):
+        run(OmegaConf.create(cfg))
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """What must be the same however often a run was stopped: its numbers and all that is stored of its blocks."""
     record = read_record(folder)

@@ -342,7 +342,7 @@ def test_every_command_of_the_pages_is_a_run_that_would_start() -> None:
     blocks = [
         block
         for page in (ROOT / "docs" / "tables").glob("*.md")
-        if page.stem != "README"  # whose commands tests/test_docs.py checks
+        if page.stem != "README"  # whose commands tests/pages/test_docs.py checks
         for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     ]
     commands = {command for block in blocks for line in block.splitlines() for command in line.split(" && ")}
