@@ -85,7 +85,8 @@ def decompose(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vh = _svd(w.to(dtype))
         # Products in float32 are off by 1e-6 at worst, a tenth of the tolerance.
         if max(errors(w, u, s, vh, torch.float32)) <= TOLERANCE:
-            return u.float(), s.float(), vh.float()
+            # Row by row, as they are read back from a cache: the strides decide the last bit of products.
+            return u.float().contiguous(), s.float(), vh.float().contiguous()
     raise NumericalError(f"the singular values of a {tuple(w.shape)} weight cannot be found to {TOLERANCE}")
 
 
