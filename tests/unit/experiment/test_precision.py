@@ -140,7 +140,7 @@ def test_training_through_the_model_is_compared_by_its_precision(had: str, wante
 
 def test_the_first_run_stays_out_of_the_studys_tables() -> None:
     composed = {group: plain_config(compose_run())[group] for group in ("calib", "method")}
-    assert composed["method"]["label"] == "lsi"
+    assert composed["method"]["label"] == "lsi-quick"
     study = {
         group: plain_config(compose_run("sweep=study", "method=lsi-corner"))[group] for group in ("calib", "method")
     }
