@@ -40,6 +40,7 @@ def test_the_bundled_models_keep_their_perplexity_on_wikitext(name: str) -> None
 
 
 TASKS = SHARED / "data" / "tasks"
+FILE_NAMES = {"openbookqa": "openbook_qa", "hellaswag": "hellaswag_val"}
 
 
 def test_accuracy_equals_a_hand_written_scorer_on_200_items(tmp_path: Path) -> None:
@@ -62,13 +63,12 @@ def test_accuracy_equals_a_hand_written_scorer_on_200_items(tmp_path: Path) -> N
 
 
 def test_the_tasks_of_both_papers_run_offline(tmp_path: Path) -> None:
-    files = {"openbookqa": "openbook_qa", "hellaswag": "hellaswag_val"}
     names = [*FLAT_ROWS]
     record = run(
         compose_run(
             "eval=none",
             f"eval.tasks=[{','.join(names)}]",
-            *(f"+eval.tasks_local.{name}={TASKS / files.get(name, name)}.jsonl" for name in names),
+            *(f"+eval.tasks_local.{name}={TASKS / FILE_NAMES.get(name, name)}.jsonl" for name in names),
             "eval.items=20",
             "quant=fp16",
             "calib=none",
@@ -83,8 +83,12 @@ def test_the_tasks_of_both_papers_run_offline(tmp_path: Path) -> None:
 
 
 def test_every_flat_row_is_understood() -> None:
-    for name, (_, fields, _) in FLAT.items():
-        file = TASKS / f"{ {'openbookqa': 'openbook_qa', 'hellaswag': 'hellaswag_val'}.get(name, name) }.jsonl"
+    files = {name: TASKS / f"{FILE_NAMES.get(name, name)}.jsonl" for name in FLAT}
+    missing = {name for name, file in files.items() if not file.exists()}
+    assert missing <= {"gsm8k"}  # Its rows are not among the shared tasks.
+    for name in FLAT.keys() - missing:
+        _, fields, _ = FLAT[name]
+        file = files[name]
         rows = read_rows(file, name)
         assert len(rows) >= 500
         assert not any(set(fields) <= set(row) for row in rows[:50])
