@@ -58,8 +58,8 @@ class RunConfig:
             refuse_method(self.method, self.export)
         if isinstance(self.method, FineTune) and self.method.scales and not self.quant.weight.trains_steps:
             raise ValueError(
-                f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are powers of two and "
-                "cannot be trained; use method.scales=null or an integer format"
+                f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are stored in a few "
+                "bits and cannot be trained; use method.scales=null or an integer format"
             )
         calib = self.calib
         if calib.corpus is None and not calib.written and self.method.needs and self.quant.name != "fp16":
