@@ -18,7 +18,9 @@ from torch import Tensor
 
 from lsiq.errors import InputError
 from lsiq.experiment.config import RunConfig, parse
+from lsiq.formats.mxfp import MXFP, MXFPActivation
 from lsiq.formats.mxint import MXActivation, MXInt
+from lsiq.formats.nvfp4 import NVFP4, NVFP4Activation
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method
 from lsiq.models.block import Block, run_stream
@@ -35,6 +37,13 @@ METHODS = sorted(
 SHORTER = {"duquant": ["method.steps=8"]}
 CPU = torch.device("cpu")
 
+
+# Beside the integers of the configuration.
+OTHERS = {
+    "mxint": QuantSettings(weight=MXInt(bits=3), activation=MXActivation(bits=8)),
+    "mxfp4": QuantSettings(weight=MXFP(element="e2m1"), activation=MXFPActivation(element="e4m3")),
+    "nvfp4": QuantSettings(weight=NVFP4(), activation=NVFP4Activation()),
+}
 
 # The method that stands for all on the families beside LLaMA and OPT; the whole product has a marker of its own.
 REPRESENTATIVE = dict.fromkeys(FAMILIES, "awq") | {"olmo2": "gptq"}
@@ -98,10 +107,18 @@ def test_is_a_method(config: RunConfig) -> None:
     assert config.method.name
 
 
-@pytest.mark.parametrize("blocks", [False, True])
-def test_every_linear_comes_back_on_its_grid(config: RunConfig, model: Model, blocks: bool) -> None:
-    if blocks:
-        config = replace(config, quant=QuantSettings(weight=MXInt(bits=3), activation=MXActivation(bits=8)))
+@pytest.mark.parametrize(
+    "quant",
+    [
+        pytest.param(None, id="integers"),
+        pytest.param(OTHERS["mxint"], id="mxint"),
+        pytest.param(OTHERS["mxfp4"], id="mxfp4", marks=pytest.mark.slow),
+        pytest.param(OTHERS["nvfp4"], id="nvfp4", marks=pytest.mark.slow),
+    ],
+)
+def test_every_linear_comes_back_on_its_grid(config: RunConfig, model: Model, quant: QuantSettings | None) -> None:
+    blocks = quant is not None
+    config = replace(config, quant=quant or config.quant)
     hidden, block = stream(model)
     try:
         result = quantize(config, block, hidden)
