@@ -415,10 +415,10 @@ def test_the_block_table_follows_training_and_keeps_the_last_blocks(capsys: pyte
         for epoch, loss in enumerate((0.5, 0.25)):
             table.log({"learn/epoch": epoch, "learn/loss": loss, "learn/block": 0})
         assert shown() == [["0", "0.5000 → 0.2500", "", "epoch 2"]]
-        table.done({"index": 0, "error": 0.2, "seconds": 1.5})
+        table.add({"index": 0, "error": 0.2, "seconds": 1.5})
         assert shown() == [["0", "0.5000 → 0.2500", "0.2000", "1.5 s"]]
         for index in range(1, 10):
-            table.done({"index": index, "error": None, "seconds": 1.0})
+            table.add({"index": index, "error": None, "seconds": 1.0})
         assert [row[0] for row in shown()] == [str(index) for index in range(2, 10)]
         assert shown()[-1] == ["9", "", "—", "1.0 s"]
     lines = capsys.readouterr().err.splitlines()
