@@ -25,7 +25,7 @@ from lsiq.runtime import terminal
 from lsiq.track.background_tracker import BackgroundTracker
 from lsiq.track.block_table import block_table
 from lsiq.track.panels import Lines, Table, markdown, spread
-from lsiq.track.run_panels import own_layers, record_panels, trajectory_panels
+from lsiq.track.run_panels import panel_layers, record_panels, trajectory_panels
 from lsiq.track.settings import TrackerSettings
 from lsiq.track.tensorboard import TensorBoard
 from lsiq.track.wandb import COUNTERS
@@ -181,7 +181,7 @@ def test_the_number_of_panels_does_not_grow_with_the_model() -> None:
         assert len(small) == len(large) == len(set(large)) == 5 + 3 * own + (own > 0)
     lines = [panel.lines for panel in trajectory_panels(rows(80), 4) if isinstance(panel, Lines)]
     assert max(len(family) for family in lines) == 8
-    chosen = own_layers([row for row in rows(80) if row["epoch"] < 0], 4)
+    chosen = panel_layers([row for row in rows(80) if row["epoch"] < 0], 4)
     assert [(row["block"], row["linear"]) for row in chosen] == [(0, "q"), (26, "v"), (53, "gate"), (79, "down")]
     assert spread(80, 3) == [0, 40, 79]
 
