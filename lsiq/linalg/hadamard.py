@@ -42,46 +42,46 @@ def spreading(n: int, generator: torch.Generator) -> Tensor:
     spread over all, not quite evenly.
     """
     base, power = split(n)
-    known, doubled = hadamard(base), hadamard(power)
+    exact, doubled = hadamard(base), hadamard(power)
     assert doubled is not None  # a power of two
-    left = random_orthogonal(base, generator) if known is None else known / base**0.5
-    return torch.kron(left.contiguous(), doubled / power**0.5)
+    factor = random_orthogonal(base, generator) if exact is None else exact / base**0.5
+    return torch.kron(factor.contiguous(), doubled / power**0.5)
 
 
 def random_hadamard(n: int, generator: torch.Generator, block: int | None = None, keep_mean: bool = False) -> Tensor:
     """Return `spreading(n)` with random signs in front, so that no pattern of the channels is met by its rows.
 
     Args:
-        block: turns each run of so many channels by itself, or of the largest divisor of `n` below; None turns all.
+        block: rotates each run of so many channels by itself, or of the largest divisor of `n` below; None rotates all.
         keep_mean: whether the all-ones direction stays where it is, see `mean_keeping`.
     """
     size = run_length(n, block)
     runs = []
     for _ in range(n // size):
         signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
-        turn = signs[:, None] * spreading(size, generator)
-        runs.append(mean_keeping(turn) if keep_mean else turn)
+        rotation = signs[:, None] * spreading(size, generator)
+        runs.append(mean_keeping(rotation) if keep_mean else rotation)
     return torch.block_diag(*runs)
 
 
 def run_length(n: int, block: int | None) -> int:
-    """Return how many of `n` neighbouring channels are turned together: the largest divisor up to `block`."""
+    """Return how many of `n` neighbouring channels are rotated together: the largest divisor up to `block`."""
     return n if block is None else next(size for size in range(min(block, n), 0, -1) if n % size == 0)
 
 
-def mean_keeping(turn: Tensor) -> Tensor:
+def mean_keeping(rotation: Tensor) -> Tensor:
     """Return the rotation `(n, n)`, changed by one reflection, so that the all-ones direction stays where it is.
 
     LayerNorm's subtraction of the mean commutes with such a rotation and with no other.
     """
-    n = turn.shape[0]
-    ones = turn.new_full((n,), n**-0.5)
-    moved = ones @ turn
-    normal = moved - ones
+    n = rotation.shape[0]
+    ones = rotation.new_full((n,), n**-0.5)
+    image = ones @ rotation
+    normal = image - ones
     if normal.norm() < 1e-12:
-        return turn
+        return rotation
     normal = normal / normal.norm()
-    return turn - 2 * torch.outer(turn @ normal, normal)
+    return rotation - 2 * torch.outer(rotation @ normal, normal)
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
