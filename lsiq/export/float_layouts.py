@@ -111,9 +111,8 @@ def _activation(activation: ActivationFormat) -> dict[str, Any] | None:
     common = {"num_bits": activation.bits, "type": "float", "symmetric": True, "dynamic": True}
     if isinstance(activation, FP8Activation) and (activation.element, activation.per) == ("e4m3", "token"):
         return {**common, "strategy": "token"}
-    usual = isinstance(activation, MXFPActivation) and (activation.block, activation.rule) == (BLOCK, "even")
-    if usual and activation.element in _MX:
-        return {**common, **_groups(activation)}
+    if isinstance(activation, MXFPActivation) and activation.element in _MX:
+        return {**common, **_groups(activation)} if (activation.block, activation.rule) == (BLOCK, "even") else None
     if isinstance(activation, NVFP4Activation) and activation.block == NVFP4_BLOCK:
         return {**common, **_groups(activation), "dynamic": "local"}
     return None

@@ -51,6 +51,10 @@ class Activation:
         return ""
 
     @property
+    def number(self) -> str:
+        return str(self.bits)
+
+    @property
     def words(self) -> str:
         return f"{self.bits} bits per {self.per}, ranges found while it runs"
 

@@ -47,6 +47,11 @@ class ActivationFormat(Protocol):
         ...
 
     @property
+    def number(self) -> str:
+        """What a number is called where multiplications are counted, as `Grid.number` has it."""
+        ...
+
+    @property
     def factors(self) -> str:
         """The format of low-rank factors that such activations are multiplied with: a key of `factors.FACTORS`."""
         ...

@@ -86,6 +86,10 @@ class FP8Activation:
         return _suffix(self.element, self.per == "tensor")
 
     @property
+    def number(self) -> str:
+        return self.element
+
+    @property
     def words(self) -> str:
         return f"8-bit floating point ({self.element}), scales per {self.per} found while it runs"
 

@@ -48,6 +48,11 @@ class Grid(ABC):
         """Inputs that share a scale; None for a whole output channel."""
 
     @property
+    def number(self) -> str:
+        """What a number is called where multiplications are counted: the width of an integer, or e2m1 and the like."""
+        return str(self.bits)
+
+    @property
     @abstractmethod
     def suffix(self) -> str:
         """What the name of a setting says after the bits."""

@@ -35,6 +35,11 @@ class SideBranch:
         return self.up.format.bits if isinstance(self.up, QuantizedTensor) else 16
 
     @property
+    def number(self) -> str:
+        """What a value of a factor is called where multiplications are counted."""
+        return self.up.format.number if isinstance(self.up, QuantizedTensor) else "16"
+
+    @property
     def stored_bits(self) -> int:
         return sum(f.stored_bits if isinstance(f, QuantizedTensor) else 16 * f.numel() for f in (self.up, self.down))
 

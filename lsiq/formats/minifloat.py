@@ -118,6 +118,11 @@ class FloatGrid(Grid):
     def bits(self) -> int:  # type: ignore[override]
         return self.element_type.bits
 
+    @property
+    def number(self) -> str:
+        """Exponent and mantissa bits, such as e2m1."""
+        return f"e{self.element_type.exponent}m{self.element_type.mantissa}"
+
     def limits(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Return the larger of both at both ends."""
         reach = (-lo).maximum(hi)

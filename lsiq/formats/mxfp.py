@@ -111,6 +111,10 @@ class MXFPActivation:
         return _suffix(self.element, self.block, self.rule)
 
     @property
+    def number(self) -> str:
+        return self.element
+
+    @property
     def words(self) -> str:
         return f"{self.bits}-bit floating point ({self.element}), blocks of {self.block} channels with a power of two"
 

@@ -114,6 +114,10 @@ class MXActivation:
         return _suffix(self.block, self.exponent)
 
     @property
+    def number(self) -> str:
+        return str(self.bits)
+
+    @property
     def factors(self) -> str:
         return "mxint8" if self.active else "float16"
 

@@ -99,7 +99,7 @@ class NVFP4Activation:
     attention: bool = Field(False, description="true quantises queries, keys and values as well")
     softmax: bool = Field(False, description="true quantises the attention weights as well")
 
-    bits, active, family, factors = 4, True, "nvfp", "fp8"
+    bits, active, family, factors, number = 4, True, "nvfp", "fp8", "e2m1"
 
     def __post_init__(self) -> None:
         if not isinstance(self.above, str) and not 0 < self.above < float("inf"):
