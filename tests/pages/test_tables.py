@@ -389,6 +389,13 @@ def test_the_tour_of_the_python_interface_runs() -> None:
     assert any("method.training.epochs=-1" in text for text in printed)
 
 
+def test_executing_a_notebook_gives_its_committed_page_byte_for_byte() -> None:
+    (notebook,) = (file for file in NOTEBOOKS if file.stem == "tasks")
+    page = render([notebook])["tasks.md"]
+    assert (ROOT / "docs" / "tables" / "tasks.md").read_text(encoding="utf-8") == page, "python -m lsiq.tables.render"
+
+
+@pytest.mark.slow
 def test_executing_the_notebooks_gives_the_committed_tables_byte_for_byte() -> None:
     files = render(NOTEBOOKS)  # 14 s on two idle cores, each notebook in a kernel of its own
     pages = {name: text for name, text in files.items() if name.endswith((".md", ".tex"))}
