@@ -6,7 +6,7 @@
     python -m lsiq.report compare RUN_A RUN_B ...            settings and metrics side by side, with intervals
     python -m lsiq.report diff RUN_A RUN_B                   the same, and which blocks and linears got worse
 
-RUN is a run's id, a part of it that no other run has, or a folder.
+RUN is a run's id, a part of it that no other run has, its folder or its record file.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lsiq.errors import InputError, LsiqError
-from lsiq.report.runs import find_run, list_table, notes, read_runs
+from lsiq.report.runs import list_table, notes, read_runs
 from lsiq.report.summary import summary
+from lsiq.results.find import find_run
 from lsiq.track.panels import Table, cell_text, markdown, right_aligned
 
 
