@@ -45,15 +45,15 @@ def settings_of(methods: Sequence[str]) -> str:
             continue
         description = next(value[1] for value in values if value is not None)
         cells = ["" if value is None else f"`{_written(value[0])}`" for value in values]
-        rows.append([f"`method.{key}`", *cells, description])
-    return _table(["setting", *(f"`{method}`" for method in methods), "what it is"], rows)
+        rows.append([f"`{key}`", *cells, description])
+    return _table(["`method.` …", *(f"`{method}`" for method in methods), "what it is"], rows)
 
 
 def training_settings(_: Sequence[str] = ()) -> str:
     """Return the table of the settings that every learned method trains with."""
     found = dict(_settings(_composed("omniquant")["training"]))
-    rows = [[f"`method.training.{key}`", f"`{_written(value)}`", about] for key, (value, about) in found.items()]
-    return _table(["setting", "usual", "what it is"], rows)
+    rows = [[f"`{key}`", f"`{_written(value)}`", about] for key, (value, about) in found.items()]
+    return _table(["`method.training.` …", "usual", "what it is"], rows)
 
 
 def numbers(methods: Sequence[str]) -> str:
