@@ -14,6 +14,7 @@ PAGES = {
     "CHANGELOG.md": "project/changelog.md",
     "analysis/searches/README.md": "project/searches.md",
     "analysis/published/README.md": "project/published.md",
+    "analysis/published/more/README.md": "project/published-later.md",
     "analysis/peers/README.md": "project/peers.md",
     "README.md": "index.md",
 }

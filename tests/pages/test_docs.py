@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from helpers.configuration import CONF, compose_run
-from helpers.pages import ROOT, anchors, commands, links, pages
+from helpers.pages import ROOT, anchors, blocks, commands, links, pages
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
@@ -72,6 +75,22 @@ def test_every_command_would_start(page: Path, checkpoints: dict[str, Path], tex
                 assert (ROOT / file).is_file(), words
             case [other, *_]:
                 assert other in OTHERS, f"{name(page)}: {' '.join(words)}: nobody knows this command"
+
+
+@pytest.mark.slow
+def test_the_method_of_the_tutorial_runs_as_it_is_written_there(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "tutorials" / "add-method.md"
+    code, settings = tmp_path / "lsiq_plugins" / "shrunk_range.py", tmp_path / "conf" / "method" / "shrunk-range.yaml"
+    for file, kind in ((code, "python"), (settings, "yaml")):
+        file.parent.mkdir(parents=True)
+        file.write_text(blocks(page, kind)[0], encoding="utf-8")
+        assert str(file.relative_to(tmp_path)) in blocks(page, "text")[0]
+    words = ["method=shrunk-range", "calib=none", "eval.windows=1", "tracker=none"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "run.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tiny-llama  w3a16g128  shrunk-range" in done.stdout
 
 
 def starts(given: list[str]) -> None:

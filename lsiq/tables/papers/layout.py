@@ -41,7 +41,7 @@ ALWAYS = ("rtn", "gptq", "awq", "omniquant", "lsi-corner")
 # Published methods that this project does not have, as far as they make uniform grids of the same bits.
 OTHERS = (
     *("quip", "affinequant", "cbq", "sliderquant", "tesseraq", "efficientqat", "qllm", "atom", "rptq", "duquant-lwc"),
-    *("quarot-gptq", "spinquant-gptq", "flatquant", "sliderquant-plus"),
+    *("quarot-gptq", "spinquant-gptq", "flatquant", "flatquant-gptq", "sliderquant-plus"),
 )
 CORPORA = {"bundled": "bundled", "wikitext2": "WikiText-2", "ptb": "PTB", "c4": "C4"}
 
