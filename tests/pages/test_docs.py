@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from lsiq.experiment.config import parse
+from lsiq.runtime.hydra_release import version_base
 
 # Programs of others. Their commands are not tried: they want a server, a GPU or a browser.
 OTHERS = {"wandb", "tensorboard", "nvidia-cuda-mps-control", "vllm"}
@@ -104,7 +105,7 @@ def starts(given: list[str]) -> None:
         return
     ours = [word for word in given if word.startswith(("sweep=", "hydra"))]
     swept = [word for word in given if word != "-m" and word not in ours]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **version_base()):
         sweeper = instantiate(compose("config", overrides=ours, return_hydra_config=True).hydra.sweeper)
     if type(sweeper).__name__ == "Search":  # a search proposes its values while it runs
         compose_run(*ours, *swept)

@@ -8,6 +8,7 @@ from functools import cache
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from lsiq.runtime.hydra_release import version_base
 from lsiq.tables.protocol import ROOT, Job
 
 BUNDLED = ("tiny-llama", "tiny-opt")
@@ -49,7 +50,7 @@ CORPORA = {"bundled": "bundled", "wikitext2": "WikiText-2", "ptb": "PTB", "c4": 
 @cache
 def study_jobs() -> frozenset[Job]:
     """The jobs of sweeps/study.yaml: model, setting and method."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "conf"), **version_base()):
         sweeper = compose("config", overrides=["sweep=study"], return_hydra_config=True).hydra.sweeper
     jobs = (dict(word.split("=", 1) for word in job) for job in instantiate(sweeper).jobs([]))
     return frozenset((job["model"], job["quant"], job["method"]) for job in jobs)
