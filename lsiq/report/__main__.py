@@ -5,6 +5,7 @@
     python -m lsiq.report show RUN                           Markdown to paste into an issue
     python -m lsiq.report compare RUN_A RUN_B ...            settings and metrics side by side, with intervals
     python -m lsiq.report diff RUN_A RUN_B                   the same, and which blocks and linears got worse
+    python -m lsiq.report --html RUN ... | STUDY             one HTML page about runs or a study, which needs no network
 
 RUN is a run's id, a part of it that no other run has, or a folder.
 """
@@ -25,10 +26,14 @@ from lsiq.track.panels import Table, markdown, right_aligned, shown
 
 def main() -> None:
     asked = sys.argv[1:]
+    if "--html" in asked:
+        asked = ["html", *(word for word in asked if word != "--html")]
     lists = not asked or (asked[0].startswith("-") and asked[0] not in ("-h", "--help"))
     given = _parser().parse_args(["list", *asked] if lists else asked)
     try:
-        if given.command == "show":
+        if given.command == "html":
+            _write_page(given)
+        elif given.command == "show":
             sys.stdout.write(summary(find_run(given.runs, given.run)[0]))
         else:
             _show(_tables(given), given.markdown)
@@ -45,13 +50,24 @@ def _tables(given: argparse.Namespace) -> Iterable[Table | str]:
         return [list_table(records, given.metric, given.sort), *notes(records)]
     from lsiq.report.differences import side_by_side, what_got_worse
 
-    if not 0 < given.level < 1:
-        raise InputError(f"--level={given.level}: a share between 0 and 1 is expected, such as 0.95")
+    _check_level(given.level)
     if len(given.run) < 2:
         raise InputError(f"compare {given.run[0]}: give two runs or more; show tells of one")
     runs = [find_run(given.runs, named) for named in given.run]
     tables = side_by_side(runs, given.level, given.all)
     return tables if given.command == "compare" else [*tables, *what_got_worse(runs[0], runs[1], given.most)]
+
+
+def _write_page(given: argparse.Namespace) -> None:
+    from lsiq.report.page.write import write_page
+
+    _check_level(given.level)
+    print(write_page(given.runs, given.run, given.out, given.level))
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise InputError(f"--level={level}: a share between 0 and 1 is expected, such as 0.95")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     every.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of runs (default: runs)")
     tables = argparse.ArgumentParser(add_help=False, parents=[every])
     tables.add_argument("--markdown", action="store_true", help="print Markdown instead of tables for a terminal")
-    commands = parser.add_subparsers(dest="command", metavar="list | show | compare | diff", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="list | show | compare | diff | html", required=True)
     listing = commands.add_parser("list", parents=[tables], help="all runs, one a line")
     listing.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="only runs that agree")
     listing.add_argument("--metric", action="append", default=[], metavar="KEY", help="a metric to show")
@@ -73,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     compared.add_argument("--all", action="store_true", help="all metrics of the records")
     comparing = commands.add_parser("compare", parents=[compared], help="settings and metrics side by side")
     comparing.add_argument("run", nargs="+", help="two or more runs; intervals are against the first")
+    page = commands.add_parser("html", parents=[every], help="one page about runs or a study; the same as --html")
+    page.add_argument("run", nargs="*", help="runs, folders of runs, studies, files of compact records; all by default")
+    page.add_argument("--out", type=Path, help="the file (default: report.html, of one run in its folder)")
+    page.add_argument("--level", type=float, default=0.95, help="of the intervals (default: 0.95)")
     differing = commands.add_parser("diff", parents=[compared], help="two runs, and what got worse")
     differing.add_argument("run", nargs=2)
     differing.add_argument("--most", type=int, default=10, help="blocks and linears to name (default: 10)")
