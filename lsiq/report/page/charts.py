@@ -28,8 +28,9 @@ def lines(panel: Lines, title: str, ylabel: str, logarithmic: bool = False) -> C
         layout["yaxis"] |= {"type": "log", "tickformat": "~g"}
     if all(float(x).is_integer() for x in panel.x) and len(panel.x) <= 12:
         layout["xaxis"] |= {"tickvals": list(panel.x)}
-    told = f"{len(traces)} line{'s' * (len(traces) != 1)} over {panel.axis} {panel.x[0]:g} to {panel.x[-1]:g}"
-    return Chart(title, f"{told}; {_ends(panel)}.", traces, layout, 320)
+    told = f"Over {panel.axis} {panel.x[0]:g} to {panel.x[-1]:g}, {_ends(panel)}"
+    more = f"; {len(traces)} lines in all" if len(traces) > 2 else ""
+    return Chart(title, f"{told}{more}.", traces, layout, 320)
 
 
 def _ends(panel: Lines) -> str:

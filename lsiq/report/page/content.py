@@ -71,6 +71,11 @@ class Grid:
     charts: Sequence[Chart]
     kind: ClassVar[str] = "grid"
 
+    @property
+    def columns(self) -> int:
+        """How many stand beside each other on a wide screen, so that rows are full."""
+        return {1: 1, 2: 2, 4: 2}.get(len(self.charts), 3)
+
 
 @dataclass(frozen=True)
 class Folded:
@@ -102,6 +107,11 @@ class Explorer:
         measures = {html.escape(name): values for name, values in self.measures.items()}
         columns = {"models": self.models, "methods": self.methods, "labels": self.labels, "bits": self.bits}
         return _plain({**columns, "measures": measures})
+
+    @property
+    def distinct(self) -> list[str]:
+        """The methods by name."""
+        return sorted(set(self.methods))
 
     @property
     def choices(self) -> list[str]:

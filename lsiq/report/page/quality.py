@@ -82,5 +82,5 @@ def _excesses(record: Record, found: dict[tuple[str, str], Interval]) -> list[tu
 
 
 def _excess_chart(rows: list[tuple[str, float, float, float]], level: float) -> Chart:
-    title = f"Excess loss over the float model, with {level:.0%} intervals over the text's windows"
-    return intervals(title, rows, "nats per token; lower is better")
+    title = f"Excess loss over the float model (lower is better), {level:.0%} intervals over the text's windows"
+    return intervals(title, rows, "nats per token")

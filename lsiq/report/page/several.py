@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+import statistics
 import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lsiq.errors import InputError
+from lsiq.report.compact import Run
 from lsiq.report.differences import side_by_side
 from lsiq.report.page.charts import heat_map, intervals, lines, rows_axis
 from lsiq.report.page.content import Chart, Explorer, Figure, Folded, Grid, Heading, Item, Remark, Section, Sheet
@@ -23,13 +26,18 @@ from lsiq.track.panels import Cell, Lines, Table
 FEW = 8
 # Columns of the table of all runs are measures that so large a share of them has, and so many at most.
 _SHARE, _MEASURES = 0.05, 10
+# Tables with more rows than this can be searched.
+_LONG = 20
 
 
 def comparison(sources: Sequence[Source], level: float) -> tuple[list[Section], list[str]]:
     """Return the sections of several runs, and what is left out of them and why."""
     runs = [source.run for source in sources]
     left: list[str] = []
-    sections = [Section("Quality and size", _trade(sources, left)), Section("Runs", [_overview(sources)])]
+    sections = [Section("Quality and size", _trade(sources, left))]
+    if len(runs) > FEW and (means := _means(sources)):
+        sections.append(Section("Means over seeds", [means]))
+    sections.append(Section("Runs", [_overview(sources)]))
     if len(runs) <= FEW:
         sections += _side_by_side(sources, level, left)
         stories = [source for source in sources if source.record is not None]
@@ -100,6 +108,30 @@ def _overview(sources: Sequence[Source]) -> Sheet:
     return Sheet(Table("runs", columns, rows), f"All {len(rows)} runs", filtered=not few)
 
 
+def _means(sources: Sequence[Source]) -> Sheet | None:
+    """One row for the runs that differ in nothing but their seeds; None where there are no such runs."""
+    keys = _measured(sources, ["excess"])[: _MEASURES // 2]
+    groups: dict[str, list[Run]] = {}
+    for source in sources:
+        run = source.run
+        same = json.dumps([run.model, run.setting, run.method, run.study, run.config], sort_keys=True)
+        groups.setdefault(same, []).append(run)
+    groups = {same: runs for same, runs in groups.items() if len({run.seed for run in runs}) > 1}
+    rows: list[list[Cell]] = []
+    for runs in groups.values():
+        first = runs[0]
+        row: list[Cell] = [first.model, first.setting, first.method, first.get("calib.samples"), first.study]
+        row += [len(runs), first.average_bits]
+        for key in keys:
+            values = [run.metrics[key] for run in runs if key in run.metrics]
+            row += [statistics.fmean(values), statistics.stdev(values)] if len(values) > 1 else [None, None]
+        rows.append(row)
+    columns = ["model", "format", "method", "samples", "study", "seeds", "bits"]
+    columns += [name for key in keys for name in (key, "± sd")]
+    told = "Means and standard deviations of runs that differ in their seeds alone"
+    return Sheet(Table("means", columns, rows), told, filtered=True) if rows else None
+
+
 def _varied(sources: Sequence[Source]) -> Sheet:
     """The settings that the runs do not share, with their values."""
     values: dict[str, Counter[str]] = {}
@@ -134,11 +166,11 @@ def _side_by_side(sources: Sequence[Source], level: float, left: list[str]) -> l
         left.append("Differences: only compact records were kept of some runs; give folders of runs for intervals.")
         return []
     items: list[Item] = [*_paired(full, letters, level)]
-    for told in side_by_side(full, level, whole=False):
+    for told in side_by_side(full, level, whole=True):
         if isinstance(told, str):
             items.append(Remark(told))
         elif told.name != "runs":
-            items.append(Sheet(told, told.name[0].upper() + told.name[1:]))
+            items.append(Sheet(told, told.name[0].upper() + told.name[1:], filtered=len(told.rows) > _LONG))
     return [
         Section("Differences", items),
         Section("Errors, learning and time", _overlaid(full, letters, level)),
@@ -172,7 +204,7 @@ def _overlaid(full: Sequence[tuple[Any, Any]], letters: str, level: float) -> li
             if prefix == "" and value is not None:
                 points.append((f"{letter} · {corpus}", value, low, high))
     if points:
-        charts.append(intervals(f"Excess loss, {level:.0%} intervals", points, "nats per token; lower is better"))
+        charts.append(intervals(f"Excess loss (lower is better), {level:.0%} intervals", points, "nats per token"))
     errors = {
         f"{x}: {r.method}": {b["index"]: b["error"] for b in r.blocks} for x, (r, _) in zip(letters, full, strict=True)
     }

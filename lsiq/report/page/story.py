@@ -170,7 +170,9 @@ def _singular(epochs: Sequence[Row], last: Sequence[Row]) -> list[Item]:
         charts.append(lines(panel, name, "increment"))
     if not charts:
         return []
-    told = "What was added to some singular values, sampled from the largest to the smallest, whose values stand beside."
+    told = (
+        "What was added to some singular values, sampled from the largest to the smallest, whose values stand beside."
+    )
     return [Remark(told), Grid(charts)]
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _TEMPLATE = "page.html"
+# Characters of a cell that stand in one line.
+_LONG = 48
 
 
 def write_page(runs: Path, named: Sequence[str], out: Path | None, level: float = 0.95) -> Path:
@@ -78,14 +80,16 @@ def _environment() -> Environment:
         return (places / name).read_text(encoding="utf-8")
 
     made = Environment(loader=FunctionLoader(source), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"json": _json, "cell": shown, "numeric": _numeric}
-    made.globals |= {"asset": _asset, "right_aligned": right_aligned, "ids": _Ids}
+    made.filters |= {"json": _json, "cell": shown, "kinds": _kinds}
+    made.globals |= {"asset": _asset, "ids": _Ids}
     return made
 
 
-def _numeric(table: Table) -> list[str]:
-    """The class of each column's cells."""
-    return ["n" if right else "" for right in right_aligned(table)]
+def _kinds(table: Table) -> list[str]:
+    """The class of each column's cells: `n` for numbers, `w` for text that is too long for one line."""
+    longest = [max((len(shown(row[place])) for row in table.rows), default=0) for place in range(len(table.columns))]
+    right = right_aligned(table)
+    return ["n" if number else "w" * (length > _LONG) for number, length in zip(right, longest, strict=True)]
 
 
 def _json(value: Any) -> Any:

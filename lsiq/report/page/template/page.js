@@ -16,7 +16,7 @@
     const down = heading.getAttribute("aria-sort") === "ascending";
     for (const other of heading.parentNode.children) other.removeAttribute("aria-sort");
     heading.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const rows = [...body.rows].map(row => [row.cells[place].textContent, row]);
+    const rows = [...table.tBodies].flatMap(part => [...part.rows]).map(row => [row.cells[place].textContent, row]);
     rows.sort(([a], [b]) => {
       if ((a === "—") !== (b === "—")) return a === "—" ? 1 : -1; // what is missing stays last
       return down ? compare(b, a) : compare(a, b);
@@ -32,7 +32,7 @@
     if (!id) return;
     const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
     let count = 0;
-    for (const row of document.getElementById(id).tBodies[0].rows) {
+    for (const row of document.getElementById(id).querySelectorAll("tbody tr")) {
       const text = row.textContent.toLowerCase();
       const cells = words.length > 1 ? [...row.cells].map(cell => cell.textContent.toLowerCase()) : [text];
       row.hidden = !words.every(word => cells.some(cell => cell.includes(word)));
@@ -99,37 +99,46 @@
     return found;
   }
   function explored(runs, id) {
-    const key = Object.keys(runs.measures)[document.getElementById(`${id}-measure`).selectedIndex];
-    const chosen = document.getElementById(`${id}-model`).selectedOptions[0].textContent, points = [];
+    const chosen = part => document.getElementById(`${id}-${part}`);
+    const model = chosen("model").value, only = chosen("method").value;
+    const key = Object.keys(runs.measures)[chosen("measure").selectedIndex];
+    const logarithmic = chosen("scale").value === "logarithmic";
+    let points = [], below = 0;
     runs.models.forEach((name, place) => {
       const x = runs.bits[place], y = runs.measures[key][place];
-      if (unescaped(name) === chosen && x !== null && y !== null) {
-        points.push({ x, y, method: runs.methods[place], label: runs.labels[place] });
-      }
+      if (unescaped(name) !== model || x === null || y === null) return;
+      if (logarithmic && y <= 0) below += 1;
+      else points.push({ x, y, method: runs.methods[place], label: runs.labels[place] });
     });
-    const methods = [...new Set(runs.methods)]; // a method looks the same whatever is chosen
+    const best = front(points), methods = [...new Set(runs.methods)]; // a method looks the same whatever is chosen
     const traces = methods.map((method, place) => {
-      const own = points.filter(point => point.method === method);
+      const own = points.filter(point => point.method === method), faint = only && unescaped(method) !== only;
       return {
         type: "scatter", mode: "markers", name: method, x: own.map(p => p.x), y: own.map(p => p.y),
         text: own.map(p => p.label), hovertemplate: "%{text}<br>%{x:.4g} bits<br>%{y:.5g}<extra></extra>",
-        marker: { size: 8, color: colour(`--c${place % 8}`), symbol: SYMBOLS[Math.floor(place / 8) % 8], opacity: 0.85 },
+        marker: {
+          size: 8, color: colour(faint ? "--line" : `--c${place % 8}`),
+          symbol: SYMBOLS[Math.floor(place / 8) % SYMBOLS.length], opacity: faint ? 0.5 : 0.85,
+        },
       };
     }).filter(trace => trace.x.length);
-    const best = front(points);
+    const many = traces.length > 12, wide = document.getElementById(id).clientWidth > 700;
+    traces.sort((a, b) => (unescaped(a.name) === only) - (unescaped(b.name) === only)); // the chosen one on top
     traces.push({
       type: "scatter", mode: "lines", name: "Pareto front", x: best.map(p => p.x), y: best.map(p => p.y),
       line: { shape: "hv", width: 1.5, color: colour("--dim"), dash: "dot" }, hoverinfo: "skip",
     });
-    const told = document.getElementById(`${id}-told`);
     const some = best.slice(0, 6).map(p => `${unescaped(p.label)}: ${p.x.toPrecision(4)} bits, ${p.y.toPrecision(4)}`);
-    told.textContent = `${points.length} runs; lower left is better. No other run beats in both: ${some.join("; ")}${best.length > 6 ? "; …" : ""}.`;
-    const logarithmic = points.length > 0 && points.every(point => point.y > 0);
+    const hidden = below ? ` ${below} runs at or below zero have no place on a logarithmic scale.` : "";
+    chosen("told").textContent =
+      `${points.length} runs; lower left is better. None beats these in both: ${some.join("; ")}${best.length > 6 ? "; …" : "."}${hidden}`;
+    const legend = many && wide ? { legend: { orientation: "v", x: 1.01, y: 1, font: { size: 11 } } } : {};
     return {
       data: traces,
       layout: {
         xaxis: { title: { text: "average bits per weight" } },
         yaxis: { title: { text: key }, type: logarithmic ? "log" : "linear", tickformat: "~g" },
+        showlegend: wide || !many, ...legend,
       },
     };
   }
@@ -139,7 +148,7 @@
   for (const script of document.querySelectorAll("script[data-explorer]")) {
     const id = script.dataset.explorer, runs = JSON.parse(script.textContent), plot = document.getElementById(id);
     specs.set(plot, () => explored(runs, id));
-    for (const part of ["model", "measure"]) {
+    for (const part of ["model", "measure", "method", "scale"]) {
       document.getElementById(`${id}-${part}`).addEventListener("change", () => draw(plot));
     }
   }
@@ -152,9 +161,12 @@
       requestAnimationFrame(() => draw(entry.target));
     }
   }, { rootMargin: "300px" });
-  const start = () => specs.forEach((_, plot) => near.observe(plot));
-  // Two frames: the first paint shows text and tables.
-  requestAnimationFrame(() => requestAnimationFrame(start));
+  function start() {
+    document.documentElement.classList.remove("loading"); // rows below the first screen
+    specs.forEach((_, plot) => near.observe(plot));
+  }
+  // The first paint shows text and tables.
+  requestAnimationFrame(() => setTimeout(start));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
   addEventListener("beforeprint", () => specs.forEach((_, plot) => drawn.has(plot) || draw(plot)));
 })();
