@@ -30,7 +30,7 @@ def lines(panel: Lines, title: str, ylabel: str, logarithmic: bool = False) -> C
         layout["xaxis"] |= {"tickvals": list(panel.x)}
     told = f"Over {panel.axis} {panel.x[0]:g} to {panel.x[-1]:g}, {_ends(panel)}"
     more = f"; {len(traces)} lines in all" if len(traces) > 2 else ""
-    return Chart(title, f"{told}{more}.", traces, layout, 320)
+    return Chart(title, f"{told}{more}.", traces, layout, 280 + 18 * -(-len(traces) // 2))
 
 
 def _ends(panel: Lines) -> str:

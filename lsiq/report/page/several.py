@@ -93,8 +93,9 @@ def _overview(sources: Sequence[Source]) -> Sheet:
     keys = _measured(sources, ["excess", "kl", "acc"])[:_MEASURES]
     few = len(sources) <= FEW
     columns = [*([""] if few else []), "model", "format", "method", "seed", "bits", *keys, "quantised in, s"]
-    columns += ["peak memory, GiB"] if few else ["samples", "study"]
+    columns += ["peak memory, GiB"] if few else ["study", "set apart by"]
     rows: list[list[Cell]] = []
+    special = [""] * len(sources) if few else _special([source.run for source in sources])
     for place, source in enumerate(sources):
         run = source.run
         row: list[Cell] = [*([_letters(sources)[place]] if few else []), run.model, run.setting, run.method, run.seed]
@@ -103,7 +104,7 @@ def _overview(sources: Sequence[Source]) -> Sheet:
             peaks = source.record.peak_bytes if source.record else {}
             row.append(max(peaks.values()) / 2**30 if peaks else None)
         else:
-            row += [run.get("calib.samples"), run.study]
+            row += [run.study, special[place]]
         rows.append(row)
     return Sheet(Table("runs", columns, rows), f"All {len(rows)} runs", filtered=not few)
 
@@ -118,18 +119,34 @@ def _means(sources: Sequence[Source]) -> Sheet | None:
         groups.setdefault(same, []).append(run)
     groups = {same: runs for same, runs in groups.items() if len({run.seed for run in runs}) > 1}
     rows: list[list[Cell]] = []
-    for runs in groups.values():
+    special = _special([runs[0] for runs in groups.values()])
+    for runs, apart in zip(groups.values(), special, strict=True):
         first = runs[0]
-        row: list[Cell] = [first.model, first.setting, first.method, first.get("calib.samples"), first.study]
-        row += [len(runs), first.average_bits]
+        row: list[Cell] = [first.model, first.setting, first.method, first.study, len(runs), first.average_bits]
         for key in keys:
             values = [run.metrics[key] for run in runs if key in run.metrics]
             row += [statistics.fmean(values), statistics.stdev(values)] if len(values) > 1 else [None, None]
-        rows.append(row)
-    columns = ["model", "format", "method", "samples", "study", "seeds", "bits"]
-    columns += [name for key in keys for name in (key, "± sd")]
+        rows.append([*row, apart])
+    columns = ["model", "format", "method", "study", "seeds", "bits"]
+    columns += [*(name for key in keys for name in (key, "± sd")), "set apart by"]
     told = "Means and standard deviations of runs that differ in their seeds alone"
     return Sheet(Table("means", columns, rows), told, filtered=True) if rows else None
+
+
+def _special(runs: Sequence[Run]) -> list[str]:
+    """Say of each run which of its settings are not those that most runs of its model, format and method have."""
+    settings = [{key: written(value) for key, value in _flat(run.config, "")} for run in runs]
+    kinds: dict[tuple[str, str, str], dict[str, Counter[str]]] = {}
+    for run, own in zip(runs, settings, strict=True):
+        kind = kinds.setdefault((run.model, run.setting, run.method), {})
+        for key, value in own.items():
+            kind.setdefault(key, Counter())[value] += 1
+    usual = {kind: {key: values.most_common(1)[0][0] for key, values in found.items()} for kind, found in kinds.items()}
+    told = []
+    for run, own in zip(runs, settings, strict=True):
+        most = usual[run.model, run.setting, run.method]
+        told.append(", ".join(f"{key}={value}" for key, value in own.items() if value != most[key]))
+    return told
 
 
 def _varied(sources: Sequence[Source]) -> Sheet:
@@ -143,8 +160,8 @@ def _varied(sources: Sequence[Source]) -> Sheet:
         count = sum(counts.values())
         if len(counts) > 1:
             told = ", ".join(f"{value} ({times})" for value, times in counts.most_common(12))
-            rows.append([key, len(counts), count, told + (", …" if len(counts) > 12 else "")])
-    columns = ["setting", "values", "runs that have it", "which, and how often"]
+            rows.append([key, told + (", …" if len(counts) > 12 else ""), len(counts), count])
+    columns = ["setting", "values, and how often", "values", "runs that have it"]
     return Sheet(Table("settings", columns, rows), "Settings with more than one value", filtered=True)
 
 

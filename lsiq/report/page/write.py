@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _TEMPLATE = "page.html"
 # Characters of a cell that stand in one line.
 _LONG = 48
+# Models that the title names.
+_NAMED = 3
 
 
 def write_page(runs: Path, named: Sequence[str], out: Path | None, level: float = 0.95) -> Path:
@@ -61,7 +63,7 @@ def make_page(sources: Sequence[Source], level: float) -> Page:
         return Page(title, [*lead, *said], story.figures(record), sections, left)
     sections, left = several.comparison(sources, level)
     models = list(dict.fromkeys(source.run.model for source in sources))
-    title = f"{len(sources)} runs of {', '.join(models[:4])}{' and others' if len(models) > 4 else ''}"
+    title = f"{len(sources)} runs of {', '.join(models) if len(models) <= _NAMED else f'{len(models)} models'}"
     return Page(title, list(dict.fromkeys(said)), several.figures(sources), sections, left)
 
 

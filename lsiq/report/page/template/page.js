@@ -129,7 +129,7 @@
       line: { shape: "hv", width: 1.5, color: colour("--dim"), dash: "dot" }, hoverinfo: "skip",
     });
     const some = best.slice(0, 6).map(p => `${unescaped(p.label)}: ${p.x.toPrecision(4)} bits, ${p.y.toPrecision(4)}`);
-    const hidden = below ? ` ${below} runs at or below zero have no place on a logarithmic scale.` : "";
+    const hidden = below ? ` Left out, for a logarithmic scale has no place for values at or below zero: ${below}.` : "";
     chosen("told").textContent =
       `${points.length} runs; lower left is better. None beats these in both: ${some.join("; ")}${best.length > 6 ? "; …" : "."}${hidden}`;
     const legend = many && wide ? { legend: { orientation: "v", x: 1.01, y: 1, font: { size: 11 } } } : {};
