@@ -107,8 +107,8 @@ def _layers(record: Record, last: Sequence[Row], left: list[str]) -> list[Item]:
                 "output. A flipped code differs from rounding to nearest."
             )
         )
-    elif last:
-        left.append("Errors and flips by linear: the run had no calibration data to measure them on.")
+    if last and not any(value for value in errors["error_before"].values()):
+        left.append("Errors by linear: the run had no calibration data to measure them on.")
     blocks = [row for row in record.blocks if row["error"] is not None]
     if blocks:
         panel = Lines("", "block", [row["index"] for row in blocks], {"error": [row["error"] for row in blocks]})
