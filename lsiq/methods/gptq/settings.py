@@ -71,27 +71,27 @@ class GPTQ(Traits):
         return frozenset({"inputs"})
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
-        done: dict[str, QuantizedTensor] = {}
+        tensors: dict[str, QuantizedTensor] = {}
         first = [measured_stage[0] for measured_stage in block.spec.stages]  # linears of a stage share their input
         grams = {} if self.true_sequential else self._grams(block, {}, first, quant, context)
         lost = 0.0
         for linears in block.spec.stages:
             if self.true_sequential:
-                grams = self._grams(block, done, [linears[0]], quant, context)
+                grams = self._grams(block, tensors, [linears[0]], quant, context)
             rounded, error = self._round_stage(block, linears, grams[linears[0]], quant)
-            done |= rounded
+            tensors |= rounded
             lost += error / len(block.spec.stages)
-        return BlockResult(done, metrics={"output_error": lost})
+        return BlockResult(tensors, metrics={"output_error": lost})
 
     def _grams(
         self,
         block: Block,
-        done: dict[str, QuantizedTensor],
+        tensors: dict[str, QuantizedTensor],
         linears: list[str],
         quant: QuantSettings,
         context: Context,
     ) -> dict[str, Tensor]:
-        """`XᵀX / tokens` of the inputs of `linears`, with what is `done` of the block in place."""
+        """`XᵀX / tokens` of the inputs of `linears`, with the quantised `tensors` in place."""
         import torch
 
         from lsiq.calib.gram import input_grams
@@ -99,7 +99,7 @@ class GPTQ(Traits):
 
         assert context.inputs is not None
         product = torch.float64 if self.precision == "float64" else torch.float32
-        weights = {name: tensor.decode() for name, tensor in done.items()}
+        weights = {name: tensor.decode() for name, tensor in tensors.items()}
         with measured_stage("statistics"):
             return input_grams(block, weights, context.inputs, context.batch, linears, quant.activation, product)
 
@@ -128,11 +128,11 @@ class GPTQ(Traits):
         with measured_stage("factorise"):
             curvature = factorise(gram, self.act_order, self.damping, self.precision, where)
         with measured_stage("round"):
-            found = round_with_feedback(stacked, curvature, quant.weight, self.static_groups, self.block_size)
+            tensor = round_with_feedback(stacked, curvature, quant.weight, self.static_groups, self.block_size)
         rows = [len(block.weights[name]) for name in names]
-        parts = zip(names, found.codes.split(rows), found.scale.split(rows), found.zero.split(rows), strict=True)
+        parts = zip(names, tensor.codes.split(rows), tensor.scale.split(rows), tensor.zero.split(rows), strict=True)
         power = output_error(stacked, torch.zeros_like(stacked), gram)
         return (
             {name: QuantizedTensor(codes, scale, zero, quant.weight) for name, codes, scale, zero in parts},
-            output_error(stacked, found.decode(), gram) / max(power, 1e-30),
+            output_error(stacked, tensor.decode(), gram) / max(power, 1e-30),
         )

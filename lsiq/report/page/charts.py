@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsiq.report.page.content import Chart
-from lsiq.track.panels import Histograms, Lines, shown
+from lsiq.track.panels import Histograms, Lines, cell_text
 
 # Columns of codes up to this many stand beside each other; more are drawn as outlines.
 _BARS = 16
@@ -39,7 +39,7 @@ def _ends(panel: Lines) -> str:
     for name in dict.fromkeys([next(iter(panel.lines)), list(panel.lines)[-1]]):
         values = [value for value in panel.lines[name] if value is not None]
         if values:
-            told.append(f"{name} goes from {shown(float(values[0]))} to {shown(float(values[-1]))}")
+            told.append(f"{name} goes from {cell_text(float(values[0]))} to {cell_text(float(values[-1]))}")
     return ", ".join(told) or "no values"
 
 
@@ -144,7 +144,7 @@ def columns(title: str, values: Mapping[str, float], unit: str, sort: bool = Fal
         "orientation": "h",
         "y": names,
         "x": [values[name] for name in names],
-        "text": [shown(float(values[name])) for name in names],
+        "text": [cell_text(float(values[name])) for name in names],
         "textposition": "auto",
         "hovertemplate": f"%{{y}}: %{{x:.4g}} {unit}<extra></extra>",
     }
@@ -154,7 +154,7 @@ def columns(title: str, values: Mapping[str, float], unit: str, sort: bool = Fal
         "showlegend": False,
     }
     most = max(values, key=lambda name: values[name])
-    told = f"Most in {most}: {shown(float(values[most]))} {unit}."
+    told = f"Most in {most}: {cell_text(float(values[most]))} {unit}."
     return Chart(title, told, [trace], layout, 110 + 30 * len(names))
 
 

@@ -18,7 +18,7 @@ from lsiq.report.page.content import Chart, Explorer, Figure, Folded, Grid, Head
 from lsiq.report.page.quality import excess_intervals
 from lsiq.report.page.sources import Source
 from lsiq.report.page.story import story, trajectory
-from lsiq.report.runs import written
+from lsiq.report.runs import value_text
 from lsiq.report.significance import compare
 from lsiq.track.panels import Cell, Lines, Table
 
@@ -135,7 +135,7 @@ def _means(sources: Sequence[Source]) -> Sheet | None:
 
 def _special(runs: Sequence[Run]) -> list[str]:
     """Say of each run which of its settings are not those that most runs of its model, format and method have."""
-    settings = [{key: written(value) for key, value in _flat(run.config, "")} for run in runs]
+    settings = [{key: value_text(value) for key, value in _flat(run.config, "")} for run in runs]
     kinds: dict[tuple[str, str, str], dict[str, Counter[str]]] = {}
     for run, own in zip(runs, settings, strict=True):
         kind = kinds.setdefault((run.model, run.setting, run.method), {})
@@ -154,7 +154,7 @@ def _varied(sources: Sequence[Source]) -> Sheet:
     values: dict[str, Counter[str]] = {}
     for source in sources:
         for key, value in _flat(source.run.config, ""):
-            values.setdefault(key, Counter())[written(value)] += 1
+            values.setdefault(key, Counter())[value_text(value)] += 1
     rows: list[list[Cell]] = []
     for key, counts in sorted(values.items()):
         count = sum(counts.values())

@@ -10,9 +10,9 @@ from typing import Any
 from lsiq.report.page.charts import columns, distribution, heat_map, lines, short_names
 from lsiq.report.page.content import Chart, Figure, Folded, Grid, Item, Remark, Section, Sheet
 from lsiq.report.page.quality import quality
-from lsiq.report.runs import settings_of, written
+from lsiq.report.runs import settings_of, value_text
 from lsiq.results.record import Record
-from lsiq.track.panels import Histograms, Lines, Table, shown, spread
+from lsiq.track.panels import Histograms, Lines, Table, cell_text, spread
 from lsiq.track.run_panels import LINES, own_layers, record_panels, trajectory_panels
 
 Row = Mapping[str, Any]
@@ -206,7 +206,7 @@ def _flat(node: Any, key: str) -> list[list[Any]]:
 
 
 def _settings(record: Record) -> list[Item]:
-    settings = [[key, written(value)] for key, value in settings_of(record).items()]
+    settings = [[key, value_text(value)] for key, value in settings_of(record).items()]
     versions = ", ".join(f"{name} {value}" for name, value in record.versions.items())
     machine = ", ".join(f"{name} {value}" for name, value in record.machine.items())
     clean = {True: "", False: " with changes", None: ""}[record.clean]
@@ -236,4 +236,4 @@ def _duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{shown(round(seconds, 1))} s"
+    return f"{minutes} min {rest} s" if minutes else f"{cell_text(round(seconds, 1))} s"

@@ -16,7 +16,7 @@ from lsiq.report.page.sources import Source, gather
 from lsiq.report.runs import notes
 from lsiq.results.record import origin_note
 from lsiq.runtime.files import write_text
-from lsiq.track.panels import Table, right_aligned, shown
+from lsiq.track.panels import Table, right_aligned, cell_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -82,14 +82,14 @@ def _environment() -> Environment:
         return (places / name).read_text(encoding="utf-8")
 
     made = Environment(loader=FunctionLoader(source), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"json": _json, "cell": shown, "kinds": _kinds}
+    made.filters |= {"json": _json, "cell": cell_text, "kinds": _kinds}
     made.globals |= {"asset": _asset, "ids": _Ids}
     return made
 
 
 def _kinds(table: Table) -> list[str]:
     """The class of each column's cells: `n` for numbers, `w` for text that is too long for one line."""
-    longest = [max((len(shown(row[place])) for row in table.rows), default=0) for place in range(len(table.columns))]
+    longest = [max((len(cell_text(row[place])) for row in table.rows), default=0) for place in range(len(table.columns))]
     right = right_aligned(table)
     return ["n" if number else "w" * (length > _LONG) for number, length in zip(right, longest, strict=True)]
 
