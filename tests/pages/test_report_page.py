@@ -6,6 +6,7 @@ import hashlib
 import html.parser
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -173,7 +174,7 @@ def test_tables_and_charts_can_be_read_without_seeing_them(page: Path) -> None:
         assert named
         assert all(ids[name] == 1 for name in named)
     words = {element.get("id"): element.words() for element in tree.root.all("p")}
-    assert all(len(words[f"{plot.get('id')}-told"]) > 10 for plot in plots)
+    assert all(len(words[f"{plot.get('id')}-alt"]) > 10 for plot in plots)
     labels = {label.get("for") for label in tree.root.all("label")}
     fields = [*tree.root.all("input"), *tree.root.all("select")]
     assert {field.get("id") for field in fields} == labels
@@ -186,10 +187,10 @@ def test_a_run_is_told_from_its_settings_to_its_costs(one: Path, runs: Path) -> 
     assert folder is not None
     assert [heading.text for heading in tree.root.all("h2")] == [
         *("Quality", "Errors and flipped codes", "Weights and codes", "Learning", "Singular values"),
-        *("Time and memory", "Settings and origin"),
+        *("Time and memory", "Settings and origin", "Left out"),
     ]
     drawn = charts(tree)
-    left = pandas.read_parquet(folder / "trajectory.parquet")
+    left: Any = pandas.read_parquet(folder / "trajectory.parquet")
     last = left[left["epoch"] < 0]
     for title, column in (
         ("Output error, rounded to nearest", "error_before"),
@@ -226,7 +227,7 @@ def test_excess_stands_with_the_interval_of_its_windows(one: Path, runs: Path) -
     source = gather(runs, ["lsi-quick"])[0]
     assert source.folder is not None
     windows = pandas.read_parquet(source.folder / "windows.parquet")
-    expected = bootstrap_interval(block_means((windows["loss"] - windows["float_loss"]).to_numpy(np.float64), BLOCK))
+    expected = bootstrap_interval(block_means(np.asarray(windows["loss"] - windows["float_loss"], np.float64), BLOCK))
     told = "Perplexity, excess loss over the float model with its interval, and divergence, by text and model"
     (row,) = [row for row in rows(Tree(one), told) if row[1] == "lsi-quick"]
     assert [float(value) for value in row[4:6]] == pytest.approx(expected, rel=1e-4)
@@ -245,6 +246,19 @@ def test_what_a_run_has_not_is_left_out_in_a_line(runs: Path, tmp_path: Path) ->
     assert "holds no trajectory.parquet" in left(kept)
     assert "Memory by stage: the run was made by a version" in left(kept)
     assert "Flipped codes" not in charts(Tree(kept))
+
+
+def test_a_plan_beside_the_record_is_drawn(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "planned"
+    shutil.copytree(find(runs, "w2a16g32_rtn")[1], folder)
+    layers = {f"{block}.self_attn.{name}": f"w{2 + block}g32" for block in range(2) for name in ("q_proj", "k_proj")}
+    plan = {"layers": {**layers, "lm_head": "w8g32"}, "average_bits": 2.5, "sensitivities": {"0.q": {"w2g32": 0.25}}}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    tree = Tree(write_page(runs, [str(folder)], tmp_path / "page.html"))
+    (trace,) = charts(tree)["Format of each linear, 2.5 bits on average"]["data"]
+    assert trace["text"] == [["w2g32", "w2g32"], ["w3g32", "w3g32"]]
+    assert trace["z"] == [[0, 0], [1, 1]]
+    assert rows(tree, "What each choice costs: divergence at the model's end, nats per token") == [["0.q", "0.25"]]
 
 
 def find(runs: Path, named: str) -> tuple[Record, Path]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,26 +23,26 @@ def lines(panel: Lines, title: str, ylabel: str, logarithmic: bool = False) -> C
         {"type": "scatter", "mode": marks, "name": name, "x": list(panel.x), "y": list(values)}
         for name, values in panel.lines.items()
     ]
-    found = [value for values in panel.lines.values() for value in values if value is not None]
-    logarithmic = logarithmic and bool(found) and min(found) > 0
+    known = [value for values in panel.lines.values() for value in values if value is not None]
+    logarithmic = logarithmic and bool(known) and min(known) > 0
     layout: dict[str, Any] = {"xaxis": {"title": {"text": panel.axis}}, "yaxis": {"title": {"text": ylabel}}}
     if logarithmic:
         layout["yaxis"] |= {"type": "log", "tickformat": "~g"}
     if all(float(x).is_integer() for x in panel.x) and len(panel.x) <= 12:
         layout["xaxis"] |= {"tickvals": list(panel.x)}
-    told = f"Over {panel.axis} {panel.x[0]:g} to {panel.x[-1]:g}, {_ends(panel)}"
+    alt = f"Over {panel.axis} {panel.x[0]:g} to {panel.x[-1]:g}, {_ends(panel)}"
     more = f"; {len(traces)} lines in all" if len(traces) > 2 else ""
-    return Chart(title, f"{told}{more}.", traces, layout, 280 + 18 * -(-len(traces) // 2))
+    return Chart(title, f"{alt}{more}.", traces, layout, 280 + 18 * -(-len(traces) // 2))
 
 
 def _ends(panel: Lines) -> str:
     """Where the first and last line begin and end, in words."""
-    told = []
+    alt = []
     for name in dict.fromkeys([next(iter(panel.lines)), list(panel.lines)[-1]]):
         values = [value for value in panel.lines[name] if value is not None]
         if values:
-            told.append(f"{name} goes from {cell_text(float(values[0]))} to {cell_text(float(values[-1]))}")
-    return ", ".join(told) or "no values"
+            alt.append(f"{name} goes from {cell_text(float(values[0]))} to {cell_text(float(values[-1]))}")
+    return ", ".join(alt) or "no values"
 
 
 def distribution(panel: Histograms, title: str, unit: str) -> Chart:
@@ -60,8 +62,8 @@ def distribution(panel: Histograms, title: str, unit: str) -> Chart:
     if columns:
         layout["xaxis"] |= {"tickvals": middles} if len(middles) <= 8 else {}
     used = [sum(1 for count in counts if count) for counts in (panel.before, panel.after)]
-    told = f"{used[0]} of {len(middles)} bins are filled before, {used[1]} after; {sum(panel.before):.0f} weights."
-    return Chart(title, told, traces, layout, 260)
+    alt = f"{used[0]} of {len(middles)} bins are filled before, {used[1]} after; {sum(panel.before):.0f} weights."
+    return Chart(title, alt, traces, layout, 260)
 
 
 def heat_map(title: str, values: Mapping[tuple[int, str], float | None], unit: str, reach: Sequence[float]) -> Chart:
@@ -84,7 +86,7 @@ def heat_map(title: str, values: Mapping[tuple[int, str], float | None], unit: s
         low = -high
     elif unit == "share":
         low = 0.0
-    written = "%{customdata:.2%}" if unit == "share" else "%{customdata:.4g}"
+    number = "%{customdata:.2%}" if unit == "share" else "%{customdata:.4g}"
     trace: dict[str, Any] = {
         "type": "heatmap",
         "x": short_names(names),
@@ -97,7 +99,7 @@ def heat_map(title: str, values: Mapping[tuple[int, str], float | None], unit: s
         "ygap": 1,
         "colorscale": "diverging" if unit == "ratio" else "sequential",
         "colorbar": _bar(low, high, unit),
-        "hovertemplate": f"block %{{y}}, %{{x}}<br>{written}<extra></extra>",
+        "hovertemplate": f"block %{{y}}, %{{x}}<br>{number}<extra></extra>",
     }
     layout: dict[str, Any] = {
         "xaxis": {"tickangle": -45, "showgrid": False},
@@ -105,7 +107,7 @@ def heat_map(title: str, values: Mapping[tuple[int, str], float | None], unit: s
     }
     if len(blocks) <= 12:
         layout["yaxis"] |= {"tickvals": blocks}
-    return Chart(title, _told(values, unit), [trace], layout, min(900, 170 + 18 * max(len(blocks), 6)))
+    return Chart(title, _range_text(values, unit), [trace], layout, min(900, 170 + 18 * max(len(blocks), 6)))
 
 
 def _bar(low: float, high: float, unit: str) -> dict[str, Any]:
@@ -116,14 +118,14 @@ def _bar(low: float, high: float, unit: str) -> dict[str, Any]:
     return {"tickvals": ticks, "ticktext": [f"{10**tick:.2g}" for tick in ticks], "thickness": 12}
 
 
-def _told(values: Mapping[tuple[int, str], float | None], unit: str) -> str:
+def _range_text(values: Mapping[tuple[int, str], float | None], unit: str) -> str:
     known = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
     if not known:
         return "No values."
     least, most = min(known, key=lambda key: known[key]), max(known, key=lambda key: known[key])
-    written = "{:.2%}" if unit == "share" else "{:.3g}"
-    said = [f"{written.format(known[key])} in block {key[0]}, {key[1]}" for key in (least, most)]
-    return f"From {said[0]}, to {said[1]}."
+    number = "{:.2%}" if unit == "share" else "{:.3g}"
+    ends = [f"{number.format(known[key])} in block {key[0]}, {key[1]}" for key in (least, most)]
+    return f"From {ends[0]}, to {ends[1]}."
 
 
 def _log(value: float | None) -> float | None:
@@ -134,6 +136,39 @@ def short_names(names: Sequence[str]) -> list[str]:
     """Names of linears without the module they lie in, where that leaves them different."""
     last = [name.rpartition(".")[2] for name in names]
     return last if len(set(last)) == len(last) else list(names)
+
+
+def formats(title: str, layers: Mapping[tuple[int, str], str]) -> Chart:
+    """A field for each block and linear with the name of its number format, a colour for each format.
+
+    Args:
+        layers: by block and linear, the name of a format, such as w3g128.
+    """
+    blocks, names = sorted({block for block, _ in layers}), list(dict.fromkeys(name for _, name in layers))
+    kinds = sorted(set(layers.values()), key=lambda kind: [int(digits) for digits in re.findall(r"\d+", kind)])
+    text = [[layers.get((block, name), "") for name in names] for block in blocks]
+    trace: dict[str, Any] = {
+        "type": "heatmap",
+        "x": short_names(names),
+        "y": blocks,
+        "z": [[kinds.index(kind) if kind else None for kind in row] for row in text],
+        "text": text,
+        "texttemplate": "%{text}",
+        "zmin": -0.5,
+        "zmax": len(kinds) - 0.5,
+        "xgap": 1,
+        "ygap": 1,
+        "showscale": False,
+        "colorscale": "formats",
+        "hovertemplate": "block %{y}, %{x}<br>%{text}<extra></extra>",
+    }
+    layout = {
+        "xaxis": {"tickangle": -45, "showgrid": False},
+        "yaxis": {"title": {"text": "block"}, "autorange": "reversed", "showgrid": False},
+    }
+    counts = Counter(layers.values())
+    alt = ", ".join(f"{counts[kind]} {kind}" for kind in kinds)
+    return Chart(title, f"Linears by format: {alt}.", [trace], layout, min(900, 170 + 22 * max(len(blocks), 6)))
 
 
 def columns(title: str, values: Mapping[str, float], unit: str, sort: bool = False) -> Chart:
@@ -154,8 +189,8 @@ def columns(title: str, values: Mapping[str, float], unit: str, sort: bool = Fal
         "showlegend": False,
     }
     most = max(values, key=lambda name: values[name])
-    told = f"Most in {most}: {cell_text(float(values[most]))} {unit}."
-    return Chart(title, told, [trace], layout, 110 + 30 * len(names))
+    alt = f"Most in {most}: {cell_text(float(values[most]))} {unit}."
+    return Chart(title, alt, [trace], layout, 110 + 30 * len(names))
 
 
 def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], unit: str, zero: bool = True) -> Chart:
@@ -186,8 +221,8 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], unit:
         "yaxis": rows_axis(len(rows)),
         "showlegend": False,
     }
-    told = "; ".join(f"{name}: {value:.4f} ({low:.4f} to {high:.4f})" for name, value, low, high in rows[:6])
-    return Chart(title, f"{told}{'; …' if len(rows) > 6 else ''}.", [trace], layout, 120 + 30 * len(rows))
+    alt = "; ".join(f"{name}: {value:.4f} ({low:.4f} to {high:.4f})" for name, value, low, high in rows[:6])
+    return Chart(title, f"{alt}{'; …' if len(rows) > 6 else ''}.", [trace], layout, 120 + 30 * len(rows))
 
 
 def rows_axis(count: int) -> dict[str, Any]:

@@ -16,13 +16,13 @@ class Chart:
     """A drawing of plotly.
 
     Attributes:
-        told: what it shows in a sentence or two, for whoever does not see it.
+        alt: what it shows in a sentence or two, for whoever does not see it.
         traces, layout: plotly's; colours and fonts are added by the page, which knows whether it is light or dark.
         height: in CSS pixels.
     """
 
     title: str
-    told: str
+    alt: str
     traces: Sequence[Mapping[str, Any]]
     layout: Mapping[str, Any] = field(default_factory=dict)
     height: int = 300
@@ -146,14 +146,14 @@ class Page:
     Attributes:
         lead: lines under the title.
         figures: the numbers to see first.
-        left_out: what the page would show and why it cannot, a line each.
+        omitted: what the page would show and why it cannot, a line each.
     """
 
     title: str
     lead: Sequence[str]
     figures: Sequence[Figure]
     sections: Sequence[Section]
-    left_out: Sequence[str]
+    omitted: Sequence[str]
 
 
 def short(value: float) -> float | None:

@@ -31,34 +31,34 @@ def excess_intervals(folder: Path, level: float) -> dict[tuple[str, str], Interv
         rows: Any = pandas.read_parquet(folder / "windows.parquet")
     except (OSError, ValueError):
         return {}
-    found: dict[tuple[str, str], Interval] = {}
+    known: dict[tuple[str, str], Interval] = {}
     for key, group in rows.groupby("key", sort=False):
         for prefix, column in _LOSSES.items():
             if column not in group or "float_loss" not in group or len(group) < FEWEST:
                 continue
             differences = np.asarray(group[column] - group["float_loss"], np.float64)
             if np.isfinite(differences).all():
-                found[str(key), prefix] = bootstrap_interval(block_means(differences, BLOCK), level)
-    return found
+                known[str(key), prefix] = bootstrap_interval(block_means(differences, BLOCK), level)
+    return known
 
 
 def quality(record: Record, folder: Path, level: float) -> list[Item]:
     """Tables and charts of perplexity, divergence and tasks."""
-    found = excess_intervals(folder, level)
+    known = excess_intervals(folder, level)
     items: list[Item] = []
-    if rows := _excesses(record, found):
+    if rows := _excesses(record, known):
         items.append(_excess_chart(rows, level))
     texts = perplexities(record)
     if texts.rows:
         prefixes = {record.method: "", "rtn": "rtn/", "prefixed": "prefixed/"}
         ends: list[list[Cell]] = []
         for row in texts.rows:
-            pair = found.get((str(row[0]), prefixes.get(str(row[1]), "-")))
+            pair = known.get((str(row[0]), prefixes.get(str(row[1]), "-")))
             ends.append([None, None] if pair is None else [*pair])
         columns = [*texts.columns[:4], f"excess, low end ({level:.0%})", "high end", *texts.columns[4:]]
         cells = [[*row[:4], *pair, *row[4:]] for row, pair in zip(texts.rows, ends, strict=True)]
-        told = "Perplexity, excess loss over the float model with its interval, and divergence, by text and model"
-        items.append(Sheet(Table("texts", columns, cells), told))
+        caption = "Perplexity, excess loss over the float model with its interval, and divergence, by text and model"
+        items.append(Sheet(Table("texts", columns, cells), caption))
     tasks = accuracies(record)
     if tasks.rows:
         chart = [
@@ -72,9 +72,9 @@ def quality(record: Record, folder: Path, level: float) -> list[Item]:
     return items
 
 
-def _excesses(record: Record, found: dict[tuple[str, str], Interval]) -> list[tuple[str, float, float, float]]:
+def _excesses(record: Record, known: dict[tuple[str, str], Interval]) -> list[tuple[str, float, float, float]]:
     rows = []
-    for (corpus, prefix), (low, high) in found.items():
+    for (corpus, prefix), (low, high) in known.items():
         value = record.metrics.get(f"{prefix}excess/{corpus}")
         if value is not None:
             rows.append((f"{corpus} · {prefix.rstrip('/') or record.method}", value, low, high))

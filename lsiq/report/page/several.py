@@ -33,29 +33,29 @@ _LONG = 20
 def comparison(sources: Sequence[Source], level: float) -> tuple[list[Section], list[str]]:
     """Return the sections of several runs, and what is left out of them and why."""
     runs = [source.run for source in sources]
-    left: list[str] = []
-    sections = [Section("Quality and size", _trade(sources, left))]
+    omitted: list[str] = []
+    sections = [Section("Quality and size", _trade(sources, omitted))]
     if len(runs) > FEW and (means := _means(sources)):
         sections.append(Section("Means over seeds", [means]))
     sections.append(Section("Runs", [_overview(sources)]))
     if len(runs) <= FEW:
-        sections += _side_by_side(sources, level, left)
+        sections += _side_by_side(sources, level, omitted)
         stories = [source for source in sources if source.record is not None]
         items: list[Item] = []
         for letter, source in zip(_letters(sources), sources, strict=True):
             if source.record is None or source.folder is None:
                 continue
-            told, missing = story(source.record, source.folder, level)
-            parts: list[Item] = [item for section in told for item in (Heading(section.title), *section.items)]
+            chapters, missing = story(source.record, source.folder, level)
+            parts: list[Item] = [item for section in chapters for item in (Heading(section.title), *section.items)]
             items.append(Folded(f"{letter}: {source.run.run_id}", [*parts, *(Remark(line) for line in missing)]))
         if stories:
             sections.append(Section("Each run", items))
     else:
         sections.append(Section("Settings that differ", [_varied(sources)]))
-        left.append(
+        omitted.append(
             f"Runs side by side, with paired intervals: a page shows them of up to {FEW} runs; these are {len(runs)}."
         )
-    return [section for section in sections if section.items], left
+    return [section for section in sections if section.items], omitted
 
 
 def figures(sources: Sequence[Source]) -> list[Figure]:
@@ -76,13 +76,13 @@ def _measured(sources: Sequence[Source], kinds: Sequence[str]) -> list[str]:
     return [key for key in order if counts[key] >= _SHARE * len(sources)]
 
 
-def _trade(sources: Sequence[Source], left: list[str]) -> list[Item]:
+def _trade(sources: Sequence[Source], omitted: list[str]) -> list[Item]:
     """Bits against quality."""
     runs = [source.run for source in sources]
     keys = _measured(sources, ["excess", "kl", "ppl"])
     measures = {key: [run.metrics.get(key) for run in runs] for key in keys}
     if not keys or not any(run.average_bits is not None for run in runs):
-        left.append("Quality and size: the runs have no average bits, or measured no text.")
+        omitted.append("Quality and size: the runs have no average bits, or measured no text.")
         return []
     labels = [f"{run.method}, {run.setting}, seed {run.seed}" + (f", {run.study}" if run.study else "") for run in runs]
     bits = [run.average_bits for run in runs]
@@ -129,24 +129,24 @@ def _means(sources: Sequence[Source]) -> Sheet | None:
         rows.append([*row, apart])
     columns = ["model", "format", "method", "study", "seeds", "bits"]
     columns += [*(name for key in keys for name in (key, "± sd")), "set apart by"]
-    told = "Means and standard deviations of runs that differ in their seeds alone"
-    return Sheet(Table("means", columns, rows), told, filtered=True) if rows else None
+    caption = "Means and standard deviations of runs that differ in their seeds alone"
+    return Sheet(Table("means", columns, rows), caption, filtered=True) if rows else None
 
 
 def _special(runs: Sequence[Run]) -> list[str]:
     """Say of each run which of its settings are not those that most runs of its model, format and method have."""
     settings = [{key: value_text(value) for key, value in _flat(run.config, "")} for run in runs]
     kinds: dict[tuple[str, str, str], dict[str, Counter[str]]] = {}
-    for run, own in zip(runs, settings, strict=True):
+    for run, values in zip(runs, settings, strict=True):
         kind = kinds.setdefault((run.model, run.setting, run.method), {})
-        for key, value in own.items():
+        for key, value in values.items():
             kind.setdefault(key, Counter())[value] += 1
-    usual = {kind: {key: values.most_common(1)[0][0] for key, values in found.items()} for kind, found in kinds.items()}
-    told = []
-    for run, own in zip(runs, settings, strict=True):
+    usual = {kind: {key: counts.most_common(1)[0][0] for key, counts in keys.items()} for kind, keys in kinds.items()}
+    texts = []
+    for run, values in zip(runs, settings, strict=True):
         most = usual[run.model, run.setting, run.method]
-        told.append(", ".join(f"{key}={value}" for key, value in own.items() if value != most[key]))
-    return told
+        texts.append(", ".join(f"{key}={value}" for key, value in values.items() if value != most[key]))
+    return texts
 
 
 def _varied(sources: Sequence[Source]) -> Sheet:
@@ -159,8 +159,8 @@ def _varied(sources: Sequence[Source]) -> Sheet:
     for key, counts in sorted(values.items()):
         count = sum(counts.values())
         if len(counts) > 1:
-            told = ", ".join(f"{value} ({times})" for value, times in counts.most_common(12))
-            rows.append([key, told + (", …" if len(counts) > 12 else ""), len(counts), count])
+            text = ", ".join(f"{value} ({times})" for value, times in counts.most_common(12))
+            rows.append([key, text + (", …" if len(counts) > 12 else ""), len(counts), count])
     columns = ["setting", "values, and how often", "values", "runs that have it"]
     return Sheet(Table("settings", columns, rows), "Settings with more than one value", filtered=True)
 
@@ -176,18 +176,18 @@ def _flat(node: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield from _flat(value, f"{key}.{name}" if key else str(name))
 
 
-def _side_by_side(sources: Sequence[Source], level: float, left: list[str]) -> list[Section]:
+def _side_by_side(sources: Sequence[Source], level: float, omitted: list[str]) -> list[Section]:
     letters = _letters(sources)
     full = [(source.record, source.folder) for source in sources if source.record and source.folder]
     if len(full) < len(sources):
-        left.append("Differences: only compact records were kept of some runs; give folders of runs for intervals.")
+        omitted.append("Differences: only compact records were kept of some runs; give folders of runs for intervals.")
         return []
     items: list[Item] = [*_paired(full, letters, level)]
-    for told in side_by_side(full, level, whole=True):
-        if isinstance(told, str):
-            items.append(Remark(told))
-        elif told.name != "runs":
-            items.append(Sheet(told, told.name[0].upper() + told.name[1:], filtered=len(told.rows) > _LONG))
+    for part in side_by_side(full, level, whole=True):
+        if isinstance(part, str):
+            items.append(Remark(part))
+        elif part.name != "runs":
+            items.append(Sheet(part, part.name[0].upper() + part.name[1:], filtered=len(part.rows) > _LONG))
     return [
         Section("Differences", items),
         Section("Errors, learning and time", _overlaid(full, letters, level)),
@@ -199,14 +199,21 @@ def _paired(full: Sequence[tuple[Any, Any]], letters: str, level: float) -> list
     rows: dict[str, list[tuple[str, float, float, float]]] = {}
     for letter, (_, folder) in list(zip(letters, full, strict=True))[1:]:
         try:
-            found = compare(full[0][1], folder, level)
+            differences = compare(full[0][1], folder, level)
         except InputError:
             continue  # said where the tables are
-        for difference in found:
+        for difference in differences:
             ends = (difference.mean, difference.low, difference.high)
             rows.setdefault(difference.key, []).append((f"{letter} − A", *ends))
     return (
-        [Grid([intervals(f"{key}: difference to A, {level:.0%} intervals", own, key) for key, own in rows.items()])]
+        [
+            Grid(
+                [
+                    intervals(f"{key}: difference to A, {level:.0%} intervals", points, key)
+                    for key, points in rows.items()
+                ]
+            )
+        ]
         if rows
         else []
     )
@@ -234,8 +241,8 @@ def _overlaid(full: Sequence[tuple[Any, Any]], letters: str, level: float) -> li
     first = _last_errors(traces[0])
     maps = []
     for letter, rows in list(zip(letters, traces, strict=True))[1:]:
-        own = _last_errors(rows)
-        ratios = {key: own[key] / error for key, error in first.items() if error and own.get(key)}
+        errors = _last_errors(rows)
+        ratios = {key: value / error for key, error in first.items() if error and (value := errors.get(key))}
         if ratios:
             maps.append(heat_map(f"Output error, {letter} / A", ratios, "ratio", list(ratios.values())))
     return [*items, Grid(maps)] if maps else items
@@ -256,8 +263,8 @@ def _mean_loss(rows: Sequence[Any]) -> dict[int, float | None]:
         (row["epoch"], row["block"]): row["loss"] for row in rows if row["epoch"] >= 0 and row["loss"] is not None
     }
     by_epoch = itertools.groupby(sorted(blocks), lambda key: key[0])
-    found = {epoch: [blocks[key] for key in keys] for epoch, keys in by_epoch}
-    return {epoch: sum(losses) / len(losses) for epoch, losses in found.items()}
+    losses = {epoch: [blocks[key] for key in keys] for epoch, keys in by_epoch}
+    return {epoch: statistics.fmean(values) for epoch, values in losses.items()}
 
 
 def _last_errors(rows: Sequence[Any]) -> dict[tuple[int, str], float | None]:
@@ -284,7 +291,7 @@ def _stages(full: Sequence[tuple[Any, Any]], letters: str) -> Chart:
         "xaxis": {"title": {"text": "seconds"}},
         "yaxis": rows_axis(len(runs)),
     }
-    told = "; ".join(
+    alt = "; ".join(
         f"{run}: {record.seconds.get('total', 0):.0f} s" for run, (record, _) in zip(runs, full, strict=True)
     )
-    return Chart("Time by stage", f"{told}.", traces, layout, 160 + 34 * len(runs))
+    return Chart("Time by stage", f"{alt}.", traces, layout, 160 + 34 * len(runs))

@@ -37,10 +37,10 @@ def gather(runs: Path, named: Sequence[str]) -> list[Source]:
     Raises:
         InputError: a name means nothing, or several runs.
     """
-    found = [source for name in named for source in _meant(runs, name)] if named else _below(runs)
-    if not found:
+    sources = [source for name in named for source in _meant(runs, name)] if named else _below(runs)
+    if not sources:
         raise InputError(f"{runs}: no finished run there; --runs DIR names another folder")
-    return list({(source.run.run_id or id(source), source.run.created): source for source in found}.values())
+    return list({(source.run.run_id or id(source), source.run.created): source for source in sources}.values())
 
 
 def _meant(runs: Path, name: str) -> list[Source]:
@@ -49,9 +49,9 @@ def _meant(runs: Path, name: str) -> list[Source]:
         return [Source(run) for run in read_runs(path)]
     if path.is_dir() and not (path / "record.json").is_file():
         files = sorted(path.glob("*.jsonl"))
-        found = [Source(run) for file in files for run in read_runs(file)] or _below(path)
-        if found:
-            return found
+        sources = [Source(run) for file in files for run in read_runs(file)] or _below(path)
+        if sources:
+            return sources
         raise InputError(f"{name}: neither records nor files of compact records (.jsonl) lie there")
     if not (path / "record.json").is_file() and not (runs / name / "record.json").is_file():
         of_study = [source for source in _below(runs) if source.run.study == name]
@@ -63,8 +63,8 @@ def _meant(runs: Path, name: str) -> list[Source]:
 
 def _below(runs: Path) -> list[Source]:
     """The runs in a folder that have measured something, oldest first."""
-    found = [(record, file.parent) for file in runs.glob("*/record.json") if (record := read_record(file.parent))]
-    measured = [_source(record, folder) for record, folder in found if record.metrics]
+    records = [(record, file.parent) for file in runs.glob("*/record.json") if (record := read_record(file.parent))]
+    measured = [_source(record, folder) for record, folder in records if record.metrics]
     return sorted(measured, key=lambda source: (source.run.created, str(source.run.run_id)))
 
 

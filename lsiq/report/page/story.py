@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lsiq.report.page.charts import columns, distribution, heat_map, lines, short_names
+from lsiq.report.page.charts import columns, distribution, formats, heat_map, lines, short_names
 from lsiq.report.page.content import Chart, Figure, Folded, Grid, Item, Remark, Section, Sheet
 from lsiq.report.page.quality import quality
 from lsiq.report.runs import settings_of, value_text
 from lsiq.results.record import Record
 from lsiq.track.panels import Histograms, Lines, Table, cell_text, spread
-from lsiq.track.run_panels import LINES, own_layers, record_panels, trajectory_panels
+from lsiq.track.run_panels import LINES, panel_layers, record_panels, trajectory_panels
 
 Row = Mapping[str, Any]
 # Linears with charts of their own, evenly spread over the network.
@@ -27,46 +28,49 @@ def story(record: Record, folder: Path, level: float) -> tuple[list[Section], li
     last = [row for row in rows if row["epoch"] < 0]
     epochs = [row for row in rows if row["epoch"] >= 0]
     panels = list(trajectory_panels(rows, OWN)) if rows else []
-    left: list[str] = []
+    omitted: list[str] = []
     sections = [
         Section("Quality", quality(record, folder, level) or [Remark("Nothing was measured.")]),
-        Section("Errors and flipped codes", _layers(record, last, left)),
+        Section("Formats by linear", _plan(folder)),
+        Section("Errors and flipped codes", _layers(record, last, omitted)),
         Section("Weights and codes", _distributions(panels)),
         Section("Learning", _learning(panels)),
         Section("Singular values", _singular(epochs, last)),
-        Section("Time and memory", _costs(record, left)),
+        Section("Time and memory", _costs(record, omitted)),
         Section("Settings and origin", _settings(record)),
     ]
+    if not sections[1].items:
+        omitted.append("Formats by linear: the run has no plan of them; all have one format.")
     if not rows:
-        left.append(
+        omitted.append(
             "Errors by linear, weights and learning: the run's folder holds no trajectory.parquet that can be read."
         )
     elif not epochs:
-        left.append(f"Learning and singular values: {record.method} trains nothing.")
+        omitted.append(f"Learning and singular values: {record.method} trains nothing.")
     elif not any("increments" in row and row["increments"] is not None for row in epochs):
-        left.append(f"Singular values: {record.method} has no increments of them.")
-    return [section for section in sections if section.items], left
+        omitted.append(f"Singular values: {record.method} has no increments of them.")
+    return [section for section in sections if section.items], omitted
 
 
 def figures(record: Record) -> list[Figure]:
     """Return the numbers that a reader looks for first."""
-    found = []
+    numbers = []
     for key in (key for key in record.metrics if key.startswith("excess/")):
         rtn = record.metrics.get(f"rtn/{key}")
         beside = "" if rtn is None else f"rounding to nearest: {rtn:.4f}"
-        found.append(Figure(f"excess loss, {key.partition('/')[2]}", f"{record.metrics[key]:.4f}", beside))
+        numbers.append(Figure(f"excess loss, {key.partition('/')[2]}", f"{record.metrics[key]:.4f}", beside))
     for key in (key for key in record.metrics if key.startswith("ppl/")):
         plain = record.metrics.get(f"float/{key}")
         beside = "" if plain is None else f"float: {plain:.2f}"
-        found.append(Figure(f"perplexity, {key.partition('/')[2]}", f"{record.metrics[key]:.2f}", beside))
+        numbers.append(Figure(f"perplexity, {key.partition('/')[2]}", f"{record.metrics[key]:.2f}", beside))
     if record.average_bits is not None:
-        found.append(Figure("bits per weight", f"{record.average_bits:.3f}", "scales and all that repairs included"))
+        numbers.append(Figure("bits per weight", f"{record.average_bits:.3f}", "scales and all that repairs included"))
     if "total" in record.seconds:
-        found.append(Figure("time", _duration(record.seconds["total"])))
+        numbers.append(Figure("time", _duration(record.seconds["total"])))
     if record.peak_bytes:
         places = ", ".join(record.peak_bytes)
-        found.append(Figure("peak memory", f"{max(record.peak_bytes.values()) / 2**30:.2f} GiB", places))
-    return found
+        numbers.append(Figure("peak memory", f"{max(record.peak_bytes.values()) / 2**30:.2f} GiB", places))
+    return numbers
 
 
 def trajectory(folder: Path) -> list[Row]:
@@ -86,7 +90,7 @@ def _cell(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def _layers(record: Record, last: Sequence[Row], left: list[str]) -> list[Item]:
+def _layers(record: Record, last: Sequence[Row], omitted: list[str]) -> list[Item]:
     items: list[Item] = []
     errors = {name: _by_layer(last, name) for name in _ERRORS}
     reach = [value for name in _ERRORS for value in errors[name].values() if value]
@@ -108,7 +112,7 @@ def _layers(record: Record, last: Sequence[Row], left: list[str]) -> list[Item]:
             )
         )
     if last and not any(value for value in errors["error_before"].values()):
-        left.append("Errors by linear: the run had no calibration data to measure them on.")
+        omitted.append("Errors by linear: the run had no calibration data to measure them on.")
     blocks = [row for row in record.blocks if row["error"] is not None]
     if blocks:
         panel = Lines("", "block", [row["index"] for row in blocks], {"error": [row["error"] for row in blocks]})
@@ -124,20 +128,43 @@ def _layers(record: Record, last: Sequence[Row], left: list[str]) -> list[Item]:
     return items
 
 
+def _plan(folder: Path) -> list[Item]:
+    """The format of each linear and what it was chosen by, where the run has a plan beside its record."""
+    try:
+        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    layers: dict[tuple[int, str], str] = {}
+    for key, value in plan["layers"].items():
+        block, _, name = key.partition(".")
+        if block.isdigit():  # others lie outside the blocks, such as the head
+            layers[int(block), name] = value if isinstance(value, str) else json.dumps(value)
+    bits = plan.get("average_bits")
+    items: list[Item] = [formats("Format of each linear" + (f", {bits:.4g} bits on average" if bits else ""), layers)]
+    sensitivities = plan.get("sensitivities") or {}
+    if sensitivities:
+        choices = list(dict.fromkeys(choice for row in sensitivities.values() for choice in row))
+        cells = [[unit, *(row.get(choice) for choice in choices)] for unit, row in sensitivities.items()]
+        table = Table("sensitivities", ["linears", *choices], cells)
+        caption = "What each choice costs: divergence at the model's end, nats per token"
+        items.append(Folded("Sensitivities", [Sheet(table, caption, filtered=True)]))
+    return items
+
+
 def _by_layer(last: Sequence[Row], column: str) -> dict[tuple[int, str], float | None]:
     return {(int(row["block"]), row["linear"]): row[column] for row in last}
 
 
 def _distributions(panels: Sequence[Any]) -> list[Item]:
     items: list[Item] = []
-    for section, unit, told in (
+    for section, unit, text in (
         ("weights", "weight", "Weights before and after"),
         ("codes", "code", "Codes, rounded to nearest and in the end"),
     ):
-        found = [panel for panel in panels if isinstance(panel, Histograms) and panel.name.startswith(f"{section}/")]
-        charts = [distribution(panel, panel.name.partition("/")[2], unit) for panel in found]
+        chosen = [panel for panel in panels if isinstance(panel, Histograms) and panel.name.startswith(f"{section}/")]
+        charts = [distribution(panel, panel.name.partition("/")[2], unit) for panel in chosen]
         if charts:
-            items += [Remark(f"{told}, of {len(charts)} linears spread over the network."), Grid(charts)]
+            items += [Remark(f"{text}, of {len(charts)} linears spread over the network."), Grid(charts)]
     return items
 
 
@@ -155,7 +182,7 @@ def _learning(panels: Sequence[Any]) -> list[Item]:
 def _singular(epochs: Sequence[Row], last: Sequence[Row]) -> list[Item]:
     """What was added to singular values, for the linears that have charts of their own."""
     charts: list[Chart] = []
-    for layer in own_layers(last, OWN):
+    for layer in panel_layers(last, OWN):
         rows = [row for row in epochs if (row["block"], row["linear"]) == (layer["block"], layer["linear"])]
         rows = [row for row in rows if row.get("increments") is not None]
         if not rows:
@@ -170,21 +197,21 @@ def _singular(epochs: Sequence[Row], last: Sequence[Row]) -> list[Item]:
         charts.append(lines(panel, name, "increment"))
     if not charts:
         return []
-    told = (
+    text = (
         "What was added to some singular values, sampled from the largest to the smallest, whose values stand beside."
     )
-    return [Remark(told), Grid(charts)]
+    return [Remark(text), Grid(charts)]
 
 
-def _costs(record: Record, left: list[str]) -> list[Item]:
+def _costs(record: Record, omitted: list[str]) -> list[Item]:
     stages = {name: value for name, value in record.seconds.items() if value > 0.005 and name != "total"}
     charts = [columns("Time by stage", stages, "seconds")] if stages else []
-    peaks = [(stage, place, size) for stage, found in record.stage_peaks.items() for place, size in found.items()]
-    for place, found in itertools.groupby(sorted(peaks, key=lambda row: row[1]), lambda row: row[1]):
-        sizes = {stage: size / 2**30 for stage, _, size in found}
+    peaks = [(stage, place, size) for stage, sizes in record.stage_peaks.items() for place, size in sizes.items()]
+    for place, group in itertools.groupby(sorted(peaks, key=lambda row: row[1]), lambda row: row[1]):
+        sizes = {stage: size / 2**30 for stage, _, size in group}
         charts.append(columns(f"Peak {place} memory until the end of each stage", sizes, "GiB"))
     if not peaks:
-        left.append("Memory by stage: the run was made by a version that noted only the peak of all.")
+        omitted.append("Memory by stage: the run was made by a version that noted only the peak of all.")
     if record.blocks:
         panel = Lines(
             "", "block", [r["index"] for r in record.blocks], {"seconds": [r["seconds"] for r in record.blocks]}

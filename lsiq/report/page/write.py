@@ -16,7 +16,7 @@ from lsiq.report.page.sources import Source, gather
 from lsiq.report.runs import notes
 from lsiq.results.record import origin_note
 from lsiq.runtime.files import write_text
-from lsiq.track.panels import Table, right_aligned, cell_text
+from lsiq.track.panels import Table, cell_text, right_aligned
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -56,15 +56,15 @@ def make_page(sources: Sequence[Source], level: float) -> Page:
     ]
     if len(sources) == 1 and sources[0].record is not None and sources[0].folder is not None:
         record, folder = sources[0].record, sources[0].folder
-        sections, left = story.story(record, folder, level)
+        sections, omitted = story.story(record, folder, level)
         title = f"{record.model} · {record.setting} · {record.method} · seed {record.seed}"
         lead = [f"{record.run_id}, {record.status}, {record.created[:16].replace('T', ' ')} UTC"]
         lead += [record.error] if record.error else []
-        return Page(title, [*lead, *said], story.figures(record), sections, left)
-    sections, left = several.comparison(sources, level)
+        return Page(title, [*lead, *said], story.figures(record), sections, omitted)
+    sections, omitted = several.comparison(sources, level)
     models = list(dict.fromkeys(source.run.model for source in sources))
     title = f"{len(sources)} runs of {', '.join(models) if len(models) <= _NAMED else f'{len(models)} models'}"
-    return Page(title, list(dict.fromkeys(said)), several.figures(sources), sections, left)
+    return Page(title, list(dict.fromkeys(said)), several.figures(sources), sections, omitted)
 
 
 def render(page: Page) -> str:
@@ -89,7 +89,9 @@ def _environment() -> Environment:
 
 def _kinds(table: Table) -> list[str]:
     """The class of each column's cells: `n` for numbers, `w` for text that is too long for one line."""
-    longest = [max((len(cell_text(row[place])) for row in table.rows), default=0) for place in range(len(table.columns))]
+    longest = [
+        max((len(cell_text(row[place])) for row in table.rows), default=0) for place in range(len(table.columns))
+    ]
     right = right_aligned(table)
     return ["n" if number else "w" * (length > _LONG) for number, length in zip(right, longest, strict=True)]
 

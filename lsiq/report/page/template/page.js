@@ -52,7 +52,14 @@
     }
     return window.Plotly;
   }
-  function scale(name) {
+  function scale(name, trace) {
+    if (name === "formats") { // one colour for each format, from the fewest bits to the most
+      const count = Math.round(trace.zmax - trace.zmin);
+      return [...Array(count).keys()].flatMap(place => {
+        const own = colour(`--c${place % 8}`);
+        return [[place / count, own], [(place + 1) / count, own]];
+      });
+    }
     const stops = name === "diverging" ? ["--better", "--neutral", "--worse"] : ["--low", "--middle", "--high"];
     return stops.map((stop, place) => [place / 2, colour(stop)]);
   }
@@ -72,7 +79,7 @@
     const data = spec.data.map(trace => {
       if (trace.type !== "heatmap") return trace;
       const bar = { ...trace.colorbar, outlinewidth: 0, tickfont: { color: text, size: 10 } };
-      return { ...trace, colorscale: scale(trace.colorscale), colorbar: bar };
+      return { ...trace, colorscale: scale(trace.colorscale, trace), colorbar: bar };
     });
     return [data, layout];
   }
@@ -130,7 +137,7 @@
     });
     const some = best.slice(0, 6).map(p => `${unescaped(p.label)}: ${p.x.toPrecision(4)} bits, ${p.y.toPrecision(4)}`);
     const hidden = below ? ` Left out, for a logarithmic scale has no place for values at or below zero: ${below}.` : "";
-    chosen("told").textContent =
+    chosen("alt").textContent =
       `${points.length} runs; lower left is better. None beats these in both: ${some.join("; ")}${best.length > 6 ? "; …" : "."}${hidden}`;
     const legend = many && wide ? { legend: { orientation: "v", x: 1.01, y: 1, font: { size: 11 } } } : {};
     return {
