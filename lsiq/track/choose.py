@@ -35,6 +35,10 @@ def make_tracker(
         from lsiq.track.trackio import Trackio
 
         backend = Trackio(settings, plain, record, folder)
+    elif settings.kind == "mlflow":
+        from lsiq.track.mlflow import MLflow
+
+        backend = MLflow(settings, plain, record, folder)
     else:
         from lsiq.track.tensorboard import TensorBoard
 

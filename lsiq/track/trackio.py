@@ -1,5 +1,8 @@
 """trackio: a local store with a dashboard, without account."""
 
+# Not everybody who checks types has it installed; this module would be taken for it.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -121,4 +124,4 @@ def _quiet() -> None:
     import trackio.utils
 
     for module in (trackio, trackio.run, trackio.utils):
-        module.print = lambda *_, **__: None  # type: ignore[attr-defined]
+        module.print = lambda *_, **__: None
