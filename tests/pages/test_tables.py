@@ -22,6 +22,7 @@ from lsiq.errors import InputError
 from lsiq.experiment.composed import plain_config
 from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
+from lsiq.report.compact import Run, read_runs, without_nulls
 from lsiq.results.record import Record, write_record
 from lsiq.tables.agree import pairs
 from lsiq.tables.collect import collect, strangers
@@ -31,7 +32,6 @@ from lsiq.tables.papers.perplexity import bundled_perplexity
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
 from lsiq.tables.published import MARKS, Literature, Published
 from lsiq.tables.render import README_MARKS, execute, in_readme, notebooks, render
-from lsiq.tables.runs import Run, read_runs, without_nulls
 from lsiq.tables.study import Runs, Sample, load
 from lsiq.tables.table import Cell, Row, Table, best_in_bold
 from lsiq.tables.traces import read_traces
