@@ -37,6 +37,8 @@ class Activation:
     attention: bool = Field(True, description="true quantises queries, keys and values as well")
     softmax: bool = Field(False, description="true quantises the attention weights as well")
 
+    factors = "float16"
+
     def __post_init__(self) -> None:
         check_activation_bits(self.bits)
 

@@ -42,6 +42,11 @@ class ActivationFormat(Protocol):
         ...
 
     @property
+    def factors(self) -> str:
+        """The format of low-rank factors that such activations are multiplied with: a key of `factors.FACTORS`."""
+        ...
+
+    @property
     def words(self) -> str:
         """The format in words, for model cards."""
         ...

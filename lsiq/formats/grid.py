@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lsiq.errors import ConfigError
@@ -111,6 +113,12 @@ class Grid(ABC):
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the weight that each code stands for; `codes` have the dtype of the scale."""
         return (codes - zero) * scale
+
+    def narrowed(self, in_features: int) -> Grid:
+        """Return the format with the widest groups that divide both its own and `in_features`."""
+        if self.width is None or in_features % self.width == 0:
+            return self
+        return replace(self, **{self.width_key: math.gcd(self.width, in_features)})  # type: ignore[type-var]
 
 
 def check_divides(key: str, width: int | None, in_features: int, name: str, way_out: str = "") -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsiq.formats.mxint import MXInt, narrowed
+from lsiq.formats.base import WeightFormat
 from lsiq.formats.tensor import QuantizedTensor, quantize
 
 Factor = Tensor | QuantizedTensor
@@ -47,17 +47,17 @@ class SideBranch:
         return SideBranch(self.up.cpu(), self.down.cpu())
 
 
-def round_factors(up: Tensor, down: Tensor, fmt: MXInt | None, name: str) -> SideBranch:
+def round_factors(up: Tensor, down: Tensor, fmt: WeightFormat | None, name: str) -> SideBranch:
     """Return the branch with its factors in `fmt`, or in float16 where that is None.
 
     Blocks run along what each product sums over, as in a dot product's hardware: `rank` of `up`, `in` of `down`. Where
-    16 does not divide them the blocks are smaller.
+    those of the format do not divide them the blocks are smaller.
     """
     if fmt is None:
         return SideBranch(up.to(torch.float16), down.to(torch.float16))
     return SideBranch(
-        quantize(up, narrowed(fmt, up.shape[1]), f"{name}, up"),
-        quantize(down, narrowed(fmt, down.shape[1]), f"{name}, down"),
+        quantize(up, fmt.narrowed(up.shape[1]), f"{name}, up"),
+        quantize(down, fmt.narrowed(down.shape[1]), f"{name}, down"),
     )
 
 

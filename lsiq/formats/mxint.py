@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -113,6 +112,10 @@ class MXActivation:
         return _suffix(self.block, self.exponent)
 
     @property
+    def factors(self) -> str:
+        return "mxint8" if self.active else "float16"
+
+    @property
     def words(self) -> str:
         return f"{self.bits} bits, blocks of {self.block} channels with an exponent of {self.exponent} bits"
 
@@ -143,11 +146,6 @@ def power_of_two_step(reach: Tensor, bits: int, exponent: int) -> Tensor:
     power = (power - (mantissa == 0.5).int()).masked_fill(mantissa == 0, -bias).clamp(-bias, bias + 1)
     biased = (power - bits + 1).clamp(_SMALLEST, _LARGEST) + 127
     return (biased.int() << 23).view(torch.float32).to(reach.dtype)
-
-
-def narrowed(fmt: MXInt, width: int) -> MXInt:
-    """Return `fmt` with the largest block that divides both its own and `width`."""
-    return MXInt(bits=fmt.bits, block=math.gcd(fmt.block, width), exponent=fmt.exponent)
 
 
 def _suffix(block: int, exponent: int) -> str:
