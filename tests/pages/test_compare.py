@@ -38,6 +38,7 @@ def test_the_interval_is_the_same_on_every_call_and_narrows_with_windows() -> No
     assert bootstrap_interval(np.full(10, 0.25)) == (0.25, 0.25)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_where_neighbours_err_alike() -> None:
     draw = np.random.default_rng(1)
     trials, windows, covered = 400, 512, {1: 0, 32: 0}
