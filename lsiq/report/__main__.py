@@ -7,7 +7,7 @@
     python -m lsiq.report diff RUN_A RUN_B                   the same, and which blocks and linears got worse
     python -m lsiq.report --html RUN ... | STUDY             one HTML page about runs or a study, which needs no network
 
-RUN is a run's id, a part of it that no other run has, or a folder.
+RUN is a run's id, a part of it that no other run has, its folder or its record file.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lsiq.errors import InputError, LsiqError
-from lsiq.report.runs import find_run, list_table, notes, read_runs
+from lsiq.report.runs import list_table, notes, read_runs
 from lsiq.report.summary import summary
+from lsiq.results.find import find_run
 from lsiq.track.panels import Table, cell_text, markdown, right_aligned
 
 

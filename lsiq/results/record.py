@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -169,6 +170,12 @@ def read_record(folder: Path) -> Record | None:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that numbers depend on."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """What is installed does not change while a process runs, and to look it up is a tenth of a small run."""
     by_package = {"python": platform.python_version(), "lsiq": __version__}
     for package in _PACKAGES:
         try:

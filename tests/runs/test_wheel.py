@@ -29,6 +29,7 @@ def lsiq(site: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_installed_command_runs_and_reports_away_from_the_checkout(site, tmp_path):
     (tmp_path / "conf" / "quant").mkdir(parents=True)
     (tmp_path / "conf" / "quant" / "mine.yaml").write_text("defaults: [w3a16g128]\nweight:\n  bits: 5\n")
@@ -53,6 +54,7 @@ def test_the_wheel_holds_the_licence_of_what_comes_with_it(site):
     assert any("Plotly" in text for text in told)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_studies_and_says_what_may_be_chosen(site, tmp_path):
     shown = lsiq(site, tmp_path, "sweep=study", "--cfg", "hydra")
     assert "variants" in shown.stdout, shown.stderr
