@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lsiq.tables.runs import Run
 from omegaconf import OmegaConf
 
 from lsiq.cli.compose import compose
+from lsiq.report.compact import Run
 from lsiq.settings import find_target
 from lsiq.tables.papers.layout import BUNDLED
 from lsiq.tables.protocol import STUDY
