@@ -1,7 +1,7 @@
 """The program: `lsiq` where the package is installed, `python run.py` in a checkout.
 
 lsiq model=tiny-llama method=lsi        one run; -m for several (lsiq --help lists groups and settings)
-lsiq report …                           lists, shows and compares finished runs
+lsiq report …                           lists, shows and compares finished runs; --html writes a page
 lsiq compare RUN RUN …                  the same as: lsiq report compare RUN RUN …
 lsiq tables [collect|agree] …           draws tables and figures from records
 """

@@ -22,6 +22,7 @@ from lsiq.errors import InputError
 from lsiq.experiment.composed import plain_config
 from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
+from lsiq.report.compact import Run, read_runs, without_nulls
 from lsiq.results.record import Record, write_record
 from lsiq.tables.agree import pairs
 from lsiq.tables.collect import collect, strangers
@@ -31,7 +32,6 @@ from lsiq.tables.papers.perplexity import bundled_perplexity
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
 from lsiq.tables.published import MARKS, Literature, Published
 from lsiq.tables.render import README_MARKS, execute, in_readme, notebooks, render
-from lsiq.tables.runs import Run, read_runs, without_nulls
 from lsiq.tables.study import Runs, Sample, load
 from lsiq.tables.table import Cell, Row, Table, best_in_bold
 from lsiq.tables.traces import read_traces
@@ -407,6 +407,13 @@ def test_the_tour_of_the_python_interface_runs() -> None:
     assert any("method.training.epochs=-1" in text for text in printed)
 
 
+def test_executing_a_notebook_gives_its_committed_page_byte_for_byte() -> None:
+    (notebook,) = (file for file in NOTEBOOKS if file.stem == "tasks")
+    page = render([notebook])["tasks.md"]
+    assert (ROOT / "docs" / "tables" / "tasks.md").read_text(encoding="utf-8") == page, "python -m lsiq.tables.render"
+
+
+@pytest.mark.slow
 def test_executing_the_notebooks_gives_the_committed_tables_byte_for_byte() -> None:
     files = render(NOTEBOOKS)  # 14 s on two idle cores, each notebook in a kernel of its own
     pages = {name: text for name, text in files.items() if name.endswith((".md", ".tex"))}
