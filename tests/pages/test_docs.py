@@ -67,6 +67,8 @@ def test_every_command_would_start(page: Path, checkpoints: dict[str, Path], tex
                 starts([re.sub(r"=(\S+)$", lambda at: f"={places.get(at[1], at[1])}", word) for word in given])
             case ["python", "-m", "pip", "install", "-e", what]:
                 assert extras(what) <= set(project()["project"]["optional-dependencies"]), words
+            case ["python", "-m", "pip", "install", "--pre", *packages]:
+                assert {package.partition("==")[0] for package in packages} <= dependencies(), words
             case ["python", "-m", "pytest", *given]:
                 marks = {mark.partition(":")[0] for mark in project()["tool"]["pytest"]["ini_options"]["markers"]}
                 assert set(given) - {"-m", "-n", "2"} <= marks, words
@@ -118,6 +120,11 @@ def starts(given: list[str]) -> None:
 
 def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def dependencies() -> set[str]:
+    """The names of the packages that this one needs."""
+    return {re.split(r"[<>=\[;]", entry)[0] for entry in project()["project"]["dependencies"]}
 
 
 def extras(what: str) -> set[str]:

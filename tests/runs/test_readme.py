@@ -108,6 +108,8 @@ def test_the_reports_of_two_runs(
         runpy.run_module("lsiq.report", run_name="__main__", alter_sys=False)
         printed = capsys.readouterr().out
         if "--html" in words:
-            printed = Path(printed.strip()).read_text(encoding="utf-8")
+            (file,) = folder.glob("**/*.html")
+            assert str(file.relative_to(folder)) in printed.replace("\n", "")
+            printed = file.read_text(encoding="utf-8")
         assert first.run_id in printed or "gptq" in printed
         assert "rtn" in printed
