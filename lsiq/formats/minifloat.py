@@ -83,8 +83,8 @@ class Minifloat:
         """The number of every code from 0 on, NaN where there is none."""
         positive = []
         for code in range(2 ** (self.bits - 1)):
-            field, rest = divmod(code, 2**self.mantissa)
-            steps = rest if field == 0 else rest + 2**self.mantissa
+            field, mantissa = divmod(code, 2**self.mantissa)
+            steps = mantissa if field == 0 else mantissa + 2**self.mantissa
             number = steps * 2.0 ** (max(field, 1) - 1 + self.least - self.mantissa)
             positive.append(number if number <= self.largest else float("nan"))
         return positive + [-number for number in positive]

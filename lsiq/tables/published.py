@@ -71,12 +71,12 @@ class Literature:
 
 
 def _rows(folder: Path, name: str) -> list[dict[str, str]]:
-    found = []
+    rows = []
     for file in (folder / name, folder / "more" / name):
         if file.exists():
             with file.open(encoding="utf-8", newline="") as lines:
-                found += [_named_as_here(row) for row in csv.DictReader(lines)]
-    return found
+                rows += [_named_as_here(row) for row in csv.DictReader(lines)]
+    return rows
 
 
 def _named_as_here(row: dict[str, str]) -> dict[str, str]:

@@ -42,9 +42,9 @@ class MLflow:
         store = self._folder.parent
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store / 'mlflow.db'}"
         self._client = client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(self._settings.project)
+        project = client.get_experiment_by_name(self._settings.project)
         place = None if "MLFLOW_TRACKING_URI" in os.environ else (store / "mlflow").as_uri()
-        experiment = found.experiment_id if found else client.create_experiment(self._settings.project, place)
+        experiment = project.experiment_id if project else client.create_experiment(self._settings.project, place)
         query = f"attributes.run_name = '{self._folder.name}'"
         earlier = [run.info.run_id for run in client.search_runs([experiment], query)]
         if resumed and earlier:

@@ -68,11 +68,11 @@ class Trackio:
         elif isinstance(panel, Histograms):
             edges = np.asarray(panel.edges)
             both = {"before": panel.before, "after": panel.after}
-            shown = {
+            histograms = {
                 f"{panel.name}/{moment}": trackio.Histogram(np_histogram=(np.asarray(counts), edges))
                 for moment, counts in both.items()
             }
-            self._log(shown, step)
+            self._log(histograms, step)
         else:
             table = trackio.Table(columns=list(panel.columns), data=[list(row) for row in panel.rows])
             self._log({panel.name: table}, step)
@@ -91,7 +91,7 @@ class Trackio:
             _check_stored(self._settings.project, self._id, self._told)
 
 
-def _check_stored(project: str, name: str, told: int) -> None:
+def _check_stored(project: str, name: str, expected: int) -> None:
     """Raise OutputError unless the store holds all rows of a run: trackio goes on in silence where it cannot write."""
     from trackio.sqlite_storage import SQLiteStorage
     from trackio.utils import TRACKIO_DIR, get_storage_mode
@@ -99,8 +99,8 @@ def _check_stored(project: str, name: str, told: int) -> None:
     if get_storage_mode() != "sqlite":
         return  # on a network's file system rows wait in files until the dashboard reads them
     stored = SQLiteStorage.get_log_count(project, name)
-    if stored < told:
-        raise OutputError(f"{TRACKIO_DIR} holds {stored} of {told} rows; TRACKIO_DIR=DIR names another place")
+    if stored < expected:
+        raise OutputError(f"{TRACKIO_DIR} holds {stored} of {expected} rows; TRACKIO_DIR=DIR names another place")
 
 
 def _forget(project: str, name: str) -> None:

@@ -23,8 +23,8 @@ def lines(panel: Lines, title: str, ylabel: str, logarithmic: bool = False) -> C
         {"type": "scatter", "mode": marks, "name": name, "x": list(panel.x), "y": list(values)}
         for name, values in panel.lines.items()
     ]
-    known = [value for values in panel.lines.values() for value in values if value is not None]
-    logarithmic = logarithmic and bool(known) and min(known) > 0
+    numbers = [value for values in panel.lines.values() for value in values if value is not None]
+    logarithmic = logarithmic and bool(numbers) and min(numbers) > 0
     layout: dict[str, Any] = {"xaxis": {"title": {"text": panel.axis}}, "yaxis": {"title": {"text": ylabel}}}
     if logarithmic:
         layout["yaxis"] |= {"type": "log", "tickformat": "~g"}
@@ -81,8 +81,8 @@ def heat_map(title: str, values: Mapping[tuple[int, str], float | None], unit: s
     logarithmic = unit in ("error", "ratio")
     z = [[_log(value) if logarithmic else value for value in row] for row in raw]
     ends = [_log(value) if logarithmic else value for value in reach]
-    known = [value for value in ends if value is not None]
-    low, high = min(known, default=0.0), max(known, default=1.0)
+    finite = [value for value in ends if value is not None]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
     if unit == "ratio":
         high = max(abs(low), abs(high), 0.05)
         low = -high
@@ -121,12 +121,12 @@ def _bar(low: float, high: float, unit: str) -> dict[str, Any]:
 
 
 def _range_text(values: Mapping[tuple[int, str], float | None], unit: str) -> str:
-    known = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
-    if not known:
+    finite = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+    if not finite:
         return "No values."
-    least, most = min(known, key=lambda key: known[key]), max(known, key=lambda key: known[key])
+    least, most = min(finite, key=lambda key: finite[key]), max(finite, key=lambda key: finite[key])
     number = "{:.2%}" if unit == "share" else "{:.3g}"
-    ends = [f"{number.format(known[key])} in block {key[0]}, {key[1]}" for key in (least, most)]
+    ends = [f"{number.format(finite[key])} in block {key[0]}, {key[1]}" for key in (least, most)]
     return f"From {ends[0]}, to {ends[1]}."
 
 

@@ -31,29 +31,29 @@ def excess_intervals(folder: Path, level: float) -> dict[tuple[str, str], Interv
         rows: Any = pandas.read_parquet(folder / "windows.parquet")
     except (OSError, ValueError):
         return {}
-    known: dict[tuple[str, str], Interval] = {}
+    by_text: dict[tuple[str, str], Interval] = {}
     for key, group in rows.groupby("key", sort=False):
         for prefix, column in _LOSSES.items():
             if column not in group or "float_loss" not in group or len(group) < FEWEST:
                 continue
             differences = np.asarray(group[column] - group["float_loss"], np.float64)
             if np.isfinite(differences).all():
-                known[str(key), prefix] = bootstrap_interval(block_means(differences, BLOCK), level)
-    return known
+                by_text[str(key), prefix] = bootstrap_interval(block_means(differences, BLOCK), level)
+    return by_text
 
 
 def quality(record: Record, folder: Path, level: float) -> list[Item]:
     """Tables and charts of perplexity, divergence and tasks."""
-    known = excess_intervals(folder, level)
+    by_text = excess_intervals(folder, level)
     items: list[Item] = []
-    if rows := _excesses(record, known):
+    if rows := _excesses(record, by_text):
         items.append(_excess_chart(rows, level))
     texts = perplexities(record)
     if texts.rows:
         prefixes = {record.method: "", "rtn": "rtn/", "prefixed": "prefixed/"}
         ends: list[list[Cell]] = []
         for row in texts.rows:
-            pair = known.get((str(row[0]), prefixes.get(str(row[1]), "-")))
+            pair = by_text.get((str(row[0]), prefixes.get(str(row[1]), "-")))
             ends.append([None, None] if pair is None else [*pair])
         columns = [*texts.columns[:4], f"excess, low end ({level:.0%})", "high end", *texts.columns[4:]]
         cells = [[*row[:4], *pair, *row[4:]] for row, pair in zip(texts.rows, ends, strict=True)]
@@ -72,9 +72,9 @@ def quality(record: Record, folder: Path, level: float) -> list[Item]:
     return items
 
 
-def _excesses(record: Record, known: dict[tuple[str, str], Interval]) -> list[tuple[str, float, float, float]]:
+def _excesses(record: Record, by_text: dict[tuple[str, str], Interval]) -> list[tuple[str, float, float, float]]:
     rows = []
-    for (corpus, prefix), (low, high) in known.items():
+    for (corpus, prefix), (low, high) in by_text.items():
         value = record.metrics.get(f"{prefix}excess/{corpus}")
         if value is not None:
             rows.append((f"{corpus} · {prefix.rstrip('/') or record.method}", value, low, high))

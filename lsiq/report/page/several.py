@@ -249,11 +249,11 @@ def _overlaid(full: Sequence[tuple[Any, Any]], letters: str, level: float) -> li
 
 
 def _family(title: str, axis: str, series: dict[str, dict[int, float | None]], unit: str) -> list[Chart]:
-    known = {name: line for name, line in series.items() if any(value is not None for value in line.values())}
-    x = sorted({place for line in known.values() for place in line})
+    measured_lines = {name: line for name, line in series.items() if any(value is not None for value in line.values())}
+    x = sorted({place for line in measured_lines.values() for place in line})
     if not x:
         return []
-    panel = Lines("", axis, x, {name: [line.get(place) for place in x] for name, line in known.items()})
+    panel = Lines("", axis, x, {name: [line.get(place) for place in x] for name, line in measured_lines.items()})
     return [lines(panel, title, unit, logarithmic=True)]
 
 

@@ -101,8 +101,8 @@ def _layers(record: Record, last: Sequence[Row], omitted: list[str]) -> list[Ite
     maps = [heat_map(titles[name], errors[name], "error", reach) for name in _ERRORS if any(errors[name].values())]
     flips = _by_layer(last, "flip_rate")
     if any(value is not None for value in flips.values()):
-        known = [value for value in flips.values() if value is not None]
-        maps.append(heat_map("Flipped codes", flips, "share", known))
+        rates = [value for value in flips.values() if value is not None]
+        maps.append(heat_map("Flipped codes", flips, "share", rates))
     if maps:
         items.append(Grid(maps))
         items.append(
@@ -187,10 +187,10 @@ def _singular(epochs: Sequence[Row], last: Sequence[Row]) -> list[Item]:
         rows = [row for row in rows if row.get("increments") is not None]
         if not rows:
             continue
-        kept = spread(len(rows[0]["increments"]), LINES)
+        places = spread(len(rows[0]["increments"]), LINES)
         x = [row["epoch"] for row in rows]
         values = rows[0]["values"]
-        names = {place: f"{place + 1} of {len(values)}: {values[place]:.3g}" for place in kept}
+        names = {place: f"{place + 1} of {len(values)}: {values[place]:.3g}" for place in places}
         series = {name: [row["increments"][place] for row in rows] for place, name in names.items()}
         panel = Lines("", "epoch", x, series)
         name = f"block {layer['block']} {short_names([layer['linear']])[0]}"
@@ -259,8 +259,8 @@ def _settings(record: Record) -> list[Item]:
 
 
 def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remainder = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{cell_text(round(seconds, 1))} s"
+    return f"{minutes} min {remainder} s" if minutes else f"{cell_text(round(seconds, 1))} s"

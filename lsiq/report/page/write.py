@@ -48,8 +48,8 @@ def write_page(runs: Path, named: Sequence[str], out: Path | None, level: float 
 
 def make_page(sources: Sequence[Source], level: float) -> Page:
     """Return the page of one run, or of several."""
-    said = notes(source.record for source in sources if source.record)
-    said += [
+    remarks = notes(source.record for source in sources if source.record)
+    remarks += [
         origin_note(source.run.model, source.run.weights_from)
         for source in sources
         if source.record is None and source.run.weights_from
@@ -60,11 +60,11 @@ def make_page(sources: Sequence[Source], level: float) -> Page:
         title = f"{record.model} · {record.setting} · {record.method} · seed {record.seed}"
         lead = [f"{record.run_id}, {record.status}, {record.created[:16].replace('T', ' ')} UTC"]
         lead += [record.error] if record.error else []
-        return Page(title, [*lead, *said], story.figures(record), sections, omitted)
+        return Page(title, [*lead, *remarks], story.figures(record), sections, omitted)
     sections, omitted = several.comparison(sources, level)
     models = list(dict.fromkeys(source.run.model for source in sources))
     title = f"{len(sources)} runs of {', '.join(models) if len(models) <= _NAMED else f'{len(models)} models'}"
-    return Page(title, list(dict.fromkeys(said)), several.figures(sources), sections, omitted)
+    return Page(title, list(dict.fromkeys(remarks)), several.figures(sources), sections, omitted)
 
 
 def render(page: Page) -> str:
@@ -81,10 +81,10 @@ def _environment() -> Environment:
     def source(name: str) -> str:
         return (places / name).read_text(encoding="utf-8")
 
-    made = Environment(loader=FunctionLoader(source), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"json": _json, "cell": cell_text, "kinds": _kinds}
-    made.globals |= {"asset": _asset, "ids": _Ids}
-    return made
+    environment = Environment(loader=FunctionLoader(source), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"json": _json, "cell": cell_text, "kinds": _kinds}
+    environment.globals |= {"asset": _asset, "ids": _Ids}
+    return environment
 
 
 def _kinds(table: Table) -> list[str]:
