@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lsiq.bundle.training import Run
 from lsiq.cli.compose import compose
+from lsiq.report.compact import Run
 from lsiq.settings import find_target
 from lsiq.tables.papers.layout import BUNDLED
 from lsiq.tables.protocol import STUDY
