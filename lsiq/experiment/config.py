@@ -58,8 +58,8 @@ class RunConfig:
             refuse_method(self.method, self.export)
         if isinstance(self.method, FineTune) and self.method.scales and not self.quant.weight.trains_steps:
             raise ValueError(
-                f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are powers of two and "
-                "cannot be trained; use method.scales=null or an integer format"
+                f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are stored in a few "
+                "bits and cannot be trained; use method.scales=null or an integer format"
             )
         calib = self.calib
         if calib.corpus is None and not calib.written and self.method.needs and self.quant.name != "fp16":
@@ -67,6 +67,17 @@ class RunConfig:
                 f"calib.corpus=null: method {self.method.name} needs calibration tokens; "
                 "choose calib=bundled, calib=written or calib=file"
             )
+
+    def check_lengths(self, limit: int | None, prefix: int = 0) -> None:
+        """Raise ConfigError where a window, after `prefix` tokens, is longer than the `limit` positions of a model."""
+        calibrates = self.calib.corpus is not None or self.calib.written
+        lengths = {"calib.seqlen": self.calib.seqlen} if calibrates else {}
+        lengths |= {"eval.seqlen": self.eval.seqlen} if self.eval.corpora else {}
+        for key, seqlen in lengths.items():
+            if limit is not None and prefix + seqlen > limit:
+                after = f" and the prefix takes {prefix}" if prefix else ""
+                most = limit - prefix
+                raise ConfigError(f"{key}={seqlen}: the model has {limit} positions{after}; use at most {most}")
 
 
 _PARTS: dict[str, type] = {

@@ -13,7 +13,6 @@ from typing import Any
 import pandas
 from torch import Tensor
 
-from lsiq.experiment.checks import check_lengths
 from lsiq.experiment.config import RunConfig
 from lsiq.experiment.evaluate import SCORES
 from lsiq.methods.base import Method, WholeMethod
@@ -90,7 +89,7 @@ class QuantizeStage:
                 for report in loop:
                     reports.append(report)
                     record.blocks.append(block_row(report, before))
-                    record.seconds[name] = earlier + time.perf_counter() - start
+                    record.took(name, earlier + time.perf_counter() - start)
                     write_record(record, self.folder)
                     self._tell(record.blocks[-1])
                     table.add(record.blocks[-1])
@@ -130,9 +129,9 @@ def prepare_model(
     """
     start = time.perf_counter()
     prepared = prepare(method, config.quant, model, tokens, config.calib.batch, config.seed, store)
-    record.seconds["prepare"] = record.seconds.get("prepare", 0.0) + time.perf_counter() - start
+    record.took("prepare", record.seconds.get("prepare", 0.0) + time.perf_counter() - start)
     record.prefix = [] if prepared.prefix is None else prepared.prefix.tokens.tolist()
-    check_lengths(model, config, len(record.prefix))
+    config.check_lengths(model.limit, len(record.prefix))
     return prepared
 
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsiq.formats.integer import Integer
 from lsiq.kernels.band import core_gradients, core_times
-from lsiq.kernels.fakequant import GroupRounding
+from lsiq.kernels.fakequant import GroupRounding, covers
 from lsiq.parts.base import Draft, Part, PartState
 from lsiq.parts.clip import Clip
 from lsiq.parts.equivalent import Equivalent
@@ -242,7 +241,7 @@ def _kind(part: Part) -> type:
 
 def uncovered(parts: Sequence[Part], states: Sequence[PartState], block: Block, quant: QuantSettings) -> str | None:
     """Why the kernels cannot make these weights, or None where they can."""
-    if not isinstance(quant.weight, Integer) or quant.weight.bits > 8:
+    if not covers(quant.weight):
         return "they round to integers of 2 to 8 bits"
     order = [Singular, Equivalent, Clip]
     kinds = [_kind(part) for part, state in zip(parts, states, strict=True) if state.parameters]

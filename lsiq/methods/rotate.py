@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.methods.base import Method, Traits, quantize_prepared
+from lsiq.methods.base import Method
 from lsiq.methods.learned import refuse_rounded_ahead
-from lsiq.models.context import Context, Need
-from lsiq.models.result import BlockResult
+from lsiq.methods.wrapper import Transform, Wrapper
+from lsiq.models.context import Context
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Place = Literal["residual", "norm", "value", "output", "down", "query_key"]
 
 
 @settings
-class Rotate(Traits):
+class Rotate(Wrapper):
     """Random Hadamard rotations at some places; `then` quantises the rotated block. The float function stays the same.
 
     | place | what is rotated | where |
@@ -39,12 +39,16 @@ class Rotate(Traits):
     | down | what the last linear of the block reads | online |
     | query_key | queries and keys, head by head, after the rotary embedding | online |
 
+    With `block` neighbours alone are mixed. A format in blocks of 16 or 32 then has each outlier spread over just the
+    numbers that share its scale, and the online rotations cost as little as they can.
+
     An online rotation multiplies the input of a linear while the model runs; its share of the block's multiply-adds is
     the metric `online_share`, and its signs and small matrices count as stored bits. Scales cannot be folded where a
     rotation stands between producer and reader, so a learned or smoothing method in `then` leaves those channels out;
     behind `residual` and `value` it folds as ever, in the rotated channels.
 
-    Source: QuaRot (arXiv 2404.00456, section 4): residual, value, output, down and query_key.
+    Source: QuaRot (arXiv 2404.00456, section 4): residual, value, output, down and query_key; for blocks that fit the
+    format's, MR-GPTQ (arXiv 2509.23202).
     Deviation: QuaRot's output rotation is across heads only; here `output` mixes all channels. Widths without a known
     Hadamard matrix get a random rotation for their odd factor. `norm` is for models whose stream cannot be rotated.
     """
@@ -54,7 +58,13 @@ class Rotate(Traits):
         min_length=1,
         description="a list of residual, norm, value, output, down and query_key",
     )
+    block: int | None = Field(
+        None,
+        ge=2,
+        description="channels rotated together: the largest divisor of a width up to this, or null for all of a place",
+    )
     then: Method = Field(description="the method that quantises the rotated block")
+    label = "rotate"
 
     def __post_init__(self) -> None:
         if len(set(self.places)) < len(self.places):
@@ -63,17 +73,9 @@ class Rotate(Traits):
             refuse_rounded_ahead(self.then)
 
     @property
-    def name(self) -> str:
-        return "rotate" if self.then.name == "rtn" else f"rotate+{self.then.name}"
-
-    @property
     def at_inference(self) -> str | None:
         """What has to be done while the quantised model runs; None where everything is folded."""
         return None if self.places == ["value"] else "rotations"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.then.needs
 
     def prepare_model(self, model: Model, tokens: Tensor | None, batch: int, generator: torch.Generator) -> Model:
         """Return the model with its residual stream rotated, if that is among the places.
@@ -86,23 +88,21 @@ class Rotate(Traits):
         del tokens, batch
         if "residual" not in self.places:
             return model
-        if (reason := model.spec.why_not_turnable(model.config)) is not None:
+        if (reason := model.spec.why_not_rotatable(model.config)) is not None:
             raise InputError(f"method.places={self.places}: the residual stream cannot be rotated, for {reason}")
-        rotation = residual_rotation(model.config.hidden_size, model.spec.norm_subtracts_mean, generator)
+        rotation = residual_rotation(model.config.hidden_size, model.spec.norm_subtracts_mean, generator, self.block)
         rotation = rotation.to(model.device)
         return replace(model, residual=rotation if model.residual is None else model.residual @ rotation)
 
-    def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
+    def transform(self, block: Block, quant: QuantSettings, context: Context) -> Transform:
         from lsiq.linalg.rotation import factored_hadamard
-        from lsiq.models.online import online_share
 
-        changed = self._fold_value(block, context) if "value" in self.places else {}
+        folded = self._fold_value(block, context) if "value" in self.places else {}
         widths = {name: block.weights[f"{name}.weight"].shape[1] for name in block.spec.inputs(self.places)}
         if "query_key" in self.places:
             widths["query_key"] = block.head_dim
-        rotations = {place: factored_hadamard(width, context.generator) for place, width in widths.items()}
-        result = quantize_prepared(self.then, block, changed, quant, context, rotations=rotations)
-        return replace(result, metrics={**result.metrics, "online_share": online_share(block, result.rotations)})
+        rotations = {place: factored_hadamard(width, context.generator, self.block) for place, width in widths.items()}
+        return Transform(folded, rotations=rotations)
 
     def _fold_value(self, block: Block, context: Context) -> dict[str, Tensor]:
         from lsiq.linalg.hadamard import random_hadamard
@@ -111,7 +111,7 @@ class Rotate(Traits):
         for group in block.groups:
             if group.kind == "value":
                 like = block.weights[f"{group.producer}.weight"]
-                rotation = random_hadamard(block.head_dim, context.generator).to(like)
+                rotation = random_hadamard(block.head_dim, context.generator, self.block).to(like)
                 return fold_value_rotation(block.weights, group, rotation, block.head_dim)
         raise InputError(
             "method.places: value cannot be folded behind a method that rotates the output projection's input; "

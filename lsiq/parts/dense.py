@@ -57,7 +57,7 @@ class Dense(PartTraits):
         constants: dict[str, Tensor] = {}
         if self.unit == "step":
             for name in names:
-                constants[f"{name}:step"], _ = quant.weight.fit(*quant.weight.extremes(block.weights[name]))
+                constants[f"{name}:step"] = quant.weight.mean_steps(block.weights[name])
         return PartState(parameters, constants, bulky=frozenset(parameters))
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:

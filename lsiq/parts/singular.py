@@ -122,7 +122,7 @@ class Singular(PartTraits):
         constants = dict(state.constants)
         for name in self._names(block):
             w = block.weights[name]
-            step = quant.weight.fit(*quant.weight.extremes(w))[0].mean()
+            step = quant.weight.mean_steps(w).mean()
             trained = sum(p.numel() for key, p in state.parameters.items() if key.startswith(f"{name}:"))
             unit = step * math.sqrt(w.numel() / trained)
             constants |= {f"{name}:unit": unit, f"{name}:u": constants[f"{name}:u"] * unit}

@@ -16,7 +16,18 @@ from lsiq.results.record import Record, read_record
 from lsiq.runtime.files import read_tensors
 
 # What a record says of time, memory and the place a run was made at; everything else must not depend on a stop.
-_OF_THE_PROCESS = ("created", "seconds", "peak_bytes", "command", "commit", "clean", "cached", "config", "blocks")
+_OF_THE_PROCESS = (
+    "created",
+    "seconds",
+    "peak_bytes",
+    "stage_peaks",
+    "command",
+    "commit",
+    "clean",
+    "cached",
+    "config",
+    "blocks",
+)
 _watch: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 

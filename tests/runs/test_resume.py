@@ -159,7 +159,7 @@ def test_what_cannot_be_exported_later_says_why(small_run: SmallRun, tmp_path: P
     folder = save_model(SHAPES["llama"], tmp_path / "model")
     finished = run(small_run(folder))
     named = f"from={finished.run_id}"
-    with pytest.raises(InputError, match="from=nothing: no record there"):
+    with pytest.raises(InputError, match="from=nothing: no such run"):
         run(small_run(folder, "from=nothing", "export=plain"))
     with pytest.raises(ConfigError, match="nothing to do with it; give export="):
         run(small_run(folder, named))

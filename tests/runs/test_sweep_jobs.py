@@ -27,6 +27,7 @@ from lsiq.experiment.identity import run_id
 from lsiq.experiment.request import prepare
 from lsiq.experiment.run import run
 from lsiq.results.record import read_record, write_record
+from lsiq.runtime.hydra_release import version_base
 from lsiq.sweeps.ledger import Ledger
 
 Sweep = Callable[..., subprocess.CompletedProcess[str]]
@@ -76,7 +77,7 @@ def test_a_thousand_finished_runs_are_recognised_in_five_seconds(
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text())
     job[job.index(f"eval.path={text_file}")] = f"eval.path={text}"
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **version_base()):
         whole = compose("config", overrides=job, return_hydra_config=True)
     cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
     real, request = run(cfg), prepare(cfg)

@@ -13,13 +13,14 @@ from hydra.utils import instantiate
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
+from lsiq.runtime.hydra_release import version_base
 
 SWEEPS = sorted(file.stem for file in (CONF.parent / "sweeps").glob("*.yaml"))
 
 
 def jobs(sweep: str) -> list[list[str]]:
     """The overrides of each job of a grid, and of a search those with the least and the largest values."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **version_base()):
         hydra = compose("config", overrides=[f"sweep={sweep}"], return_hydra_config=True).hydra
     assert hydra.mode.name == "MULTIRUN"
     sweeper = instantiate(hydra.sweeper)
