@@ -1,10 +1,9 @@
-"""What is refused once the model is there: formats, lengths and processes that do not fit it."""
+"""What is refused once the model is there: formats and processes that do not fit it."""
 
 from __future__ import annotations
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import RunConfig
-from lsiq.experiment.lengths import check_window_lengths
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import chain
 from lsiq.models.loading import Model
@@ -17,11 +16,6 @@ def check_formats(model: Model, quant: QuantSettings) -> None:
     block = model.skeleton.get_submodule(f"{model.spec.blocks}.0")
     for name in model.spec.linears:
         quant.weight.check(block.get_submodule(name).in_features, name)  # type: ignore[arg-type]
-
-
-def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:
-    """Raise ConfigError where a window, after `prefix` tokens, is longer than the positions the model knows."""
-    check_window_lengths(config, getattr(model.config, "max_position_embeddings", None), prefix)
 
 
 def check_processes(config: RunConfig, samples: int) -> None:

@@ -68,6 +68,17 @@ class RunConfig:
                 "choose calib=bundled, calib=written or calib=file"
             )
 
+    def check_lengths(self, limit: int | None, prefix: int = 0) -> None:
+        """Raise ConfigError where a window, after `prefix` tokens, is longer than the `limit` positions of a model."""
+        calibrates = self.calib.corpus is not None or self.calib.written
+        lengths = {"calib.seqlen": self.calib.seqlen} if calibrates else {}
+        lengths |= {"eval.seqlen": self.eval.seqlen} if self.eval.corpora else {}
+        for key, seqlen in lengths.items():
+            if limit is not None and prefix + seqlen > limit:
+                after = f" and the prefix takes {prefix}" if prefix else ""
+                most = limit - prefix
+                raise ConfigError(f"{key}={seqlen}: the model has {limit} positions{after}; use at most {most}")
+
 
 _PARTS: dict[str, type] = {
     "model": ModelSettings,

@@ -21,7 +21,6 @@ from lsiq.data.documents import read_documents
 from lsiq.data.lengths import too_short
 from lsiq.errors import ConfigError, InputError
 from lsiq.evals.task_names import check_tasks
-from lsiq.experiment.lengths import check_window_lengths
 from lsiq.methods.base import chain
 from lsiq.methods.lqer import LQER
 from lsiq.models.chat_template import read_chat_template
@@ -66,7 +65,7 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
     check_groups(config.quant, shape, config.model.name)
     if shapes:
         _check_linears(config, find_spec(shape["model_type"], str(folder)), shapes)
-    check_window_lengths(config, shape.get("max_position_embeddings"))
+    config.check_lengths(shape.get("max_position_embeddings"))
     for corpus in config.eval.corpora:
         path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
         _check_text(corpus, "evaluation", path, tuple(config.eval.fields), config.eval.seqlen, "eval.seqlen", folder)

@@ -58,6 +58,7 @@ def round_factors(up: Tensor, down: Tensor, fmt: WeightFormat | None, name: str)
     Blocks run along what each product sums over, as in a dot product's hardware: `rank` of `up`, `in` of `down`. Where
     those of the format do not divide them the blocks are smaller.
     """
+    up, down = up.contiguous(), down.contiguous()  # as they are read back: the strides decide the last bit of products
     if fmt is None:
         return SideBranch(up.to(torch.float16), down.to(torch.float16))
     return SideBranch(
