@@ -29,8 +29,8 @@ MOST_WORKERS = 8
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Spread whole folders of tests over this machine's cores, where pytest-xdist is there and no `-n` is given.
 
-    Single files run in this process: they start sooner, and their output is seen. `-m slow` leaves out what has a marker
-    of its own beside that one.
+    Single files run in this process: they start sooner, and their output is seen. `-m slow` leaves out what has
+    another marker beside that one.
     """
     if config.option.markexpr == "slow":
         config.option.markexpr = "slow and not product and not shared and not faults"
