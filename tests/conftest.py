@@ -29,8 +29,11 @@ MOST_WORKERS = 8
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Spread whole folders of tests over this machine's cores, where pytest-xdist is there and no `-n` is given.
 
-    Single files run in this process: they start sooner, and their output is seen.
+    Single files run in this process: they start sooner, and their output is seen. `-m slow` leaves out what has
+    another marker beside that one.
     """
+    if config.option.markexpr == "slow":
+        config.option.markexpr = "slow and not product and not shared and not faults"
     if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
         return
     asked = config.option.numprocesses is not None or config.option.tx or config.option.dist != "no"
