@@ -5,6 +5,7 @@ from __future__ import annotations
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import RunConfig
 from lsiq.experiment.lengths import check_window_lengths
+from lsiq.formats.placed import check_widths
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import chain
 from lsiq.models.loading import Model
@@ -15,8 +16,7 @@ from lsiq.runtime.terminal import warn
 def check_formats(model: Model, quant: QuantSettings) -> None:
     """Raise ConfigError before anything long starts if a format does not fit the shape of a linear."""
     block = model.skeleton.get_submodule(f"{model.spec.blocks}.0")
-    for name in model.spec.linears:
-        quant.weight.check(block.get_submodule(name).in_features, name)  # type: ignore[arg-type]
+    check_widths(quant, {name: block.get_submodule(name).in_features for name in model.spec.linears})  # type: ignore[misc]
 
 
 def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:

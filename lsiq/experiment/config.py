@@ -56,7 +56,11 @@ class RunConfig:
                     f"model.outliers={self.model.outliers}: is an exercise that is not exported; use model.outliers=0"
                 )
             refuse_method(self.method, self.export)
-        if isinstance(self.method, FineTune) and self.method.scales and not self.quant.weight.trains_steps:
+        if (
+            isinstance(self.method, FineTune)
+            and self.method.scales
+            and not all(fmt.trains_steps or fmt.bits == 16 for fmt in self.quant.formats)
+        ):
             raise ValueError(
                 f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are powers of two and "
                 "cannot be trained; use method.scales=null or an integer format"

@@ -23,6 +23,8 @@ from lsiq.evals.windows import (
     write_windows,
 )
 from lsiq.experiment.config import RunConfig
+from lsiq.formats.placed import PlacedQuant
+from lsiq.formats.quant import QuantSettings
 from lsiq.models.loading import Model
 from lsiq.models.rounding import round_to_nearest
 from lsiq.results.record import Record
@@ -83,7 +85,7 @@ def variants_to_measure(config: RunConfig, prepared: Model, store: BlockStore) -
     if config.eval.rtn and config.method.name != "rtn":
         variants["rtn/"] = Variant(
             lambda block: block.with_result(round_to_nearest(block, quant), quant.activation),
-            f"rtn {quant.weight} {quant.activation}",
+            f"rtn {_weights_of(quant)} {quant.activation}",
         )
     if prepared.prefix is not None:
         variants["prefixed/"] = Variant(
@@ -95,6 +97,11 @@ def variants_to_measure(config: RunConfig, prepared: Model, store: BlockStore) -
         stored=f"own {store.stamp}",
     )
     return variants
+
+
+def _weights_of(quant: QuantSettings) -> str:
+    """Name the weight formats of all linears, for the cache."""
+    return str(sorted(quant.layers.items())) if isinstance(quant, PlacedQuant) else str(quant.weight)
 
 
 def open_cache(config: RunConfig, model: Model, record: Record, own: Path | None = None) -> ContentCache:

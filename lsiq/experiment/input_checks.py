@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from lsiq.data.lengths import too_short
 from lsiq.errors import ConfigError, InputError
 from lsiq.evals.task_names import check_tasks
 from lsiq.experiment.lengths import check_window_lengths
+from lsiq.formats.placed import check_widths, place
 from lsiq.methods.base import chain
 from lsiq.methods.lqer import LQER
 from lsiq.models.chat_template import read_chat_template
@@ -64,8 +66,10 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
         if config.model.weights == "checkpoint":
             shapes = _stored_shapes(folder, config.model.allow_pickle)
     check_groups(config.quant, shape, config.model.name)
+    spec = find_spec(shape["model_type"], str(folder or config.model.name))
+    config = replace(config, quant=place(config.quant, shape["num_hidden_layers"], spec.linears, config.model.name))
     if shapes:
-        _check_linears(config, find_spec(shape["model_type"], str(folder)), shapes)
+        _check_linears(config, spec, shapes)
     check_window_lengths(config, shape.get("max_position_embeddings"))
     for corpus in config.eval.corpora:
         path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
@@ -137,8 +141,7 @@ def _check_linears(config: RunConfig, spec: ModelSpec, shapes: Shapes) -> None:
     names = {name: f"{spec.blocks}.0.{name}.weight" for name in spec.linears}
     found = {name: shapes.get(full) or shapes.get(full.removeprefix("model.")) for name, full in names.items()}
     there = {name: shape for name, shape in found.items() if shape is not None and len(shape) == 2}
-    for name, shape in there.items():
-        config.quant.weight.check(shape[1], name)
+    check_widths(config.quant, {name: shape[1] for name, shape in there.items()})
     for link in chain(config.method):
         if isinstance(link, LQER) and config.quant.name != "fp16" and len(there) == len(spec.linears):
             link.check_rank(there.values())

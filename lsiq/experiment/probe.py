@@ -167,10 +167,14 @@ def probe_block(
         batch=batch,
         log=lambda values: None,
         tokens=drawn if samples else None,
-        ahead=Ahead(model.depth, lambda later: model.block(later, kwargs), model.logits, floats.after),
+        ahead=Ahead(
+            model.depth, lambda later: model.block(later, kwargs).under(config.quant), model.logits, floats.after
+        ),
     )
-    result = method.quantize_block(block, config.quant, context)
-    layer_rows(block, result, config.quant, first_tokens(context.inputs))
+    quant = config.quant.in_block(0)
+    block = block.under(quant)
+    result = method.quantize_block(block, quant, context)
+    layer_rows(block, result, quant, first_tokens(context.inputs))
     learning = peak_bytes()
     reset_peak()
     store.write(0, result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from lsiq.data.tokens import token_hash
 from lsiq.errors import ResourceError
 from lsiq.evals.harness import check_tasks
 from lsiq.evals.tasks import Tasks, load_tasks
+from lsiq.experiment.allocate import placed_formats
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE, calibration_tokens
 from lsiq.experiment.checks import check_formats, check_lengths, check_processes
 from lsiq.experiment.evaluate import SCORES, evaluate, evaluation_windows, open_cache
@@ -53,6 +54,8 @@ def carry_out(request: Request, record: Record) -> None:
     if config.force:
         store.clear()
         BlockStore(folder / "start" / "blocks").clear()
+    config = replace(config, quant=placed_formats(config, model, folder, record))
+    request = replace(request, config=config)
     exporter, source = config.export, None
     if exporter is not None:
         assert request.checkpoint is not None  # random weights are not exported

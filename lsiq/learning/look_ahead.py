@@ -86,8 +86,9 @@ def look_ahead(
         running = replace(training.in_precision(following, context.cache), compiled=compiles(path, block))
         if training.ahead.later == "learned":
             seen = replace(context, inputs=targets[-1])
-            states = start_parts(parts, following, quant, seen)
-            companion = Trained(parts, states, running, quant, path).own()
+            own = quant.in_block(following.index)
+            states = start_parts(parts, following, own, seen)
+            companion = Trained(parts, states, running, own, path).own()
             companions.append(companion)
             later.append(companion.function)
         else:

@@ -49,7 +49,8 @@ def compiled_weights(
         return plain_weights(parts, held, replace(bare, weights=weights), quant)
 
     # Which weight is a group's largest must come out the same on the way back.
-    run = compiled(make, (tuple(map(repr, parts)), repr(quant), block.identity, block.dtype), keep_all=True)
+    formats = repr([quant.of(name) for name in block.linears])
+    run = compiled(make, (tuple(map(repr, parts)), formats, block.linears, block.identity, block.dtype), keep_all=True)
     return run([s.parameters for s in states], [s.constants for s in states], dict(block.weights))
 
 

@@ -116,7 +116,7 @@ class AWQ(Traits):
             seen = statistics[group.consumers[0]]
             judge = whole or LinearError(seen.gram)
             # Against the block as it came: scaling one group's rows changes no rounding of another's columns.
-            ratio, scale = search_scale(block, group, seen, quant.weight, self.ratios, judge)
+            ratio, scale = search_scale(block, group, seen, quant, self.ratios, judge)
             changed |= fold_scale({**block.weights, **changed}, group, scale, block.head_dim)
             scaled = seen.scaled(spread(scale, len(seen.mean_abs), block.head_dim))
             statistics |= dict.fromkeys(group.consumers, scaled)
@@ -143,9 +143,10 @@ class AWQ(Traits):
         from lsiq.calib.scale_search import search_clip
 
         clipped = {}
-        for name in block.spec.linears:
+        for name in (weight.removesuffix(".weight") for weight in block.linears):
             if name not in (block.spec.query, block.spec.key):
                 weight = folded.get(f"{name}.weight", block.weights[f"{name}.weight"])
                 gram = statistics[name].gram
-                clipped[f"{name}.weight"] = search_clip(weight, gram, quant.weight, self.clip_steps, self.shrink)
+                fmt = quant.of(name)
+                clipped[f"{name}.weight"] = search_clip(weight, gram, fmt, self.clip_steps, self.shrink)
         return clipped

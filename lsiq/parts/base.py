@@ -107,7 +107,7 @@ def rate_of(part: Part, steps: int) -> float:
 
 def clipped_range(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor]:
     """Return both ends `(out, groups, 1)` of what a linear's grid spans under the draft's clipping."""
-    lo, hi = draft.extremes.get(name) or quant.weight.extremes(draft.weights[name])
+    lo, hi = draft.extremes.get(name) or quant.of(name).extremes(draft.weights[name])
     if name in draft.clip:
         low, high = draft.clip[name]
         lo, hi = low * lo, high * hi
@@ -116,7 +116,7 @@ def clipped_range(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor
 
 def quantized_ranges(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor]:
     """Return scale and zero point `(out, groups, 1)` of a linear's grid under the draft's clipping."""
-    return quant.weight.fit(*clipped_range(draft, name, quant))
+    return quant.of(name).fit(*clipped_range(draft, name, quant))
 
 
 def placed(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,18 +124,18 @@ def placed(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tenso
     scale, zero = quantized_ranges(draft, name, quant)
     weight = draft.weights[name]
     if (offset := draft.offsets.get(name)) is not None:
-        weight = weight + (quant.weight.grouped(offset) * scale).reshape(weight.shape)
+        weight = weight + (quant.of(name).grouped(offset) * scale).reshape(weight.shape)
     return weight, scale, zero
 
 
 def rounded(draft: Draft, linears: tuple[str, ...], quant: QuantSettings) -> dict[str, Tensor]:
     """Return every tensor of the draft, its linears on their grids; gradients pass straight through the rounding."""
-    if quant.weight.bits == 16:
-        return dict(draft.weights)
     made: dict[str, Tensor] = {}
     for name in linears:
+        if (fmt := quant.of(name)).bits == 16:
+            continue
         weight, scale, zero = placed(draft, name, quant)
-        made[name] = quant.weight.fake(weight, scale, zero)
+        made[name] = fmt.fake(weight, scale, zero)
         if draft.softness is not None:
             made[name] = made[name] + draft.softness * (weight - made[name])
     return {**draft.weights, **made}

@@ -118,7 +118,7 @@ class Equivalent(PartTraits):
         for group in self._groups(block):
             seen = statistics[group.consumers[0]]
             judge = LinearError(seen.gram)
-            found[group.producer] = search_scale(block, group, seen, quant.weight, SEARCH_RATIOS, judge)[1]
+            found[group.producer] = search_scale(block, group, seen, quant, SEARCH_RATIOS, judge)[1]
         return found
 
     def _used(self, block: Block, quant: QuantSettings) -> bool:

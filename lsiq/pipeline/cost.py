@@ -37,11 +37,12 @@ class BlockCost:
     macs: Mapping[str, int] = field(default_factory=dict)
 
 
-def block_cost(result: BlockResult, quant: QuantSettings, online: int = 0) -> BlockCost:
+def block_cost(result: BlockResult, quant: QuantSettings, online: int = 0, untouched: int = 0) -> BlockCost:
     """Return what a quantised block costs; side branches multiply in the width of their factors, rotations in 16 bits.
 
     Args:
         online: multiply-accumulates per token of the rotations done online, as plain products of their small matrices.
+        untouched: how many weights of its linears stay in 16 bits.
     """
     macs: Counter[str] = Counter()
     bits = weights = 0
@@ -52,6 +53,9 @@ def block_cost(result: BlockResult, quant: QuantSettings, online: int = 0) -> Bl
     for branch in result.branches.values():
         macs[f"{branch.bits}x{quant.activation.bits}"] += branch.rank * sum(branch.shape)
         bits += branch.stored_bits
+    if untouched:
+        macs[f"16x{quant.activation.bits}"] += untouched
+        weights, bits = weights + untouched, bits + 16 * untouched
     bits += sum(rotation.stored_bits for rotation in result.rotations.values())
     if online:
         macs["16x16"] += online
