@@ -87,7 +87,7 @@ class QuantizedModel:
     @property
     def function_of(self) -> FunctionOf:
         """What turns a float block into the quantised one."""
-        return lambda block: block.with_result(self.store.read(block.index), self.quant.activation)
+        return lambda block: block.with_result(self.store.read(block.index), self.quant.running)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from lsiq.errors import ConfigError
 from lsiq.evals.settings import EvalSettings
 from lsiq.experiment.composed import named_config, recipe_family
 from lsiq.export.base import Exporter, refuse_method
+from lsiq.formats.key_value import refuse_padded
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.methods.finetune import FineTune
@@ -65,6 +66,7 @@ class RunConfig:
                 f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are powers of two and "
                 "cannot be trained; use method.scales=null or an integer format"
             )
+        refuse_padded(self.quant.kv, self.eval.tasks)
         calib = self.calib
         if calib.corpus is None and not calib.written and self.method.needs and self.quant.name != "fp16":
             raise ValueError(

@@ -84,15 +84,15 @@ def variants_to_measure(config: RunConfig, prepared: Model, store: BlockStore) -
         return variants
     if config.eval.rtn and config.method.name != "rtn":
         variants["rtn/"] = Variant(
-            lambda block: block.with_result(round_to_nearest(block, quant), quant.activation),
-            f"rtn {_weights_of(quant)} {quant.activation}",
+            lambda block: block.with_result(round_to_nearest(block, quant), quant.running),
+            f"rtn {_weights_of(quant)} {quant.running}",
         )
     if prepared.prefix is not None:
         variants["prefixed/"] = Variant(
             lambda block: block.with_weights({}), prepared=prepared, stored=f"prefixed {store.stamp}"
         )
     variants[""] = Variant(
-        lambda block: block.with_result(store.read(block.index), quant.activation),
+        lambda block: block.with_result(store.read(block.index), quant.running),
         prepared=prepared,
         stored=f"own {store.stamp}",
     )

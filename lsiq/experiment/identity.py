@@ -53,6 +53,8 @@ def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, An
     left = {"plan"}  # `inputs` has its content
     if not config.quant.rules:
         left.add("rules")
+    if not config.quant.kv.active:
+        left.add("kv")
     if not config.quant.allocate.active:
         left.add("allocate")
     return {key: value for key, value in quant.items() if key not in left}

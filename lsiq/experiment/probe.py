@@ -179,7 +179,7 @@ def probe_block(
     reset_peak()
     store.write(0, result)
     if targets is not None:
-        quantised = run_stream(block.with_result(result, config.quant.activation), hidden, batch, device)
+        quantised = run_stream(block.with_result(result, config.quant.running), hidden, batch, device)
         for one, other in zip(quantised, targets, strict=True):
             ((one.float() - other.float()).square().mean() / other.float().square().mean()).item()
         streams.release(quantised, targets)

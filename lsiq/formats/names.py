@@ -16,7 +16,7 @@ from lsiq.runtime.folders import conf_folder, user_folder
 from lsiq.settings import build, describe_settings
 
 if TYPE_CHECKING:
-    from lsiq.formats.base import WeightFormat
+    from lsiq.formats.base import ActivationFormat, WeightFormat
 
 # What leaves a weight as it is.
 FLOAT = "float"
@@ -36,11 +36,23 @@ def named_format(name: str) -> WeightFormat:
             return found
     for folder in (user_folder(), conf_folder()):
         if folder is not None and (file := folder / "quant" / f"{name}.yaml").is_file():
-            return _weight_of(file)
+            return as_format(_node_of(file, "weight"))
     raise ValueError(
         f"no weight format is called {name}; there are float, w2 to w8 with g and a group size and -sym (w3g128, "
         "w4g64-sym), and the names of files in conf/quant/"
     )
+
+
+def named_activation(name: str) -> ActivationFormat:
+    """Return the `activation` of the file of conf/quant/, the package's or the user's, that has this name.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    for folder in (user_folder(), conf_folder()):
+        if folder is not None and (file := folder / "quant" / f"{name}.yaml").is_file():
+            return build(_node_of(file, "activation"))
+    raise ValueError(f"format={name}: no file of conf/quant/ is called so")
 
 
 def format_name(fmt: WeightFormat) -> str | dict[str, Any]:
@@ -93,11 +105,11 @@ def _is_format(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Grid) and hasattr(value, "__pydantic_fields__")
 
 
-def _weight_of(file: Path) -> WeightFormat:
+def _node_of(file: Path, key: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     plain = OmegaConf.to_container(OmegaConf.load(file))
-    node = plain.get("weight") if isinstance(plain, dict) else None
+    node = plain.get(key) if isinstance(plain, dict) else None
     if not isinstance(node, dict):
-        raise ValueError(f"{file}: has no weight with a _target_; give another name")
-    return as_format(node)
+        raise ValueError(f"{file}: has no {key} with a _target_; give another name")
+    return node

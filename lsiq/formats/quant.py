@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from lsiq.formats.base import ActivationFormat, WeightFormat
+from lsiq.formats.key_value import KeyValue, Running
 from lsiq.formats.mixed import Allocation, Rule
 from lsiq.settings import settings
 
@@ -20,6 +21,9 @@ class QuantSettings:
     weight: WeightFormat = Field(description="a weight format with its settings, such as lsiq.formats.integer.Integer")
     activation: ActivationFormat = Field(
         description="an activation format with its settings, such as lsiq.formats.activation.Activation"
+    )
+    kv: KeyValue = Field(
+        default_factory=lambda: KeyValue(), description="the format of keys and values in the cache: bits, per, group"
     )
     rules: list[Rule] = Field(
         [], description="a list of rules, {match: name of linears, blocks: numbers or null, format: name}"
@@ -47,8 +51,10 @@ class QuantSettings:
         """
         if self.plan is not None or self.allocate.active:
             bits = "" if self.allocate.bits is None else f"{self.allocate.bits:g}"
-            return f"mixed{bits}a{self.activation.bits}{'-rules' if self.rules else ''}{self._activation_suffix()}"
-        return f"{self._uniform_name()}-rules" if self.rules else self._uniform_name()
+            name = f"mixed{bits}a{self.activation.bits}{self._activation_suffix()}"
+        else:
+            name = self._uniform_name()
+        return f"{name}{'-rules' if self.rules else ''}{self.kv.suffix}"
 
     def _uniform_name(self) -> str:
         if self.weight.bits == 16 and self.activation.bits == 16:
@@ -61,6 +67,11 @@ class QuantSettings:
 
     def _activation_suffix(self) -> str:
         return f"-a{self.activation.suffix}" if self.activation.active and self.activation.suffix else ""
+
+    @property
+    def running(self) -> ActivationFormat:
+        """What is rounded while a block runs: activations, and what is kept of keys and values."""
+        return Running(self.activation, self.kv) if self.kv.active else self.activation
 
     @property
     def mixed(self) -> bool:

@@ -100,4 +100,4 @@ def look_ahead(
 
 def _fixed(block: Block, quant: QuantSettings, rounded: bool) -> BlockFunction:
     """The block as it is, or rounded to nearest with its activations in their format."""
-    return block.with_result(round_to_nearest(block, quant), quant.activation) if rounded else block.with_weights({})
+    return block.with_result(round_to_nearest(block, quant), quant.running) if rounded else block.with_weights({})

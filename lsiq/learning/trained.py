@@ -97,7 +97,7 @@ class Trained:
 
     def function(self) -> BlockFunction:
         """Return the block at the present parameters."""
-        return self.block.with_weights(self.weights(), self.quant.activation)
+        return self.block.with_weights(self.weights(), self.quant.running)
 
     def snapshot(self) -> list[PartState]:
         """A copy of the parameters that training does not move."""

@@ -98,7 +98,7 @@ class Clip(PartTraits):
 
         assert context.inputs is not None  # the method asks for them
         first = [stage[0] for stage in block.spec.stages]
-        grams = input_grams(block, {}, context.inputs, context.batch, first, quant.activation)
+        grams = input_grams(block, {}, context.inputs, context.batch, first, quant.running)
         ends: dict[str, Tensor] = {}
         for stage in block.spec.stages:
             gram = grams[stage[0]].to(block.weights[f"{stage[0]}.weight"].dtype)

@@ -171,7 +171,7 @@ class _Loop:
         self.done += 1
         if self.quantised is None or targets is None:
             return report
-        function = block.with_result(result, self.quant.activation)
+        function = block.with_result(result, self.quant.running)
         self.quantised = run_stream(function, self.quantised, self.batch, self.model.device)
         self.errors.append(_relative_error(self.quantised, targets, index))
         self.floats.forget_before(index)

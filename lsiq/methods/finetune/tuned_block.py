@@ -70,7 +70,7 @@ class TunedBlock:
         return checkpoint(self._run, hidden, use_reentrant=False)  # type: ignore[return-value]
 
     def _run(self, hidden: Tensor) -> Tensor:
-        return self.block.with_weights(self.weights(), self.quant.activation)(hidden)
+        return self.block.with_weights(self.weights(), self.quant.running)(hidden)
 
     def weights(self) -> dict[str, Tensor]:
         """Return every tensor of the block at the present parameters, its linears on their grids."""

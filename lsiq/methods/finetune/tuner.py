@@ -112,7 +112,7 @@ class _Tuner:
         ]
         behind = [
             self.settings.training.in_precision(self._block(index), self.context.cache).with_result(
-                self.results[index], self.quant.activation
+                self.results[index], self.quant.running
             )
             for index in range(group[-1] + 1, len(self.results))
         ]
@@ -187,7 +187,7 @@ class _Tuner:
     def _advance(self, to: int) -> None:
         """Run the quantised stream up to the block `to`."""
         for index in range(self.reached, to):
-            function = self._block(index).with_result(self.results[index], self.quant.activation)
+            function = self._block(index).with_result(self.results[index], self.quant.running)
             self.hidden = run_stream(function, self.hidden, self.context.batch, self.device)
         self.reached = to
 

@@ -104,7 +104,7 @@ class GPTQ(Traits):
         product = torch.float64 if self.precision == "float64" else torch.float32
         weights = {name: tensor.decode() for name, tensor in done.items()}
         with measured_stage("statistics"):
-            return input_grams(block, weights, context.inputs, context.batch, linears, quant.activation, product)
+            return input_grams(block, weights, context.inputs, context.batch, linears, quant.running, product)
 
     def _round_stage(
         self, block: Block, names: list[str], gram: Tensor, quant: QuantSettings
