@@ -16,6 +16,8 @@ from lsiq.runtime.terminal import warn
 def check_formats(model: Model, quant: QuantSettings) -> None:
     """Raise ConfigError before anything long starts if a format does not fit the shape of a linear."""
     block = model.skeleton.get_submodule(f"{model.spec.blocks}.0")
+    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    quant.kv.check(head_dim)
     check_widths(quant, {name: block.get_submodule(name).in_features for name in model.spec.linears})  # type: ignore[misc]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import Annotated, Any
 
 from omegaconf import DictConfig
@@ -73,6 +74,15 @@ class RunConfig:
                 f"calib.corpus=null: method {self.method.name} needs calibration tokens; "
                 "choose calib=bundled, calib=written or calib=file"
             )
+
+
+def with_formats(config: RunConfig, quant: QuantSettings) -> RunConfig:
+    """Return the settings with other number formats, all rules checked again.
+
+    Raises:
+        ConfigError: they do not fit the rest.
+    """
+    return fill(RunConfig, {field.name: getattr(config, field.name) for field in fields(config)} | {"quant": quant})
 
 
 _PARTS: dict[str, type] = {

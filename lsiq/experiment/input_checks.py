@@ -11,7 +11,6 @@ import json
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,9 @@ from lsiq.data.documents import read_documents
 from lsiq.data.lengths import too_short
 from lsiq.errors import ConfigError, InputError
 from lsiq.evals.task_names import check_tasks
+from lsiq.experiment.config import with_formats
 from lsiq.experiment.lengths import check_window_lengths
-from lsiq.formats.placed import check_widths, place
+from lsiq.formats.placed import check_widths, place_or_try
 from lsiq.methods.base import chain
 from lsiq.methods.lqer import LQER
 from lsiq.models.chat_template import read_chat_template
@@ -67,7 +67,9 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
             shapes = _stored_shapes(folder, config.model.allow_pickle)
     check_groups(config.quant, shape, config.model.name)
     spec = find_spec(shape["model_type"], str(folder or config.model.name))
-    config = replace(config, quant=place(config.quant, shape["num_hidden_layers"], spec.linears, config.model.name))
+    config = with_formats(
+        config, place_or_try(config.quant, shape["num_hidden_layers"], spec.linears, config.model.name)
+    )
     if shapes:
         _check_linears(config, spec, shapes)
     check_window_lengths(config, shape.get("max_position_embeddings"))

@@ -12,6 +12,7 @@ from lsiq.allocation.units import units_of
 from lsiq.data.tokens import random_windows
 from lsiq.evals.perplexity import score_tokens
 from lsiq.experiment.allocate import ROOM
+from lsiq.experiment.config import with_formats
 from lsiq.formats.placed import PlacedQuant, place
 from lsiq.models.block import run_stream
 from lsiq.models.families import find_spec
@@ -41,7 +42,7 @@ def with_probed_formats(config: RunConfig, architecture: Mapping[str, Any]) -> R
     rounded = [sum(placed.layers[f"{index}.{name}"].bits < 16 for name in spec.linears) for index in range(depth)]
     most = rounded.index(max(rounded))
     alike = {f"{index}.{name}": placed.layers[f"{most}.{name}"] for index in range(depth) for name in spec.linears}
-    return replace(config, quant=replace(placed, layers={**placed.layers, **alike}))
+    return with_formats(config, replace(placed, layers={**placed.layers, **alike}))
 
 
 def allocation_steps(config: RunConfig, model: Model, depth: int) -> tuple[float, float, float]:

@@ -19,6 +19,7 @@ from lsiq.evals.tasks import Tasks, load_tasks
 from lsiq.experiment.allocate import placed_formats
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE, calibration_tokens
 from lsiq.experiment.checks import check_formats, check_lengths, check_processes
+from lsiq.experiment.config import with_formats
 from lsiq.experiment.evaluate import SCORES, evaluate, evaluation_windows, open_cache
 from lsiq.experiment.export import export
 from lsiq.experiment.precision import precision_of
@@ -54,7 +55,7 @@ def carry_out(request: Request, record: Record) -> None:
     if config.force:
         store.clear()
         BlockStore(folder / "start" / "blocks").clear()
-    config = replace(config, quant=placed_formats(config, model, folder, record))
+    config = with_formats(config, placed_formats(config, model, folder, record))
     request = replace(request, config=config)
     exporter, source = config.export, None
     if exporter is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float
+from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float, rounded_formats
 from lsiq.formats.activation import Activation
 from lsiq.settings import settings
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lsiq.export.source import Source
+    from lsiq.formats.base import WeightFormat
+    from lsiq.formats.key_value import KeyValue
     from lsiq.formats.quant import QuantSettings
     from lsiq.formats.tensor import QuantizedTensor
     from lsiq.models.result import BlockResult
@@ -53,10 +55,11 @@ class CompressedTensors(Destination):
 
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=compressed-tensors")
-        activation, weight = quant.activation, integers(quant.weight, _NAME)
+        activation, weights = quant.activation, [integers(fmt, _NAME) for fmt in rounded_formats(quant)]
+        _check_cache(quant)
         if not activation.active:
             return
-        if activation.bits != 8 or weight.bits != 8 or weight.group is not None:
+        if activation.bits != 8 or any(weight.bits != 8 or weight.group is not None for weight in weights):
             raise ValueError(
                 "export=compressed-tensors holds quantised activations with 8-bit weights per channel and 8-bit "
                 f"activations only, not quant={quant.name}; use quant=w8a8"
@@ -73,7 +76,7 @@ class CompressedTensors(Destination):
             )
 
     def check_model(self, source: Source) -> None:
-        del source  # transformers reads its own architectures
+        self.check(source.quant)  # whose formats are known by now; transformers reads its own architectures
 
     def stored(self, result: BlockResult) -> dict[str, Tensor]:
         from lsiq.export.source import decoded
@@ -119,16 +122,18 @@ def _scale(weight: QuantizedTensor) -> Tensor:
     return scale.half() if integers(weight.format, _NAME).scale == "float16" else scale
 
 
+def _check_cache(quant: QuantSettings) -> None:
+    kv = quant.kv
+    if kv.rounds and (kv.format is not None or kv.per != "token" or kv.group is not None):
+        raise ValueError(
+            f"{_NAME} states integers with a range for each token and head, not keys and values of quant={quant.name}; "
+            "use quant.kv.per=token quant.kv.group=null quant.kv.format=null"
+        )
+
+
 def _config(source: Source) -> dict[str, Any]:
-    weight, activation = integers(source.quant.weight, _NAME), source.quant.activation
-    weights = {
-        "num_bits": weight.bits,
-        "type": "int",
-        "symmetric": weight.symmetric,
-        "strategy": "channel" if weight.group is None else "group",
-        "group_size": weight.group,
-        "dynamic": False,
-    }
+    """Return the settings that loaders read: one group for all linears, or one for each format."""
+    activation = source.quant.activation
     inputs = None
     if isinstance(activation, Activation) and activation.active:
         inputs = {
@@ -138,13 +143,48 @@ def _config(source: Source) -> dict[str, Any]:
             "strategy": "token",
             "dynamic": True,
         }
+    by_format, floats = _targets(source)
+    groups = {
+        f"group_{number}": {"targets": targets, "weights": _weights(fmt), "input_activations": inputs}
+        for number, (fmt, targets) in enumerate(by_format.items())
+    }
+    cache = {"kv_cache_scheme": _cache(source.quant.kv)} if source.quant.kv.rounds else {}
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized" if activation.active else "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": source.float_linears,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        "ignore": [*source.float_linears, *floats],
+        "config_groups": groups,
+        **cache,
     }
+
+
+def _targets(source: Source) -> tuple[dict[WeightFormat, list[str]], list[str]]:
+    """Return, by format, the linears that have it, and those that stay in float; where all are alike, the class."""
+    found: dict[WeightFormat, list[str]] = {}
+    for index in range(source.model.depth):
+        own = source.quant.in_block(index)
+        for name in source.shapes:
+            found.setdefault(own.of(name), []).append(source.prefix(index) + name)
+    floats = [name for fmt, names in found.items() if fmt.bits == 16 for name in names]
+    rounded = {fmt: names for fmt, names in found.items() if fmt.bits < 16}
+    return ({fmt: ["Linear"] for fmt in rounded} if len(rounded) == 1 else rounded), floats
+
+
+def _weights(fmt: WeightFormat) -> dict[str, Any]:
+    weight = integers(fmt, _NAME)
+    return {
+        "num_bits": weight.bits,
+        "type": "int",
+        "symmetric": weight.symmetric,
+        "strategy": "channel" if weight.group is None else "group",
+        "group_size": weight.group,
+        "dynamic": False,
+    }
+
+
+def _cache(kv: KeyValue) -> dict[str, Any]:
+    return {"num_bits": kv.bits, "type": "int", "symmetric": kv.symmetric, "strategy": "token", "dynamic": True}
 
 
 def _load(folder: Path) -> Logits:

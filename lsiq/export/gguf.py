@@ -15,8 +15,10 @@ from lsiq.export.base import (
     installed,
     integers,
     refuse_activations,
+    refuse_cache,
     refuse_float,
     refuse_wide_scales,
+    rounded_formats,
 )
 from lsiq.export.gguf_types import BLOCK, RANGES
 from lsiq.settings import settings
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lsiq.export.source import Source
+    from lsiq.formats.base import WeightFormat
     from lsiq.formats.integer import Integer
     from lsiq.formats.quant import QuantSettings
     from lsiq.models.result import BlockResult
@@ -68,9 +71,13 @@ class GGUF(Destination):
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=gguf")
         refuse_activations(quant, "export=gguf")
+        refuse_cache(quant, "export=gguf")
         if self.type in ("F16", "F32"):
             return
-        fmt = integers(quant.weight, "export=gguf")
+        for fmt in rounded_formats(quant):
+            self._check_format(integers(fmt, "export=gguf"))
+
+    def _check_format(self, fmt: Integer) -> None:
         if (exact := exact_type(fmt)) is None:
             raise ValueError(
                 f"export=gguf: no type holds an asymmetric grid of {fmt.bits} bits exactly; the nearest is Q8_0 with "
@@ -93,6 +100,7 @@ class GGUF(Destination):
             raise ConfigError("export=gguf: the package gguf writes it and is not installed; install lsiq[export]")
         from lsiq.export.gguf_file import check_architecture
 
+        self.check(source.quant)  # whose formats are known by now
         check_architecture(source)
         for name, (_, columns) in source.shapes.items():
             if self.type not in ("F16", "F32") and columns % BLOCK:
@@ -112,9 +120,15 @@ class GGUF(Destination):
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.gguf_file import write_file
 
-        kind = exact_type(integers(source.quant.weight, "export=gguf")) if self.type == "auto" else self.type
+        write_file(source, folder / FILE, self._type_of)
+
+    def _type_of(self, fmt: WeightFormat) -> str:
+        """Return the type that holds weights of a format."""
+        if self.type != "auto":
+            return self.type
+        kind = exact_type(integers(fmt, "export=gguf"))
         assert kind is not None  # `check` sees to it
-        write_file(source, folder / FILE, kind)
+        return kind
 
 
 def exact_type(fmt: Integer) -> str | None:

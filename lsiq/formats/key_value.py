@@ -85,6 +85,15 @@ class KeyValue:
         shared = "" if self.group is None else f"{'t' if self.per == 'channel' else 'g'}{self.group}"
         return f"-kv{self.bits}{shared}{'-sym' if self.symmetric else ''}"
 
+    @property
+    def words(self) -> str:
+        """The format in words, for model cards."""
+        if self.format is not None:
+            return self.named.words
+        shared = {"token": "channels of a head", "channel": "tokens of a channel"}[self.per]
+        count = "all" if self.group is None else f"{self.group}"
+        return f"{self.bits} bits, {'' if self.symmetric else 'a'}symmetric, a range for {count} {shared}"
+
     def check(self, head_dim: int) -> None:
         """Raise ConfigError unless groups of channels divide a head's."""
         if self.rounds and self.per == "token":

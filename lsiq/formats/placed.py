@@ -84,6 +84,19 @@ def place(
     return PlacedQuant(**{**_values(quant), "layers": found})
 
 
+def place_or_try(quant: QuantSettings, depth: int, linears: Sequence[str], model: str) -> QuantSettings:
+    """Return what `place` does; where formats are still to be chosen, try the rules and return the settings unchanged.
+
+    Raises:
+        ConfigError: as `place`.
+    """
+    if not quant.allocate.active:
+        return place(quant, depth, linears, model)
+    anything = {f"{index}.{name}": quant.weight for index in range(depth) for name in linears}
+    place(quant, depth, linears, model, anything)
+    return quant
+
+
 def matches(rule: Rule, depth: int, linears: Sequence[str]) -> list[str]:
     """Return the linears that a rule matches, by number of the block and name."""
     if rule.match in OUTSIDE:

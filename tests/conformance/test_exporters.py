@@ -23,10 +23,11 @@ from lsiq.export.verify import verify
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
 from lsiq.formats.mxint import MXActivation, MXInt
+from lsiq.formats.placed import place
 from lsiq.formats.quant import QuantSettings
 from lsiq.models.rounding import round_to_nearest
 from lsiq.results.memory_store import MemoryStore
-from lsiq.settings import build
+from lsiq.settings import build, fill
 
 FLOAT = Activation()
 LINEARS_ONLY = Activation(bits=8, attention=False)
@@ -92,6 +93,42 @@ def test_is_an_exporter(name: str) -> None:
     assert exporter.verify
     assert exporter.loaders
     assert (exporter.folder, exporter.push) == (None, None)
+
+
+# Formats of their own for some linears, by the layouts that hold them.
+MIXED = {
+    "integers": ([("*_proj", "0", "w4g32-sym"), ("self_attn.k_proj", None, "w3g32")], {"compressed-tensors", "gguf"}),
+    "some in float": ([("self_attn.*", "-1", "float"), ("self_attn.v_proj", "0", "w8")], {"compressed-tensors"}),
+    "a float block": ([("*", "0", "float")], {"compressed-tensors", "gguf"}),
+}
+
+
+@pytest.mark.parametrize("rules", MIXED)
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_linears_with_formats_of_their_own_read_back(
+    name: str, rules: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    given, held = MIXED[rules]
+    quant = fill(
+        QuantSettings,
+        {
+            "weight": Integer(bits=2, group=32, scale="float16"),
+            "activation": FLOAT,
+            "rules": [{"match": match, "blocks": blocks, "format": fmt} for match, blocks, fmt in given],
+        },
+    )
+    model = load_small(checkpoints["llama"])
+    placed = place(quant, model.depth, model.spec.linears, "llama")
+    exporter, source = exporter_of(name), source_of(placed, checkpoints["llama"])
+    refused = refusal(exporter, source)
+    assert (refused is None) == (name in {*held, "plain"})
+    if refused is not None:
+        return
+    exporter.write(source, tmp_path)
+    settings = parse(compose_run(f"model.path={checkpoints['llama']}")).model
+    (found,) = verify(exporter, source, settings, 0, tmp_path)
+    assert found["status"] == "read"
+    assert found["difference"] <= TOLERANCE / 100  # measured: 0.0
 
 
 @pytest.mark.parametrize("quant", QUANTS)
