@@ -65,14 +65,14 @@ def find_target(target: Any, key: str) -> type:
         raise ConfigError(f"{key}._target_={target}: only classes of the package lsiq may be built; {way_out}")
     module, _, name = target.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}._target_={target}: no such class; {way_out}") from error
-    if not (isinstance(found, type) and is_dataclass(found) and hasattr(found, "__pydantic_fields__")) or not (
-        found.__module__.startswith(_MAY_BE_NAMED)
+    if not (isinstance(cls, type) and is_dataclass(cls) and hasattr(cls, "__pydantic_fields__")) or not (
+        cls.__module__.startswith(_MAY_BE_NAMED)
     ):
         raise ConfigError(f"{key}._target_={target}: not a settings class; {way_out}")
-    return found
+    return cls
 
 
 def fill(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
@@ -101,14 +101,14 @@ def _explain(error: ValidationError, cls: type, key: str) -> str:
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{full} has no value; {_describe(cls, place)}"
     if kind == "is_instance_of":
-        return f"{full}={_shown(first['input'])}: cannot stand there; {_describe(cls, place)}"
+        return f"{full}={_text(first['input'])}: cannot stand there; {_describe(cls, place)}"
     rule = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if kind == "value_error" and len(place) == 0:
         return f"{key}.{rule}" if key else rule  # a rule across fields names its own field first
-    return f"{full}={_shown(first['input'])}: {rule[0].lower()}{rule[1:]}; {_describe(cls, place)}"
+    return f"{full}={_text(first['input'])}: {rule[0].lower()}{rule[1:]}; {_describe(cls, place)}"
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     text = "null" if value is None else str(getattr(value, "name", value))
     return text if len(text) <= 80 else text[:77] + "…"
 

@@ -95,4 +95,4 @@ def _run(
         }
         streams = {name: run_stream(whole, stream, batch, model.device) for name, stream in streams.items()} | begun
         advance()
-    return {name: model.turned_back(stream) for name, stream in streams.items()}
+    return {name: model.rotated_back(stream) for name, stream in streams.items()}

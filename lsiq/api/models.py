@@ -60,8 +60,8 @@ class FloatModel:
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
         """Return the logits `(batch, T, vocabulary)`, float32, for token ids `(batch, T)`."""
-        left = run_blocks(self.model, {"": [ids]}, {"": lambda block: block.with_weights({})}, lambda: None)
-        return self.model.logits(left[""][0])
+        outputs = run_blocks(self.model, {"": [ids]}, {"": lambda block: block.with_weights({})}, lambda: None)
+        return self.model.logits(outputs[""][0])
 
     def on_disk(self, folder: Path) -> FloatModel:
         """Return the same model with a checkpoint: its own, or one that is written to `folder` for it."""
@@ -142,5 +142,5 @@ def _settings(*words: str) -> ModelSettings:
 
 def _safe(name: str) -> str:
     """Return a name that records allow: letters, digits and . _ + -."""
-    kept = "".join(letter if letter.isalnum() or letter in "._+-" else "-" for letter in name).lstrip("._+-")
-    return kept or "model"
+    letters = "".join(letter if letter.isalnum() or letter in "._+-" else "-" for letter in name).lstrip("._+-")
+    return letters or "model"

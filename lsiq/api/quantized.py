@@ -92,8 +92,8 @@ class QuantizedModel:
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
         """Return the logits `(batch, T, vocabulary)`, float32, for token ids `(batch, T)`."""
-        left = run_blocks(self.prepared, {"": [ids]}, {"": self.function_of}, lambda: None)
-        return self.prepared.logits(left[""][0])
+        outputs = run_blocks(self.prepared, {"": [ids]}, {"": self.function_of}, lambda: None)
+        return self.prepared.logits(outputs[""][0])
 
     def export(self, name: str, folder: str | Path, *overrides: str) -> dict[str, Any]:
         """Write the model for other programs, and return what reading it back found.
@@ -172,8 +172,8 @@ def quantize(
     if isinstance(method, Recipe):
         method = method.method(quant)
     check_formats(source.model, quant)
-    drawn, batch = _drawn(source, calibration, batch)
-    if drawn is None and method.needs and quant.name != "fp16":
+    tokens, batch = _calibration_tokens(source, calibration, batch)
+    if tokens is None and method.needs and quant.name != "fp16":
         raise ConfigError(
             f"calibration=None: method {method.name} needs calibration tokens; give lsiq.tokens(…) or ids (N, T)"
         )
@@ -181,15 +181,15 @@ def quantize(
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(method, FineTune) and method.start is not None:
             start = Path(folder or scratch) / "start"
-            _fill(BlockStore(start / "blocks"), method.start, source.model, quant, drawn, batch, seed)
+            _fill(BlockStore(start / "blocks"), method.start, source.model, quant, tokens, batch, seed)
             method = method.after(str(start))
-        prepared, reports = _fill(store, method, source.model, quant, drawn, batch, seed)
+        prepared, reports = _fill(store, method, source.model, quant, tokens, batch, seed)
     costs = (report.cost for report in reports)
     cost = model_cost(prepared, costs if reports else [float_cost(prepared)] * prepared.depth)
     rows = [block_row(report, ()) for report in reports]
     facts = {}
-    if drawn is not None:
-        facts = {"samples": len(drawn), "seqlen": drawn.shape[1], "tokens": token_hash(drawn)}
+    if tokens is not None:
+        facts = {"samples": len(tokens), "seqlen": tokens.shape[1], "tokens": token_hash(tokens)}
     return QuantizedModel(source, prepared, quant, method, store, rows, cost, facts, seed)
 
 
@@ -198,25 +198,27 @@ def _fill(
     method: Method | WholeMethod,
     model: Model,
     quant: QuantSettings,
-    drawn: Tensor | None,
+    tokens: Tensor | None,
     batch: int,
     seed: int,
 ) -> tuple[Model, list[BlockReport]]:
     """Fill a store with quantised blocks, and show each as it is done; return the model as it was prepared."""
-    prepared = prepare(method, quant, model, drawn, batch, seed, store)
+    prepared = prepare(method, quant, model, tokens, batch, seed, store)
     reports: list[BlockReport] = []
     if quant.name == "fp16":
         return prepared, reports
     with block_table(model.depth) as table:
-        loop = quantize_blocks(prepared, method, quant, drawn, batch, seed, store, table.log)
+        loop = quantize_blocks(prepared, method, quant, tokens, batch, seed, store, table.log)
         with contextlib.closing(loop):
             for report in loop:
                 reports.append(report)
-                table.done(block_row(report, ()))
+                table.add(block_row(report, ()))
     return prepared, reports
 
 
-def _drawn(source: FloatModel, calibration: Calibration | Tensor | None, batch: int) -> tuple[Tensor | None, int]:
+def _calibration_tokens(
+    source: FloatModel, calibration: Calibration | Tensor | None, batch: int
+) -> tuple[Tensor | None, int]:
     """Return the calibration tokens `(N, T)` and how many sequences pass through a block at once."""
     if calibration is None or isinstance(calibration, Tensor):
         if calibration is not None and (calibration.dim() != 2 or calibration.is_floating_point()):

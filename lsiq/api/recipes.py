@@ -83,9 +83,9 @@ def _set(node: DictConfig, method: str, name: str, value: Any) -> None:
         if place is not None and name in place:
             place[name] = value
             return
-    there = [str(key) for key in node if key not in ("_target_", "training")]
-    there += [str(key) for key in node.get("training") or () if key != "_target_"]
-    raise ConfigError(f"{name}={value}: method {method} has no such setting; it has {', '.join(there)}")
+    keys = [str(key) for key in node if key not in ("_target_", "training")]
+    keys += [str(key) for key in node.get("training") or () if key != "_target_"]
+    raise ConfigError(f"{name}={value}: method {method} has no such setting; it has {', '.join(keys)}")
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Calibration:
         cfg = compose(f"calib={self.name}", f"model.seqlen={seqlen}", *_ASIDE[1:], *self.overrides)
         for name, value in self.values.items():
             if name not in cfg.calib:
-                there = ", ".join(str(key) for key in cfg.calib)
-                raise ConfigError(f"{name}={value}: calib={self.name} has no such setting; it has {there}")
+                keys = ", ".join(str(key) for key in cfg.calib)
+                raise ConfigError(f"{name}={value}: calib={self.name} has no such setting; it has {keys}")
             OmegaConf.update(cfg.calib, name, value)
         return parse(cfg).calib
 

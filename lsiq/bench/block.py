@@ -93,14 +93,14 @@ def carry_out(method: Method, block: Block, quant: QuantSettings, hidden: Tensor
 
 def count_flops(method: Method, block: Block, quant: QuantSettings, hidden: Tensor, batch: int) -> dict[str, float]:
     """Operations by dtype on all of `hidden`, extrapolated from one and two batches: they are linear in the tokens."""
-    found = []
+    counts = []
     for batches in (1, 2):
         with FlopsByDtype() as flops:
             carry_out(method, block, quant, hidden[: batches * batch], batch)
-        found.append(flops.counts)
-    one, two = found
-    left = len(hidden) / batch - 1
-    return {dtype: one[dtype] + left * (two[dtype] - one[dtype]) for dtype in two}
+        counts.append(flops.counts)
+    single, double = counts
+    extra_batches = len(hidden) / batch - 1
+    return {dtype: single[dtype] + extra_batches * (double[dtype] - single[dtype]) for dtype in double}
 
 
 def report(method: Method, seconds: float, stages: dict[str, float]) -> None:

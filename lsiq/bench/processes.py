@@ -39,14 +39,14 @@ def main() -> None:
         with distributed.together(options.device):
             carry_out(options)
         return
-    found: dict[tuple[int, str], dict[str, Any]] = {}
+    measurements: dict[tuple[int, str], dict[str, Any]] = {}
     for processes in options.processes:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *launch, "-m", "lsiq.bench.processes", "--inside", *sys.argv[1:]]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        found |= {(processes, row["job"]): row for row in rows}
-    report(found, options)
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+        measurements |= {(processes, row["job"]): row for row in rows}
+    report(measurements, options)
 
 
 def arguments() -> argparse.Namespace:
@@ -98,27 +98,29 @@ def quantize_block(config: RunConfig, model: Model, samples: int) -> dict[str, A
     tokens = random_windows(model.config.vocab_size, samples, config.calib.seqlen, config.seed)
     with tempfile.TemporaryDirectory() as folder:
         store = BlockStore(Path(distributed.from_first(folder)))
-        (found,) = quantize(
+        (block_report,) = quantize(
             model, config.method, config.quant, tokens, config.calib.batch, 0, store, lambda values: None
         )
         distributed.wait()
     epochs = 0 if config.method.training is None else config.method.training.epochs
-    row = {"seconds": found.seconds, "error": found.error, "epochs": epochs, **peak_bytes()}
-    return row | {name: found.metrics[name] for name in ("epoch_seconds", "loss_last") if name in found.metrics}
+    row = {"seconds": block_report.seconds, "error": block_report.error, "epochs": epochs, **peak_bytes()}
+    return row | {
+        name: block_report.metrics[name] for name in ("epoch_seconds", "loss_last") if name in block_report.metrics
+    }
 
 
-def report(found: dict[tuple[int, str], dict[str, Any]], options: argparse.Namespace) -> None:
+def report(measurements: dict[tuple[int, str], dict[str, Any]], options: argparse.Namespace) -> None:
     """Print, by job and number of processes, the seconds and how many times as fast they are."""
     least = options.processes[0]
     for job in options.jobs:
         print(job)
         for processes in options.processes:
-            row, alone = found[processes, job], found[least, job]
+            row, alone = measurements[processes, job], measurements[least, job]
             line = f"  {processes} processes: block {row['seconds']:7.2f} s ({alone['seconds'] / row['seconds']:.2f} x)"
             if "epoch_seconds" in row:
-                whole, before = (r["seconds"] + (EPOCHS - r["epochs"]) * r["epoch_seconds"] for r in (row, alone))
+                total, before = (r["seconds"] + (EPOCHS - r["epochs"]) * r["epoch_seconds"] for r in (row, alone))
                 line += f", epoch {row['epoch_seconds']:.3f} s ({alone['epoch_seconds'] / row['epoch_seconds']:.2f} x)"
-                line += f", {EPOCHS} epochs {whole:.1f} s ({before / whole:.2f} x), loss {row['loss_last']:.4g}"
+                line += f", {EPOCHS} epochs {total:.1f} s ({before / total:.2f} x), loss {row['loss_last']:.4g}"
             peaks = ", ".join(f"{name} {row[name] / 2**30:.2f} GiB" for name in ("host", "device") if name in row)
             print(f"{line}, error {row['error']:.4g}, peak {peaks}")
 

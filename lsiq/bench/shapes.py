@@ -41,5 +41,5 @@ def formats(bits: int, group: int | None, activation: int = 16) -> QuantSettings
 
 
 def course(epochs: int, batch: int, precision: str, kernels: str, **settings: Any) -> Training:
-    given = {"epochs": epochs, "batch": batch, "precision": precision, "kernels": kernels, "decay": "cosine"}
-    return fill(Training, {**given, **settings})
+    defaults = {"epochs": epochs, "batch": batch, "precision": precision, "kernels": kernels, "decay": "cosine"}
+    return fill(Training, {**defaults, **settings})

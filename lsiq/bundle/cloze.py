@@ -23,29 +23,29 @@ _END = re.compile(r"(?<=[.!?]) (?=[A-Z])")
 
 def passages(piece: Path) -> list[tuple[str, str]]:
     """Return queries and their true endings, from evenly spread places of a piece."""
-    found = []
+    pairs = []
     for sentences in map(_END.split, piece.read_text(encoding="utf-8").strip().split("\n\n")):
         for before, sentence in itertools.pairwise(sentences):
             words = sentence.split()
             half = len(words) // 2
-            found.append((" ".join([before, *words[:half]]), " ".join(words[half:])))
-    step = len(found) / ITEMS_PER_PIECE
-    return [found[int(step * place)] for place in range(ITEMS_PER_PIECE)]
+            pairs.append((" ".join([before, *words[:half]]), " ".join(words[half:])))
+    step = len(pairs) / ITEMS_PER_PIECE
+    return [pairs[int(step * place)] for place in range(ITEMS_PER_PIECE)]
 
 
 def items() -> list[dict[str, object]]:
     """Return the items in order: `query`, four `choices`, and `gold`, the place of the true one."""
     draw = random.Random(0)
-    made = []
+    questions = []
     for kind in KINDS:
         parts = {piece: passages(piece) for piece in bundled_text("evaluation", kind)}
-        for piece, own in parts.items():
-            for query, true in own:
-                others = draw.sample([other for other in parts if other != piece], WRONG)
-                choices = [true, *(_nearest_in_length(true, [ending for _, ending in parts[p]]) for p in others)]
+        for piece, pairs in parts.items():
+            for query, true in pairs:
+                distractors = draw.sample([other for other in parts if other != piece], WRONG)
+                choices = [true, *(_nearest_in_length(true, [ending for _, ending in parts[p]]) for p in distractors)]
                 draw.shuffle(choices)
-                made.append({"query": query, "choices": choices, "gold": choices.index(true)})
-    return made
+                questions.append({"query": query, "choices": choices, "gold": choices.index(true)})
+    return questions
 
 
 def _nearest_in_length(text: str, candidates: list[str]) -> str:

@@ -110,9 +110,9 @@ def train_model(args: argparse.Namespace) -> None:
         return
     rung = LADDER[args.rung]
     names = ["family", "rung", "tokens", "minutes", "job_minutes", "seqlen", "warmup", "seed", "valid_every"]
-    chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
+    settings: dict[str, Any] = {name: getattr(args, name) for name in names}
     lr = rung.rate(args.family) if args.lr is None else args.lr
-    plan = Plan(**chosen, lr=lr, batch=rung.batch if args.batch is None else args.batch)
+    plan = Plan(**settings, lr=lr, batch=rung.batch if args.batch is None else args.batch)
     torch.set_float32_matmul_precision("high")
     run = Run(plan, tokenizer.get_vocab_size(), args.out, device)
     run.resume()

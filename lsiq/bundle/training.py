@@ -136,9 +136,9 @@ class Run:
             tell(f"resumed at step {self.step}, {self.seconds:.0f} s")
         if not processes.first():
             return
-        kept = self.curve.read_text().splitlines() if self.curve.exists() else []
-        kept = [line for line in kept if json.loads(line)["step"] <= self.step]
-        self.curve.write_text("".join(line + "\n" for line in kept))
+        lines = self.curve.read_text().splitlines() if self.curve.exists() else []
+        lines = [line for line in lines if json.loads(line)["step"] <= self.step]
+        self.curve.write_text("".join(line + "\n" for line in lines))
 
     def save(self) -> None:
         """Replace `out/state.pt`; a kill in between leaves the old one. Of several processes the first does it."""
@@ -173,10 +173,10 @@ class Run:
         row["valid"] = valid
         with open(self.curve, "a") as file:
             file.write(json.dumps(row) + "\n")
-        done = self.progress()
-        left = max(0.0, self.seconds * (1 - done) / done)
-        shown = "" if valid is None else f" valid {valid:.4f} (ppl {math.exp(valid):.2f})"
-        tell(f"step {self.step} train {train:.4f}{shown} | {rate / 1e6:.3f} M tokens/s, {left:.0f} s left")
+        progress = self.progress()
+        remaining = max(0.0, self.seconds * (1 - progress) / progress)
+        validation = "" if valid is None else f" valid {valid:.4f} (ppl {math.exp(valid):.2f})"
+        tell(f"step {self.step} train {train:.4f}{validation} | {rate / 1e6:.3f} M tokens/s, {remaining:.0f} s left")
 
 
 def tell(message: str) -> None:
@@ -187,9 +187,9 @@ def tell(message: str) -> None:
 
 def agreed(seconds: float) -> float:
     """Return what the first process's clock says: rates follow it, so all must go by the same one."""
-    said = torch.tensor(seconds, dtype=torch.float64)
-    processes.take_from_first([said])
-    return said.item()
+    value = torch.tensor(seconds, dtype=torch.float64)
+    processes.take_from_first([value])
+    return value.item()
 
 
 def train(run: Run, windows: Windows, valid: np.ndarray | None, compiled: bool) -> None:

@@ -38,7 +38,7 @@ def write_sequences(model: Model, count: int, seqlen: int, seed: int) -> Tensor:
     generator = torch.Generator(model.device).manual_seed(seed)
     special = [token for token in model.tokenizer.all_special_ids if token < model.config.vocab_size]
     start = _start(model, count, generator)
-    written: list[Tensor] = []
+    sequences: list[Tensor] = []
     parts = start.split(max(1, _cache_bytes(model.device) // _bytes_per_sequence(model.config, seqlen, model.dtype)))
     with show_progress("write", len(parts) * seqlen) as progress:
         for last in parts:
@@ -50,8 +50,8 @@ def write_sequences(model: Model, count: int, seqlen: int, seed: int) -> Tensor:
                 last = torch.multinomial(logits.softmax(-1), 1, generator=generator)
                 tokens.append(last)
                 progress.advance("")
-            written.append(torch.cat(tokens, 1).cpu())
-    return torch.cat(written)
+            sequences.append(torch.cat(tokens, 1).cpu())
+    return torch.cat(sequences)
 
 
 def _start(model: Model, count: int, generator: torch.Generator) -> Tensor:

@@ -34,19 +34,19 @@ def input_grams(
     Raises:
         NumericalError: an input is not finite.
     """
-    found: dict[str, Tensor] = {}
+    grams: dict[str, Tensor] = {}
 
     def update(name: str, x: Tensor) -> None:
         x = activation.fake(x).to(product)
         gram = (x.t() @ x).double()
-        found[name] = gram if name not in found else found[name].add_(gram)
+        grams[name] = gram if name not in grams else grams[name].add_(gram)
 
     visit_inputs(block, weights, inputs, batch, linears, update, activation)
     tokens = int(processes.add_number(inputs.shape[0] * inputs.shape[1]))
-    for name, gram in found.items():
+    for name, gram in grams.items():
         check_finite(processes.add(gram), block, name)
         gram /= tokens
-    return found
+    return grams
 
 
 def check_finite(statistic: Tensor, block: Block, name: str) -> None:

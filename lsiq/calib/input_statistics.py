@@ -40,15 +40,15 @@ def visit_inputs(
         weights: replace the block's own, as in `Block.with_weights`.
         linears: dotted names of linears, without `.weight`. Of linears that share an input only the first is shown.
         update: takes the linear's name and its inputs `(tokens, in)` in float32.
-        activation: the format in force inside the block; inputs are shown turned, where the block turns them, and as
+        activation: the format in force inside the block; inputs are shown rotated, where the block rotates them, and as
             they are before the format rounds them.
     """
     device = next(iter(block.weights.values())).device
     function = block.with_weights(weights, activation)  # before the hooks: it runs the prefix, which is not shown
     micro = MicroBatch(batch, f"gathering the inputs of block {block.index}")
 
-    def visit(part: Tensor, done: frozenset[str]) -> None:
-        showing = _Showing(block, linears, update, set(done))
+    def visit(part: Tensor, shown_names: frozenset[str]) -> None:
+        showing = _Showing(block, linears, update, set(shown_names))
         reason = ""
         try:
             with showing.hooked(), contextlib.suppress(_AllShown):
@@ -58,7 +58,7 @@ def visit_inputs(
         if reason:  # what was shown of this part is not shown again
             micro.halve(reason)
             for smaller in part.split(micro.size):
-                visit(smaller, frozenset(showing.done))
+                visit(smaller, frozenset(showing.shown_names))
 
     for whole in inputs.split(batch):
         for part in micro.parts(len(whole)):
@@ -69,9 +69,9 @@ def visit_inputs(
 class _Showing:
     """One pass of some sequences through a block, and the linears whose inputs were shown."""
 
-    def __init__(self, block: Block, linears: Sequence[str], update: Update, done: set[str]) -> None:
-        self.block, self.linears, self.update, self.done = block, linears, update, done
-        self.seen: list[Tensor] = []
+    def __init__(self, block: Block, linears: Sequence[str], update: Update, shown_names: set[str]) -> None:
+        self.block, self.linears, self.update, self.shown_names = block, linears, update, shown_names
+        self.shown_inputs: list[Tensor] = []
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -86,14 +86,14 @@ class _Showing:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            shown = any(args[0] is seen for seen in self.seen)
-            self.seen.append(args[0])
-            if name not in self.done and not shown:
+            repeated = any(args[0] is earlier for earlier in self.shown_inputs)
+            self.shown_inputs.append(args[0])
+            if name not in self.shown_names and not repeated:
                 rotation = self.block.rotation_of(name)
-                turned = args[0] if rotation is None else rotation.apply(args[0])
-                self.update(name, turned.flatten(0, -2).float())
-            self.done.add(name)
-            if self.done.issuperset(self.linears):
+                rotated = args[0] if rotation is None else rotation.apply(args[0])
+                self.update(name, rotated.flatten(0, -2).float())
+            self.shown_names.add(name)
+            if self.shown_names.issuperset(self.linears):
                 raise _AllShown
 
         return hook
@@ -104,41 +104,41 @@ def extremes(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:
 
     Linears of one stage share an input, so it is looked at once.
     """
-    found: dict[str, Tensor] = {}
+    bounds: dict[str, Tensor] = {}
 
     def update(name: str, x: Tensor) -> None:
         lo, hi = x.amin(0), x.amax(0)
-        if name in found:
-            lo, hi = lo.minimum(found[name][0]), hi.maximum(found[name][1])
-        found[name] = torch.stack([lo, hi])
+        if name in bounds:
+            lo, hi = lo.minimum(bounds[name][0]), hi.maximum(bounds[name][1])
+        bounds[name] = torch.stack([lo, hi])
 
     visit_inputs(block, {}, inputs, batch, [stage[0] for stage in block.spec.stages], update)
-    for ranges in found.values():
+    for ranges in bounds.values():
         processes.least(ranges[0])
         processes.largest(ranges[1])
-    return {name: found[stage[0]] for stage in block.spec.stages for name in stage}
+    return {name: bounds[stage[0]] for stage in block.spec.stages for name in stage}
 
 
 def peak_inputs(block: Block, inputs: Tensor, batch: int, linears: Sequence[str]) -> dict[str, Tensor]:
     """Return, by linear, the inputs `(in, in)` of the token at which each channel is largest, one row per channel."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    peaks: dict[str, tuple[Tensor, Tensor]] = {}
 
     def update(name: str, x: Tensor) -> None:
         size, token = x.abs().max(0)
         rows = x[token]
-        if name in found:
-            before, kept = found[name]
-            rows = torch.where((size > before)[:, None], rows, kept)
+        if name in peaks:
+            before, peak_rows = peaks[name]
+            rows = torch.where((size > before)[:, None], rows, peak_rows)
             size = size.maximum(before)
-        found[name] = (size, rows)
+        peaks[name] = (size, rows)
 
     visit_inputs(block, {}, inputs, batch, linears, update)
-    return {name: _of_largest(size, rows) for name, (size, rows) in found.items()}
+    return {name: _of_largest(size, rows) for name, (size, rows) in peaks.items()}
 
 
 def _of_largest(size: Tensor, rows: Tensor) -> Tensor:
     """Return of each row `(in,)` that of the process whose `size` is largest, the first of equals."""
-    own = processes.rank()
+    rank = processes.rank()
     holds = size == processes.largest(size.clone())
-    winner = processes.least(torch.where(holds, own, processes.size()))
-    return processes.add(torch.where((winner == own)[:, None], rows, 0))
+    winner = processes.least(torch.where(holds, rank, processes.size()))
+    return processes.add(torch.where((winner == rank)[:, None], rows, 0))

@@ -34,5 +34,5 @@ def outlier_tokens(model: Model, tokens: Tensor, batch: int, threshold: float) -
         giant |= size > threshold * size.median()
         hidden = run_stream(block.with_weights({}), hidden, batch, model.device)
     giant[:, 0] = False
-    wanted = -(-int(giant.sum()) // len(tokens))
-    return [token for token, _ in Counter(tokens[giant].tolist()).most_common(wanted)]
+    count = -(-int(giant.sum()) // len(tokens))
+    return [token for token, _ in Counter(tokens[giant].tolist()).most_common(count)]

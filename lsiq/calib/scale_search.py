@@ -57,13 +57,13 @@ def observe_inputs(block: Block, inputs: Tensor, batch: int) -> dict[str, InputS
 
     visit_inputs(block, {}, inputs, batch, [stage[0] for stage in block.spec.stages], update)
     tokens = int(processes.add_number(inputs.shape[0] * inputs.shape[1]))
-    found = {}
+    by_linear = {}
     for stage in block.spec.stages:
         magnitude, gram = (processes.add(total) for total in totals[stage[0]])
         check_finite(gram, block, stage[0])
         statistics = InputStatistics((magnitude / tokens).float(), (gram / tokens).float())
-        found |= dict.fromkeys(stage, statistics)
-    return found
+        by_linear |= dict.fromkeys(stage, statistics)
+    return by_linear
 
 
 def candidate_scale(block: Block, group: Group, statistics: InputStatistics, ratio: float) -> Tensor:
@@ -95,8 +95,8 @@ class BlockError:
 
     def __call__(self, weights: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> float:
         del weights  # the block's own, which made the targets
-        own = (self._run(rounded) - self.targets).square().sum(dtype=torch.float64).item()
-        return processes.add_number(own)
+        error = (self._run(rounded) - self.targets).square().sum(dtype=torch.float64).item()
+        return processes.add_number(error)
 
     def _run(self, weights: Mapping[str, Tensor]) -> Tensor:
         device = next(iter(self.block.weights.values())).device
@@ -165,14 +165,14 @@ def _least_error(
     count, size = fmt.grouped(w).shape[1:]
     blocks = gram.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (count, size, size)
     least = torch.full_like(candidates[0], torch.inf)
-    chosen = candidates[0]
+    best = candidates[0]
     for candidate in candidates:
         difference = fmt.grouped(rounded(candidate) - w)
         weighted = torch.einsum("ogi,gij->ogj", difference, blocks)
         error = (weighted * difference).sum(-1, keepdim=True)
         better = error < least
-        least, chosen = torch.where(better, error, least), torch.where(better, candidate, chosen)
-    return chosen
+        least, best = torch.where(better, error, least), torch.where(better, candidate, best)
+    return best
 
 
 def rounded_weight(w: Tensor, fmt: WeightFormat) -> Tensor:

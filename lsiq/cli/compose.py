@@ -26,8 +26,8 @@ def compose(*overrides: str) -> DictConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     find_in(Path.cwd())
-    own = user_folder()
-    path = [] if own is None else [f"hydra.searchpath=[file://{own.resolve()}]"]
+    folder = user_folder()
+    path = [] if folder is None else [f"hydra.searchpath=[file://{folder.resolve()}]"]
     try:
         with guarded(), hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
             return hydra.compose("config", overrides=[*path, *overrides])

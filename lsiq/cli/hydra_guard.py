@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lsiq.cli.positions import is_positional, named
+from lsiq.cli.positions import is_positional, with_parts_named
 from lsiq.errors import ConfigError
 
 _LOGGING = ("hydra.hydra_logging", "hydra.job_logging")
@@ -25,30 +25,30 @@ def check_hydra(config: Any) -> None:
     for key in _LOGGING:
         node = OmegaConf.select(config, key)
         plain = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
-        if (found := _factory(plain)) is not None:
+        if (factory := _factory(plain)) is not None:
             raise ConfigError(
-                f"{key}: {found} could call anything or write anywhere; choose hydra/job_logging=none or stdout"
+                f"{key}: {factory} could call anything or write anywhere; choose hydra/job_logging=none or stdout"
             )
 
 
 def _factory(node: Any) -> str | None:
     """The first entry of a logging configuration that names something to call, or a handler that writes files."""
     if isinstance(node, list):
-        return next((found for item in node if (found := _factory(item)) is not None), None)
+        return next((factory for item in node if (factory := _factory(item)) is not None), None)
     if not isinstance(node, Mapping):
         return f"{node}" if isinstance(node, str) and node.startswith("ext://") and node not in _STREAMS else None
     for key, value in node.items():
-        if key in ("()", ".", "_target_") or (key in ("class", "factory") and not _known(value)):
+        if key in ("()", ".", "_target_") or (key in ("class", "factory") and not _is_known(value)):
             return f"{key}={value}"
-        if (found := _factory(value)) is not None:
-            return found
+        if (factory := _factory(value)) is not None:
+            return factory
     return None
 
 
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def _known(value: Any) -> bool:
+def _is_known(value: Any) -> bool:
     return isinstance(value, str) and value in (
         "logging.StreamHandler",
         "logging.NullHandler",
@@ -79,7 +79,7 @@ def guarded() -> Iterator[None]:
             with open_dict(config):
                 config.hydra.overrides.task.extend(by_position)
         else:
-            config = compose(named(overrides, compose))
+            config = compose(with_parts_named(overrides, compose))
         check_hydra(config)
         return config
 

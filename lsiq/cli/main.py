@@ -60,14 +60,14 @@ def main() -> None:
     # long as sleeping does. Read when torch is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for words in (2, 1):
-        if found := COMMANDS.get(" ".join(sys.argv[1 : 1 + words])):
-            module, before = found
+        if command := COMMANDS.get(" ".join(sys.argv[1 : 1 + words])):
+            module, before = command
             sys.argv[1 : 1 + words] = before
             importlib.import_module(module).main()
             return
     find_in(Path.cwd())
-    own = user_folder()
-    if own is not None and not any(word.split("=")[0] in ("--config-dir", "-cd") for word in sys.argv):
-        sys.argv += ["--config-dir", str(own)]
+    folder = user_folder()
+    if folder is not None and not any(word.split("=")[0] in ("--config-dir", "-cd") for word in sys.argv):
+        sys.argv += ["--config-dir", str(folder)]
     with reporting(conf_folder()):
         carry_out()

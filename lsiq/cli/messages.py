@@ -23,7 +23,7 @@ _FLAGS = (
 )
 
 
-def explain_hydra(error: Exception, known: dict[str, list[str]]) -> str:
+def explain_hydra(error: Exception, groups: dict[str, list[str]]) -> str:
     """One line for an error that hydra or omegaconf raised while composing.
 
     Args:
@@ -32,16 +32,16 @@ def explain_hydra(error: Exception, known: dict[str, list[str]]) -> str:
     """
     lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
     text = " ".join(line for line in lines if not line.startswith(("full_key", "object_type", "reference_type")))
-    if found := re.search(r"Could not override '([\w.@/-]+)'", text):
-        key = found[1]
+    if match := re.search(r"Could not override '([\w.@/-]+)'", text):
+        key = match[1]
         group = key.split(".")[0]
-        hint = f"python run.py {group}=… --cfg job shows the keys of {group}" if group in known else top_level_hint()
+        hint = f"python run.py {group}=… --cfg job shows the keys of {group}" if group in groups else top_level_hint()
         return f"{key}: no such setting; {hint}"
-    if found := re.search(r"Could not find '([\w./-]+)/([^']*)'", text):
-        group, choice = found[1], found[2]
-        return f"{group}={choice}: no such choice; use one of {', '.join(known.get(group, []))}"
-    if found := re.search(r"Could not append to config\. An item is already at '([\w.]+)'", text):
-        return f"+{found[1]}: the key exists already; leave out the + to change it"
+    if match := re.search(r"Could not find '([\w./-]+)/([^']*)'", text):
+        group, choice = match[1], match[2]
+        return f"{group}={choice}: no such choice; use one of {', '.join(groups.get(group, []))}"
+    if match := re.search(r"Could not append to config\. An item is already at '([\w.]+)'", text):
+        return f"+{match[1]}: the key exists already; leave out the + to change it"
     if "parsing override" in text or "mismatched input" in text or "no viable alternative" in text:
         return f"{text}; an override reads key=value, and a value with blanks or commas stands in quotes"
     return text
@@ -83,10 +83,10 @@ def reporting(conf: Path) -> Iterator[None]:
     Args:
         conf: the folder of configuration groups, to name what may be chosen.
     """
-    if wrong := [word for word in sys.argv[1:] if word.startswith("-") and word.split("=")[0] not in _FLAGS]:
-        near = difflib.get_close_matches(wrong[0], _FLAGS, n=1)
+    if unknown := [word for word in sys.argv[1:] if word.startswith("-") and word.split("=")[0] not in _FLAGS]:
+        near = difflib.get_close_matches(unknown[0], _FLAGS, n=1)
         hint = f"did you mean {near[0]}?" if near else "settings read key=value; --help lists them"
-        sys.exit(f"error: {wrong[0]}: no such option; {hint}")
+        sys.exit(f"error: {unknown[0]}: no such option; {hint}")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra hands its errors on instead of printing several lines
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -113,8 +113,8 @@ def reporting(conf: Path) -> Iterator[None]:
     except KeyboardInterrupt as error:
         from lsiq.results.record import command_line
 
-        kept = f"{error}; " if str(error) else ""
-        print(f"interrupted: {kept}go on with: {command_line()}", file=sys.stderr)
+        detail = f"{error}; " if str(error) else ""
+        print(f"interrupted: {detail}go on with: {command_line()}", file=sys.stderr)
         sys.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
 
 

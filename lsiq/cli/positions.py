@@ -20,7 +20,7 @@ def is_positional(word: str) -> bool:
     return bool(_POSITION.match(word) or _LIST.match(word))
 
 
-def named(words: Sequence[str], compose: Callable[[list[str]], DictConfig]) -> list[str]:
+def with_parts_named(words: Sequence[str], compose: Callable[[list[str]], DictConfig]) -> list[str]:
     """Return overrides in which parts that were named by position have their names, and lists replace named parts.
 
     Args:
@@ -31,11 +31,14 @@ def named(words: Sequence[str], compose: Callable[[list[str]], DictConfig]) -> l
         ConfigError: the method has no part at a position.
     """
     words = [part for word in words for part in _replacing(word)]
-    found = [_POSITION.match(word) for word in words]
-    if not any(found):
+    matches = [_POSITION.match(word) for word in words]
+    if not any(matches):
         return words
-    cfg = compose([word for word, match in zip(words, found, strict=True) if match is None])
-    return [word if match is None else _named(word, match, cfg) for word, match in zip(words, found, strict=True)]
+    cfg = compose([word for word, match in zip(words, matches, strict=True) if match is None])
+    return [
+        word if match is None else _with_part_named(word, match, cfg)
+        for word, match in zip(words, matches, strict=True)
+    ]
 
 
 def _replacing(word: str) -> list[str]:
@@ -44,7 +47,7 @@ def _replacing(word: str) -> list[str]:
     return [word] if match is None else [f"~{match[1]}", f"+{word}"]
 
 
-def _named(word: str, match: re.Match[str], cfg: DictConfig) -> str:
+def _with_part_named(word: str, match: re.Match[str], cfg: DictConfig) -> str:
     parts = OmegaConf.select(cfg, match["parts"])
     if not isinstance(parts, DictConfig):  # no parts there at all: hydra says it better
         return word

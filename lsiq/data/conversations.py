@@ -43,9 +43,9 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
         where = f"{path}, line {line}"
         messages = entry.get("messages")
         if not isinstance(messages, list) or not messages:
-            found = ", ".join(entry) or "none"
+            fields = ", ".join(entry) or "none"
             raise InputError(
-                f"{where}: has no list of messages (its fields: {found}); give messages with role and content, or set "
+                f"{where}: has no list of messages (its fields: {fields}); give messages with role and content, or set "
                 "calib.template=false and calib.fields=[…]"
             )
         for number, message in enumerate(messages, 1):
@@ -60,8 +60,8 @@ def _check(message: Any, where: str) -> None:
     if role not in ROLES:
         raise InputError(f"{where}: role={role}: no such role; use one of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        found = "is missing" if content is None else f"is a {type(content).__name__}"
-        raise InputError(f"{where}: content {found}; it must be a string")
+        problem = "is missing" if content is None else f"is a {type(content).__name__}"
+        raise InputError(f"{where}: content {problem}; it must be a string")
 
 
 def no_template(where: object) -> str:

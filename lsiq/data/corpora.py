@@ -126,8 +126,8 @@ def read_corpus(name: str, split: Split, path: str | None = None, fields: Sequen
     else:
         corpus = HUB[name]
         rows = list(_local_rows(corpus, path) if path else _hub_rows(name, corpus, split))
-        kept = rows[: corpus.rows] if split == "evaluation" else rows
-        text = Text(kept, corpus.glue, corpus.by_document and split == "calibration")
+        documents = rows[: corpus.rows] if split == "evaluation" else rows
+        text = Text(documents, corpus.glue, corpus.by_document and split == "calibration")
     if not any(document.strip() for document in text.documents):
         raise InputError(f"{path or name}: the text is empty; give a file with text in it")
     return text
@@ -153,8 +153,8 @@ def check_readers(name: str, split: Split, path: str | None = None) -> None:
     ending = Path(path or HUB[name].files[split]).suffix
     if ending in _RAW:
         return
-    wanted = ("datasets", "zstandard") if ending == ".zst" else ("datasets",)
-    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    packages = ("datasets", "zstandard") if ending == ".zst" else ("datasets",)
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise InputError(
             f"{name}: is read with {' and '.join(missing)}, not installed here; pip install 'lsiq[hub]', "

@@ -81,16 +81,16 @@ def _decoded_lines(file: Iterable[bytes], path: Path) -> Iterator[str]:
 
 
 def _text_documents(lines: Iterator[str]) -> Iterator[str]:
-    held: list[str] = []
+    document_lines: list[str] = []
     for line in lines:
         if line.rstrip("\r\n") != SEPARATOR:
-            held.append(line)
+            document_lines.append(line)
             continue
-        document = "".join(held).removesuffix("\n").removesuffix("\r")
-        held.clear()
+        document = "".join(document_lines).removesuffix("\n").removesuffix("\r")
+        document_lines.clear()
         if document.strip():
             yield document
-    document = "".join(held)
+    document = "".join(document_lines)
     if document.strip():
         yield document
 
@@ -105,7 +105,7 @@ def _json_documents(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
 def _field(record: dict, name: str, path: Path, number: int) -> str:
     value = record.get(name)
     if not isinstance(value, str):
-        found = "is missing" if name not in record else f"is a {type(value).__name__}, not a string"
-        known = ", ".join(key for key, entry in record.items() if isinstance(entry, str)) or "none"
-        raise InputError(f"{path}, line {number}: field {name!r} {found}; name one of its string fields: {known}")
+        problem = "is missing" if name not in record else f"is a {type(value).__name__}, not a string"
+        fields = ", ".join(key for key, entry in record.items() if isinstance(entry, str)) or "none"
+        raise InputError(f"{path}, line {number}: field {name!r} {problem}; name one of its string fields: {fields}")
     return value

@@ -85,8 +85,8 @@ def cached_tokens(request: TokenRequest, tokenizer: Any, cache: ContentCache) ->
             content.update(hashlib.file_digest(stream, "blake2b").digest())
     if request.template:
         content.update(template_of(tokenizer).encode())
-    what = {key: value for key, value in asdict(request).items() if key != "path"}
-    key = cache.key(**what, content=content.hexdigest())
+    fields = {key: value for key, value in asdict(request).items() if key != "path"}
+    key = cache.key(**fields, content=content.hexdigest())
     return cache.once(key, f"tokens of {request.path or request.corpus}", make)["tokens"].long()
 
 

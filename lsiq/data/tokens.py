@@ -67,9 +67,9 @@ def _draw_disjoint(ids: Tensor, samples: int, seqlen: int, random: Any, name: st
         )
     # As far as the text reaches beyond the windows that are wanted, the first one may begin anywhere.
     offset = int(random.integers(0, min(seqlen, len(ids) - samples * seqlen + 1)))
-    cut = ids[offset:]
-    cut = cut[: len(cut) // seqlen * seqlen].view(-1, seqlen)
-    return cut[torch.from_numpy(random.permutation(len(cut))[:samples])]
+    windows = ids[offset:]
+    windows = windows[: len(windows) // seqlen * seqlen].view(-1, seqlen)
+    return windows[torch.from_numpy(random.permutation(len(windows))[:samples])]
 
 
 def _draw_by_document(text: Text, tokenizer: Any, samples: int, seqlen: int, random: Any, name: str) -> Tensor:

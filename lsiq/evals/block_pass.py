@@ -39,7 +39,9 @@ def run_blocks(
     """
     streams, kwargs = _embed(model, batches)
     keep = _keeper(model, streams)
-    micro = MicroBatch(max((len(batch) for several in batches.values() for batch in several), default=1), "evaluating")
+    micro = MicroBatch(
+        max((len(batch) for corpus_batches in batches.values() for batch in corpus_batches), default=1), "evaluating"
+    )
 
     def prepare(index: int) -> dict[str, BlockFunction]:
         block = model.block(index, {})
@@ -48,8 +50,8 @@ def run_blocks(
     for functions in prefetched(prepare, model.depth, model.device):
         for name, stream in streams.items():
             for position, hidden in enumerate(stream):
-                moved = hidden.to(model.device, non_blocking=True)
-                stream[position] = keep(in_parts(partial(_run, functions[name], kwargs), moved, micro))
+                inputs = hidden.to(model.device, non_blocking=True)
+                stream[position] = keep(in_parts(partial(_run, functions[name], kwargs), inputs, micro))
         advance()
         del functions  # before the next block's are waited for
     if model.device.type == "cuda":
@@ -67,16 +69,16 @@ def _embed(
     """Return what enters the first block, and the blocks' keyword arguments by sequence length."""
     entered: dict[int, Tensor] = {}  # models that read the same batch share its embedding
     kwargs: dict[int, dict[str, Any]] = {}
-    for batch in (batch for several in batches.values() for batch in several):
+    for batch in (batch for corpus_batches in batches.values() for batch in corpus_batches):
         if id(batch) not in entered:
             entered[id(batch)], kwargs[batch.shape[1]] = model.embed(batch, len(batch))
-    return {name: [entered[id(batch)] for batch in several] for name, several in batches.items()}, kwargs
+    return {name: [entered[id(batch)] for batch in corpus_batches] for name, corpus_batches in batches.items()}, kwargs
 
 
 def _keeper(model: Model, streams: Mapping[str, Sequence[Tensor]]) -> Callable[[Tensor], Tensor]:
     """Return what puts a block's output where it waits for the next block: on the device while there is room."""
     if disk.on_disk():
-        return _written
+        return _to_disk
     if fits(sum(hidden.nbytes for stream in streams.values() for hidden in stream), model.device):
         return lambda hidden: hidden
     # Copies to and from pinned memory keep the order of the GPU's queue, so the host need not wait for them.
@@ -85,10 +87,10 @@ def _keeper(model: Model, streams: Mapping[str, Sequence[Tensor]]) -> Callable[[
     )
 
 
-def _written(hidden: Tensor) -> Tensor:
-    kept = disk.empty(hidden.shape, hidden.dtype).copy_(hidden)
-    disk.release(kept)
-    return kept
+def _to_disk(hidden: Tensor) -> Tensor:
+    copy = disk.empty(hidden.shape, hidden.dtype).copy_(hidden)
+    disk.release(copy)
+    return copy
 
 
 def prefetched(prepare: Callable[[int], T], count: int, device: torch.device) -> Iterator[T]:

@@ -86,17 +86,18 @@ def write_answers(
     Raises:
         InputError: a prompt and its answer have no place in the model's positions.
     """
-    key = cache.key(kind="answers", prompts=hash_prompts(prompts), reference=variant.kept, batch_tokens=batch_tokens)
-    own = variant.reference is None
-    entry = None if variant.kept is None else cache.read(key, own)
+    name = variant.cache_name
+    key = cache.key(kind="answers", prompts=hash_prompts(prompts), reference=name, batch_tokens=batch_tokens)
+    private = variant.reference is None
+    entry = None if name is None else cache.read(key, private)
     if entry is not None:
-        kept = [[token for token in row if token >= 0] for row in entry.tensors["answers"].tolist()]
-        return kept, None if own else entry.origin
+        cached_answers = [[token for token in row if token >= 0] for row in entry.tensors["answers"].tolist()]
+        return cached_answers, None if private else entry.origin
     answers = _write(variant.prepared or model, prompts, variant.function_of, batch_tokens, progress)
-    if variant.kept is not None:
+    if name is not None:
         rows = [torch.tensor(answer, dtype=torch.int32) for answer in answers]
         table = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        cache.write(key, {"answers": table}, own)
+        cache.write(key, {"answers": table}, private)
     return answers, None
 
 
@@ -112,13 +113,13 @@ def _write(
     order = sorted(range(len(prompts)), key=lambda index: (-prompts[index].limit, -len(prompts[index].tokens)))
     batches = _batches([(index, prompts[index]) for index in order], batch_tokens)
     advance = progress(len(batches))
-    written: list[tuple[int, list[int]]] = []
+    indexed_answers: list[tuple[int, list[int]]] = []
     for batch in batches[processes.share(len(batches))]:
         answers = _fitting(writer, [prompt for _, prompt in batch])
-        written += zip((index for index, _ in batch), answers, strict=True)
+        indexed_answers += zip((index for index, _ in batch), answers, strict=True)
         advance()
-    found = dict(pair for part in processes.gather(written) for pair in part)
-    return [found[index] for index in range(len(prompts))]
+    by_index = dict(pair for part in processes.gather(indexed_answers) for pair in part)
+    return [by_index[index] for index in range(len(prompts))]
 
 
 def _batches(prompts: Sequence[tuple[int, Prompt]], tokens: int) -> list[list[tuple[int, Prompt]]]:
@@ -173,17 +174,17 @@ class Writer:
         open_ = set(range(len(prompts)))
         state = self._read(prompts)
         while open_:
-            chosen = state.logits.argmax(-1)
-            for row, token in enumerate(chosen.tolist()):
+            tokens = state.logits.argmax(-1)
+            for row, token in enumerate(tokens.tolist()):
                 if row in open_:
                     answers[row].append(token)
-                    if self._ended(prompts[row], answers[row]):
+                    if self._is_finished(prompts[row], answers[row]):
                         open_.remove(row)
             if open_:
-                self._next(state, chosen)
+                self._next(state, tokens)
         return answers
 
-    def _ended(self, prompt: Prompt, answer: Sequence[int]) -> bool:
+    def _is_finished(self, prompt: Prompt, answer: Sequence[int]) -> bool:
         if answer[-1] in self.ends or len(answer) >= prompt.limit:
             return True
         # A token holds a byte at least; some more, since a character may be cut in two where the tail begins.
@@ -221,11 +222,11 @@ class Writer:
                 "model changes its rotary embedding (LongRoPE); leave the task out"
             )
 
-    def _next(self, state: _State, chosen: Tensor) -> None:
+    def _next(self, state: _State, tokens: Tensor) -> None:
         """Read the tokens `(batch,)` that were chosen."""
-        state.mask = torch.cat([state.mask, state.mask.new_ones(len(chosen), 1)], 1)
+        state.mask = torch.cat([state.mask, state.mask.new_ones(len(tokens), 1)], 1)
         hidden, kwargs = self.model.enter(
-            input_ids=chosen[:, None],
+            input_ids=tokens[:, None],
             attention_mask=state.mask,
             position_ids=state.mask.sum(1, keepdim=True) - 1,
             past_key_values=state.cache,
@@ -233,10 +234,10 @@ class Writer:
         state.logits = self._through(hidden, kwargs, state)
 
     def _through(self, hidden: Tensor, kwargs: Mapping[str, Any], state: _State) -> Tensor:
-        given = {**kwargs, "past_key_values": state.cache}
-        hidden = self.model.turned(hidden)
+        arguments = {**kwargs, "past_key_values": state.cache}
+        hidden = self.model.rotated(hidden)
         for function in self.functions:
-            hidden = function(hidden, given)
+            hidden = function(hidden, arguments)
         return self.model.logits(hidden[:, -1:])[:, 0]
 
 
@@ -251,8 +252,8 @@ class _State:
 
 def _ends(model: Model) -> set[int]:
     """Return the tokens that end texts: of the configuration, the tokenizer and `generation_config.json`."""
-    named = [model.tokenizer.eos_token_id, getattr(model.config, "eos_token_id", None)]
+    ends = [model.tokenizer.eos_token_id, getattr(model.config, "eos_token_id", None)]
     folder = getattr(model.checkpoint, "folder", None)
     if folder is not None and (file := Path(folder) / "generation_config.json").is_file():
-        named.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
-    return {token for some in named if some is not None for token in (some if isinstance(some, list) else [some])}
+        ends.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+    return {token for entry in ends if entry is not None for token in (entry if isinstance(entry, list) else [entry])}

@@ -50,15 +50,15 @@ class Answers:
 
     def __init__(self, model: Model, variants: Mapping[str, Variant], batch_tokens: int, cache: ContentCache) -> None:
         self._model, self._variants, self._batch_tokens, self._cache = model, variants, batch_tokens, cache
-        self._known: dict[str, dict[str, Likelihoods]] = {}
+        self._likelihoods: dict[str, dict[str, Likelihoods]] = {}
         self._origins: dict[str, dict[str, Mapping[str, str]]] = {}
 
     def of(self, prefix: str, pairs: Sequence[Pair]) -> Likelihoods:
         """Return the likelihoods under one model."""
         key = hash_pairs(pairs)
-        if key not in self._known:
+        if key not in self._likelihoods:
             with contextlib.ExitStack() as stack:
-                self._known[key], origins = measure_pairs(
+                self._likelihoods[key], origins = measure_pairs(
                     self._model,
                     pairs,
                     self._variants,
@@ -67,9 +67,9 @@ class Answers:
                     partial(_next_stage, stack),
                 )
             self._origins[key] = origins
-        return self._known[key][prefix]
+        return self._likelihoods[key][prefix]
 
-    def written(self, prefix: str, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def answers_to(self, prefix: str, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the tokens that one model writes after each prompt."""
         with contextlib.ExitStack() as stack:
             answers, origin = write_answers(
@@ -110,19 +110,22 @@ def measure_tasks(
     """
     answers = Answers(model, variants, settings.batch * settings.seqlen, cache)
     # All are asked the same, so long texts are cut for the one that has the fewest positions left.
-    positions = min((own.positions for own, _ in by_model(model, variants) if own.positions is not None), default=None)
+    positions = min(
+        (prepared.positions for prepared, _ in by_model(model, variants) if prepared.positions is not None),
+        default=None,
+    )
     rows: list[dict[str, Any]] = []
     for prefix in variants:
         results = _evaluate(model, positions, answers, prefix, tasks, settings.items)
         for name in tasks:
             samples = results["samples"][name]
-            found = _metrics(results["results"][name], name)
+            metrics = _metrics(results["results"][name], name)
             # The float setting measures one model, which is also the one under test.
-            for shown in (prefix, "") if "" not in variants else (prefix,):
-                rows += _items(samples, name, shown)
-                record.metrics |= {f"{shown}{key}": value for key, value in found.items()}
+            for label in (prefix, "") if "" not in variants else (prefix,):
+                rows += _items(samples, name, label)
+                record.metrics |= {f"{label}{key}": value for key, value in metrics.items()}
                 if (origin := answers.origin(prefix)) is not None:
-                    record.cached |= {f"{shown}{key}": dict(origin) for key in found}
+                    record.cached |= {f"{label}{key}": dict(origin) for key in metrics}
             protocol = {
                 "task_version": results["versions"].get(name),
                 "items": len({sample["doc_id"] for sample in samples}),
@@ -130,7 +133,7 @@ def measure_tasks(
                 "requests": _hash_requests(samples),
                 "lm_eval": importlib.metadata.version("lm_eval"),
             }
-            record.protocol |= {key: protocol for key in found if not key.partition("/")[0].endswith("_stderr")}
+            record.protocol |= {key: protocol for key in metrics if not key.partition("/")[0].endswith("_stderr")}
     if processes.first():
         with replacing(folder / "items.parquet") as partial:
             pandas.DataFrame(rows).to_parquet(partial, index=False)
@@ -144,20 +147,20 @@ def check_tasks(model: Model, tasks: Tasks) -> None:
 
 def _hash_requests(samples: Sequence[Mapping[str, Any]]) -> str:
     """A hash of the prompts and answers of all items, and of which is right."""
-    asked = [[sample["doc_id"], sample["arguments"], str(sample["target"])] for sample in samples]
-    return hashlib.blake2b(json.dumps(asked, default=str).encode(), digest_size=8).hexdigest()
+    requests = [[sample["doc_id"], sample["arguments"], str(sample["target"])] for sample in samples]
+    return hashlib.blake2b(json.dumps(requests, default=str).encode(), digest_size=8).hexdigest()
 
 
 def _metrics(results: Mapping[str, Any], task: str) -> dict[str, float]:
     """Return the numbers of one task by our keys: `acc/piqa`, `acc_stderr/piqa`, `exact_match_strict-match/gsm8k`."""
-    found = {}
+    metrics = {}
     for name, value in results.items():
         metric, _, extract = name.partition(",")
         stderr = metric.endswith("_stderr")
         metric = _key(metric.removesuffix("_stderr"), extract)
         if "," in name and isinstance(value, (int, float)) and value == value:
-            found[f"{metric}{'_stderr' if stderr else ''}/{task}"] = float(value)
-    return found
+            metrics[f"{metric}{'_stderr' if stderr else ''}/{task}"] = float(value)
+    return metrics
 
 
 def _key(metric: str, extract: str) -> str:
@@ -185,16 +188,16 @@ def _evaluate(
 
     from lsiq.evals.harness_model import BlockLM  # derives from a class of the harness
 
-    lm = BlockLM(model.tokenizer, positions, partial(answers.of, prefix), partial(answers.written, prefix))
+    lm = BlockLM(model.tokenizer, positions, partial(answers.of, prefix), partial(answers.answers_to, prefix))
     with _quiet():
-        found = evaluate(lm, {"tasks": dict(tasks)}, limit=items, bootstrap_iters=_BOOTSTRAP)
-    assert found is not None  # None is for the lower ranks of a distributed evaluation
-    return found
+        results = evaluate(lm, {"tasks": dict(tasks)}, limit=items, bootstrap_iters=_BOOTSTRAP)
+    assert results is not None  # None is for the lower ranks of a distributed evaluation
+    return results
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the harness' bars and remarks off the terminal, and its bootstrap in this process."""
-    shown = io.StringIO()
-    with variable("DISABLE_MULTIPROC", "1"), contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
+    output = io.StringIO()
+    with variable("DISABLE_MULTIPROC", "1"), contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         yield

@@ -64,8 +64,8 @@ class BlockLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         del kwargs
-        found = self._measure([(context, continuation) for _, context, continuation in requests])
-        return list(zip(found.log_likelihood.tolist(), found.greedy.tolist(), strict=True))
+        likelihoods = self._measure([(context, continuation) for _, context, continuation in requests])
+        return list(zip(likelihoods.log_likelihood.tolist(), likelihoods.greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         """The log likelihood of whole texts, in windows as long as the model's positions."""
@@ -99,18 +99,18 @@ class BlockLM(TemplateLM):
         ]
 
     def _prompt(self, context: str, settings: Mapping[str, Any]) -> Prompt:
-        chosen: Mapping[str, Any] = dict(normalize_gen_kwargs(dict(settings), _LIMIT))
-        stops = chosen["until"]
+        options: Mapping[str, Any] = dict(normalize_gen_kwargs(dict(settings), _LIMIT))
+        stops = options["until"]
         end = self.tokenizer.decode([self.eot_token_id])
-        limit = chosen["max_gen_toks"]
+        limit = options["max_gen_toks"]
         if self._positions is not None and limit >= self._positions:
             raise InputError(
                 f"eval.tasks: an answer of {limit} tokens has no place in a model of {self._positions} positions; "
                 "leave out its task"
             )
         tokens = self.tok_encode(context) or [self.prefix_token_id]
-        kept = tokens if self._positions is None else tokens[-(self._positions - limit) :]
-        return Prompt(tuple(kept), tuple(dict.fromkeys([*filter(None, stops), end])), limit)
+        prompt_tokens = tokens if self._positions is None else tokens[-(self._positions - limit) :]
+        return Prompt(tuple(prompt_tokens), tuple(dict.fromkeys([*filter(None, stops), end])), limit)
 
     def _measure(self, pairs: Sequence[Pair]) -> Likelihoods:
         with contextlib.redirect_stderr(self._stderr):  # the harness is kept quiet, our progress is not

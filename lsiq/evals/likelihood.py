@@ -59,24 +59,24 @@ def measure_pairs(
     Raises:
         InputError: a continuation is empty or alone longer than the model's positions.
     """
-    keys = {p: cache.key(kind="pairs", pairs=hash_pairs(pairs), reference=v.kept) for p, v in variants.items()}
-    found: dict[str, Likelihoods] = {}
+    keys = {p: cache.key(kind="pairs", pairs=hash_pairs(pairs), reference=v.cache_name) for p, v in variants.items()}
+    by_prefix: dict[str, Likelihoods] = {}
     origins: dict[str, Mapping[str, str]] = {}
     for prefix, variant in variants.items():
-        own = variant.reference is None
-        entry = None if variant.kept is None else cache.read(keys[prefix], own)
+        private = variant.reference is None
+        entry = None if variant.cache_name is None else cache.read(keys[prefix], private)
         if entry is not None:
-            found[prefix] = Likelihoods(**entry.tensors)
-            if not own:
+            by_prefix[prefix] = Likelihoods(**entry.tensors)
+            if not private:
                 origins[prefix] = entry.origin
-    missing = {prefix: variant for prefix, variant in variants.items() if prefix not in found}
-    for own, group in by_model(model, missing):
-        measured = _measure(own, pairs, group, batch_tokens, progress)
+    missing = {prefix: variant for prefix, variant in variants.items() if prefix not in by_prefix}
+    for prepared, group in by_model(model, missing):
+        measured = _measure(prepared, pairs, group, batch_tokens, progress)
         for prefix, likelihoods in measured.items():
-            if group[prefix].kept is not None:
+            if group[prefix].cache_name is not None:
                 cache.write(keys[prefix], vars(likelihoods), group[prefix].reference is None)
-        found |= measured
-    return found, origins
+        by_prefix |= measured
+    return by_prefix, origins
 
 
 def hash_pairs(pairs: Sequence[Pair]) -> str:
@@ -106,13 +106,13 @@ def _measure(
     for everyone in passes:
         batches = everyone[processes.share(len(everyone))]
         ids = [_padded(batch) for batch in batches]
-        left = run_blocks(model, dict.fromkeys(variants, ids), functions, advance)
-        for prefix, stream in left.items():
+        streams = run_blocks(model, dict.fromkeys(variants, ids), functions, advance)
+        for prefix, stream in streams.items():
             for batch, hidden in zip(batches, stream, strict=True):
                 _read_off(model, batch, hidden, out[prefix])
-    for found in out.values():
-        processes.add(found.log_likelihood)
-        found.greedy.copy_(processes.least(found.greedy.byte()))
+    for likelihoods in out.values():
+        processes.add(likelihoods.log_likelihood)
+        likelihoods.greedy.copy_(processes.least(likelihoods.greedy.byte()))
     return out
 
 
@@ -140,17 +140,17 @@ def _batches(inputs: Sequence[_Input], batch_tokens: int) -> Iterator[list[_Inpu
 
 
 def _passes(batches: Iterator[list[_Input]], tokens: int) -> Iterator[list[list[_Input]]]:
-    held: list[list[_Input]] = []
+    pass_batches: list[list[_Input]] = []
     size = 0
     for batch in batches:
         width = len(batch) * len(batch[0].tokens)
-        if held and size + width > tokens:
-            yield held
-            held, size = [], 0
-        held.append(batch)
+        if pass_batches and size + width > tokens:
+            yield pass_batches
+            pass_batches, size = [], 0
+        pass_batches.append(batch)
         size += width
-    if held:
-        yield held
+    if pass_batches:
+        yield pass_batches
 
 
 def _tokens_per_pass(model: Model, variants: int) -> int:
@@ -172,14 +172,14 @@ def _read_off(model: Model, batch: Sequence[_Input], hidden: Tensor, out: Likeli
             places += range(end - len(continuation), end)
             targets += continuation
             owners += [index] * len(continuation)
-    wanted = hidden[torch.tensor(rows), torch.tensor(places)]
+    states = hidden[torch.tensor(rows), torch.tensor(places)]
     answer, owner = torch.tensor(targets), torch.tensor(owners)
     at_once = max(1, _LOGITS // model.config.vocab_size)
     for start in range(0, len(answer), at_once):
         part = slice(start, start + at_once)
-        predicted = model.logits(wanted[part]).log_softmax(-1)
-        chosen = answer[part].to(predicted.device)
-        losses = predicted.gather(1, chosen[:, None]).squeeze(1)
+        predicted = model.logits(states[part]).log_softmax(-1)
+        expected = answer[part].to(predicted.device)
+        losses = predicted.gather(1, expected[:, None]).squeeze(1)
         out.log_likelihood.index_add_(0, owner[part], losses.double().cpu())
-        wrong = (predicted.argmax(-1) != chosen).cpu()
+        wrong = (predicted.argmax(-1) != expected).cpu()
         out.greedy[owner[part][wrong]] = False

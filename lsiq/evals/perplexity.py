@@ -73,24 +73,24 @@ def perplexity(
         NumericalError: the loss is not finite.
     """
     batches = windows.split(batch)
-    left = run_blocks(model, {"": batches}, {"": function_of}, advance)
-    return score_tokens(model, batches, left)[""].perplexity()
+    streams = run_blocks(model, {"": batches}, {"": function_of}, advance)
+    return score_tokens(model, batches, streams)[""].perplexity()
 
 
 @torch.no_grad()
 def score_tokens(
-    model: Model, batches: Sequence[Tensor], left: Mapping[str, Sequence[Tensor]], reference: str | None = None
+    model: Model, batches: Sequence[Tensor], streams: Mapping[str, Sequence[Tensor]], reference: str | None = None
 ) -> dict[str, TokenScores]:
     """Return what each model says of the tokens in `batches (B, T)`.
 
     Args:
-        left: by model, what left its last block: one `(B, T, d)` for each batch.
+        streams: by model, what left its last block: one `(B, T, d)` for each batch.
         reference: the model that the others are compared with; None leaves divergence and agreement out.
     """
-    parts: dict[str, list[list[Tensor]]] = {name: [] for name in left}
+    parts: dict[str, list[list[Tensor]]] = {name: [] for name in streams}
     for position, ids in enumerate(batches):
-        found = _score_batch(model, ids, {name: stream[position] for name, stream in left.items()}, reference)
-        for name, columns in found.items():
+        scores = _score_batch(model, ids, {name: stream[position] for name, stream in streams.items()}, reference)
+        for name, columns in scores.items():
             parts[name].append([column.view(len(ids), -1).cpu() for column in columns])
     return {
         name: TokenScores(*(torch.cat(column) for column in zip(*rows, strict=True))) for name, rows in parts.items()
@@ -98,30 +98,30 @@ def score_tokens(
 
 
 def _score_batch(
-    model: Model, ids: Tensor, left: Mapping[str, Tensor], reference: str | None
+    model: Model, ids: Tensor, states: Mapping[str, Tensor], reference: str | None
 ) -> dict[str, list[Tensor]]:
     """Return by model the columns of TokenScores, flat; the logits of few tokens are held at once."""
     targets = ids[:, 1:].flatten().to(model.device)
-    flat = {name: hidden[:, :-1].flatten(0, 1) for name, hidden in left.items()}
+    flat = {name: hidden[:, :-1].flatten(0, 1) for name, hidden in states.items()}
     at_once = max(1, min(_TOKENS, _LOGITS // model.config.vocab_size))
-    parts: dict[str, list[list[Tensor]]] = {name: [] for name in left}
+    parts: dict[str, list[list[Tensor]]] = {name: [] for name in states}
     for start in range(0, len(targets), at_once):
         part = slice(start, start + at_once)
-        known = None if reference is None else model.logits(flat[reference][part]).log_softmax(-1)
+        expected = None if reference is None else model.logits(flat[reference][part]).log_softmax(-1)
         for name, hidden in flat.items():
-            if name == reference and known is not None:
-                parts[name].append([-known.gather(1, targets[part, None]).squeeze(1)])
+            if name == reference and expected is not None:
+                parts[name].append([-expected.gather(1, targets[part, None]).squeeze(1)])
             else:
-                parts[name].append(_score(model.logits(hidden[part]), targets[part], known))
+                parts[name].append(_score(model.logits(hidden[part]), targets[part], expected))
     return {name: [torch.cat(column) for column in zip(*rows, strict=True)] for name, rows in parts.items()}
 
 
-def _score(logits: Tensor, targets: Tensor, known: Tensor | None) -> list[Tensor]:
-    if known is None:
+def _score(logits: Tensor, targets: Tensor, expected: Tensor | None) -> list[Tensor]:
+    if expected is None:
         return [torch.nn.functional.cross_entropy(logits, targets, reduction="none")]
     predicted = logits.log_softmax(-1)
     return [
         -predicted.gather(1, targets[:, None]).squeeze(1),
-        torch.nn.functional.kl_div(predicted, known, reduction="none", log_target=True).sum(-1),
-        predicted.argmax(-1) == known.argmax(-1),
+        torch.nn.functional.kl_div(predicted, expected, reduction="none", log_target=True).sum(-1),
+        predicted.argmax(-1) == expected.argmax(-1),
     ]

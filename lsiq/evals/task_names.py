@@ -31,10 +31,10 @@ def check_tasks(settings: EvalSettings) -> None:
     """
     if not settings.tasks:
         return
-    found = importlib.util.find_spec("lm_eval")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
         raise ConfigError(harness_missing(settings.tasks))
-    definitions = Path(found.submodule_search_locations[0]) / "tasks"
+    definitions = Path(spec.submodule_search_locations[0]) / "tasks"
     for name in dict.fromkeys(settings.tasks):
         path = settings.tasks_local.get(name) or bundled_task(name)
         if path is not None:
@@ -51,7 +51,7 @@ def _check_known(name: str, definitions: Path) -> None:
     for content in _contents(definitions):
         if name.encode() in content:
             return
-        names |= {found.decode() for found in _NAMES.findall(content)}
+        names |= {match.decode() for match in _NAMES.findall(content)}
     raise ConfigError(no_such_task(name, difflib.get_close_matches(name, sorted(names), n=3)))
 
 
@@ -69,10 +69,10 @@ def _check_data(name: str, folder: Path) -> None:
     if not constants.HF_HUB_OFFLINE and not os.environ.get("HF_DATASETS_OFFLINE"):
         return
     definition = next((file for file in sorted(folder.glob("*.yaml")) if _defines(file, name)), None)
-    found = None if definition is None else _DATA.search(definition.read_text(encoding="utf-8"))
-    if found is None:
+    match = None if definition is None else _DATA.search(definition.read_text(encoding="utf-8"))
+    if match is None:
         return
-    repository = found[1]
+    repository = match[1]
     prepared = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
     places = (
         prepared / repository.replace("/", "___"),

@@ -54,12 +54,12 @@ def _piqa(row: Row) -> Row:
 def _hellaswag(row: Row) -> Row:
     label, _, context = row["query"].partition(": ")
     # The harness capitalises the sentence to be finished; the flat rows hold it as it is, after the last full stop.
-    begun = re.search(r"(?<=[.!?] )[a-z][^.!?]*$", context)
-    start = context[: begun.start() - 1] if begun else context
+    ending = re.search(r"(?<=[.!?] )[a-z][^.!?]*$", context)
+    start = context[: ending.start() - 1] if ending else context
     return {
         "activity_label": label,
         "ctx_a": start,
-        "ctx_b": begun[0] if begun else "",
+        "ctx_b": ending[0] if ending else "",
         "endings": row["choices"],
         "label": str(row["gold"]),
     }
@@ -144,8 +144,8 @@ def _check(name: str, task: Any) -> None:
         raise ConfigError(f"eval.tasks: {name} is of the kind {task.OUTPUT_TYPE}; there are {', '.join(_MEASURED)}")
     if not generates(task):
         return
-    asked = task.config.generation_kwargs or {}
-    if asked.get("do_sample") or (asked.get("temperature") or 0) > 0 or asked.get("num_beams", 1) > 1:
+    options = task.config.generation_kwargs or {}
+    if options.get("do_sample") or (options.get("temperature") or 0) > 0 or options.get("num_beams", 1) > 1:
         raise ConfigError(f"eval.tasks: {name} asks for sampled text or beams; text is generated greedily here only")
 
 
@@ -203,9 +203,9 @@ def _manager(name: str) -> Any:
 
     if name in FLAT:
         folder = Path(lm_eval.tasks.__file__).parent / FLAT[name][0]
-        known = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
-        if name in known.task_index:
-            return known
+        manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
+        if name in manager.task_index:
+            return manager
     return _whole_index()
 
 

@@ -35,7 +35,7 @@ class Variant:
         function_of: turns a float block into the one to run.
         reference: what it is, for the cache; None for the model under test, which is never taken from there.
         stored: what names the model under test among what the run keeps of its own measurements; None keeps none.
-        prepared: the model whose float blocks these are, where its residual stream is turned or a prefix stands before
+        prepared: the model whose float blocks these are, where its residual stream is rotated or a prefix stands before
             every sequence; None for the float model as it is.
     """
 
@@ -45,7 +45,7 @@ class Variant:
     stored: str | None = None
 
     @property
-    def kept(self) -> str | None:
+    def cache_name(self) -> str | None:
         """What it is called among what was measured before, be that shared or the run's own."""
         return self.reference or self.stored
 
@@ -66,8 +66,8 @@ def by_model(model: Model, variants: Mapping[str, Variant]) -> list[tuple[Model,
     """Return the variants by the model whose float blocks they are made of, `model` unless they name another one."""
     groups: dict[int, tuple[Model, dict[str, Variant]]] = {}
     for prefix, variant in variants.items():
-        own = variant.prepared or model
-        groups.setdefault(id(own), (own, {}))[1][prefix] = variant
+        prepared = variant.prepared or model
+        groups.setdefault(id(prepared), (prepared, {}))[1][prefix] = variant
     return list(groups.values())
 
 
@@ -90,37 +90,39 @@ def measure_windows(
         divergence: whether the others are compared with the float model token by token.
         advance: called after each block of each pass; there is none where everything was measured before.
     """
-    own = {corpus: processes.share(-(-len(ids) // batch)) for corpus, ids in windows.items()}
-    batches = {corpus: ids.split(batch)[own[corpus]] for corpus, ids in windows.items()}
+    shares = {corpus: processes.share(-(-len(ids) // batch)) for corpus, ids in windows.items()}
+    batches = {corpus: ids.split(batch)[shares[corpus]] for corpus, ids in windows.items()}
     shelf = _Shelf(cache, windows, divergence)
-    found = {corpus: shelf.take(corpus, variants) for corpus in windows}
+    results = {corpus: shelf.take(corpus, variants) for corpus in windows}
     states = {corpus: shelf.states(corpus) if divergence else None for corpus in windows}
-    to_run = {corpus: _to_run(variants, found[corpus], divergence and states[corpus] is None) for corpus in windows}
-    for corpus, left in _run(model, batches, variants, to_run, advance).items():
-        if FLOAT in left:
-            shelf.keep_states(corpus, left[FLOAT])
-        elif (kept := states[corpus]) is not None:
-            left[FLOAT] = list(kept.split(batch)[own[corpus]])
-        scored = score_tokens(model, batches[corpus], left, FLOAT if divergence else None) if batches[corpus] else {}
-        scored = _joined(processes.gather(scored))
+    to_run = {corpus: _to_run(variants, results[corpus], divergence and states[corpus] is None) for corpus in windows}
+    for corpus, streams in _run(model, batches, variants, to_run, advance).items():
+        if FLOAT in streams:
+            shelf.keep_states(corpus, streams[FLOAT])
+        elif (reference_states := states[corpus]) is not None:
+            streams[FLOAT] = list(reference_states.split(batch)[shares[corpus]])
+        scored = score_tokens(model, batches[corpus], streams, FLOAT if divergence else None) if batches[corpus] else {}
+        scored = _join(processes.gather(scored))
         for prefix in to_run[corpus]:
-            found[corpus][prefix] = Measured(scored[prefix])
+            results[corpus][prefix] = Measured(scored[prefix])
             shelf.put(corpus, variants[prefix], scored[prefix])
-    return {corpus: {prefix: found[corpus][prefix] for prefix in variants} for corpus in windows}
+    return {corpus: {prefix: results[corpus][prefix] for prefix in variants} for corpus in windows}
 
 
-def _joined(parts: Sequence[Mapping[str, TokenScores]]) -> dict[str, TokenScores]:
+def _join(parts: Sequence[Mapping[str, TokenScores]]) -> dict[str, TokenScores]:
     """Put together, by model, what several processes found of their windows."""
-    held = [part for part in parts if part]
-    joined = {}
-    for prefix, first in held[0].items():
+    nonempty = [part for part in parts if part]
+    scores = {}
+    for prefix, first in nonempty[0].items():
         names = [name for name, tensor in vars(first).items() if tensor is not None]
-        joined[prefix] = TokenScores(**{name: torch.cat([vars(part[prefix])[name] for part in held]) for name in names})
-    return joined
+        scores[prefix] = TokenScores(
+            **{name: torch.cat([vars(part[prefix])[name] for part in nonempty]) for name in names}
+        )
+    return scores
 
 
-def _to_run(variants: Mapping[str, Variant], found: Mapping[str, Measured], wants_float: bool) -> list[str]:
-    missing = [prefix for prefix in variants if prefix not in found]
+def _to_run(variants: Mapping[str, Variant], results: Mapping[str, Measured], wants_float: bool) -> list[str]:
+    missing = [prefix for prefix in variants if prefix not in results]
     if missing and wants_float and FLOAT not in missing:
         missing.insert(0, FLOAT)
     return missing
@@ -141,17 +143,17 @@ def _run(
     reads = {prefix: corpora for prefix, corpora in reads.items() if corpora}
     if not reads:
         return {}
-    joined = {prefix: [part for corpus in corpora for part in batches[corpus]] for prefix, corpora in reads.items()}
-    left: dict[str, list[Tensor]] = {}
-    for own, group in by_model(model, {prefix: variants[prefix] for prefix in reads}):
+    inputs = {prefix: [part for corpus in corpora for part in batches[corpus]] for prefix, corpora in reads.items()}
+    streams: dict[str, list[Tensor]] = {}
+    for prepared, group in by_model(model, {prefix: variants[prefix] for prefix in reads}):
         functions = {prefix: variant.function_of for prefix, variant in group.items()}
-        found = run_blocks(own, {prefix: joined[prefix] for prefix in group}, functions, advance)
-        left |= {prefix: [own.turned_back(part) for part in stream] for prefix, stream in found.items()}
+        outputs = run_blocks(prepared, {prefix: inputs[prefix] for prefix in group}, functions, advance)
+        streams |= {prefix: [prepared.rotated_back(part) for part in stream] for prefix, stream in outputs.items()}
     by_corpus: dict[str, dict[str, list[Tensor]]] = {corpus: {} for corpus in batches if to_run[corpus]}
     for prefix, corpora in reads.items():
         for corpus in corpora:
             count = len(batches[corpus])
-            by_corpus[corpus][prefix], left[prefix] = left[prefix][:count], left[prefix][count:]
+            by_corpus[corpus][prefix], streams[prefix] = streams[prefix][:count], streams[prefix][count:]
     return by_corpus
 
 
@@ -164,7 +166,7 @@ def references_once(
     References are waited for in the order of `variants`, which is the same in every process.
     """
     shelf = _Shelf(cache, windows, divergence)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         for variant in variants.values():
             if variant.reference is None or shelf.holds(variant.reference):
                 continue
@@ -173,7 +175,7 @@ def references_once(
             if shelf.holds(variant.reference):  # another process has measured it meanwhile
                 lock.close()
             else:
-                held.push(lock)
+                stack.push(lock)
         yield
 
 
@@ -189,15 +191,15 @@ class _Shelf:
 
     def take(self, corpus: str, variants: Mapping[str, Variant]) -> dict[str, Measured]:
         """Return by prefix what was measured before; a comparison counts only where all of it is there."""
-        found = {}
+        results = {}
         for prefix, variant in variants.items():
-            if variant.kept is None:
+            if variant.cache_name is None:
                 continue
-            own = variant.reference is None
-            entry = self._cache.read(self._key(corpus, variant.kept), own)
+            private = variant.reference is None
+            entry = self._cache.read(self._key(corpus, variant.cache_name), private)
             if entry is not None:
-                found[prefix] = Measured(TokenScores(**entry.tensors), None if own else entry.origin)
-        return found
+                results[prefix] = Measured(TokenScores(**entry.tensors), None if private else entry.origin)
+        return results
 
     def holds(self, reference: str) -> bool:
         """Whether the scores of a reference are there for all corpora."""
@@ -209,18 +211,18 @@ class _Shelf:
         return self._cache.alone(key, f"perplexity of {reference}")
 
     def put(self, corpus: str, variant: Variant, scores: TokenScores) -> None:
-        if variant.kept is not None:
+        if variant.cache_name is not None:
             tensors = {name: tensor for name, tensor in vars(scores).items() if tensor is not None}
-            self._cache.write(self._key(corpus, variant.kept), tensors, variant.reference is None)
+            self._cache.write(self._key(corpus, variant.cache_name), tensors, variant.reference is None)
 
     def states(self, corpus: str) -> Tensor | None:
         """Return what the float model left its last block with, `(N, T, d)`."""
         entry = self._cache.read(self._cache.key(**self._tokens[corpus], kind="states"))
         return None if entry is None else entry.tensors["states"]
 
-    def keep_states(self, corpus: str, left: Sequence[Tensor]) -> None:
-        if self._divergence and processes.add_number(sum(part.nbytes for part in left)) <= STATES_BYTES:
-            states = torch.cat([part.cpu() for some in processes.gather(list(left)) for part in some])
+    def keep_states(self, corpus: str, batches: Sequence[Tensor]) -> None:
+        if self._divergence and processes.add_number(sum(part.nbytes for part in batches)) <= STATES_BYTES:
+            states = torch.cat([part.cpu() for share in processes.gather(list(batches)) for part in share])
             self._cache.write(self._cache.key(**self._tokens[corpus], kind="states"), {"states": states})
 
     def _key(self, corpus: str, reference: str) -> str:
@@ -238,11 +240,11 @@ def divergence_metrics(scores: TokenScores, float_losses: Tensor) -> dict[str, f
     if scores.divergence is None or scores.agrees is None:
         return {}
     changes = np.percentile((scores.losses - float_losses).double().numpy(), QUANTILES)
-    found = {
+    metrics = {
         "kl": scores.divergence.double().mean().item(),
         "top1": scores.agrees.double().mean().item(),
     }
-    return found | {f"loss_change_q{q:02d}": float(change) for q, change in zip(QUANTILES, changes, strict=True)}
+    return metrics | {f"loss_change_q{q:02d}": float(change) for q, change in zip(QUANTILES, changes, strict=True)}
 
 
 def write_windows(folder: Path, measured: Mapping[str, Mapping[str, Measured]], seqlen: int) -> None:
@@ -253,7 +255,9 @@ def write_windows(folder: Path, measured: Mapping[str, Mapping[str, Measured]], 
     """
     frames = []
     for corpus, models in measured.items():
-        columns = {f"{prefix.replace('/', '_')}loss": found.window_losses().numpy() for prefix, found in models.items()}
+        columns = {
+            f"{prefix.replace('/', '_')}loss": scores.window_losses().numpy() for prefix, scores in models.items()
+        }
         under_test = models.get("", models[FLOAT])
         columns["loss"] = under_test.window_losses().numpy()
         if under_test.scores.divergence is not None:

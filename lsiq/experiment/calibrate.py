@@ -43,12 +43,12 @@ def calibration_tokens(
         parts.append(drawn_tokens(calib, model, seed, limit, tokens))
     if calib.written and (limit is None or not parts):
         count = calib.written if limit is None else min(calib.written, limit)
-        wanted = {"count": count, "seqlen": calib.seqlen, "seed": seed}
-        key = references.key(kind="written", **wanted, source=source_hash("calib"))
-        written = references.once(
-            key, "sequences that the model writes", lambda: {"tokens": write_sequences(model, **wanted)}
+        request = {"count": count, "seqlen": calib.seqlen, "seed": seed}
+        key = references.key(kind="written", **request, source=source_hash("calib"))
+        generated = references.once(
+            key, "sequences that the model writes", lambda: {"tokens": write_sequences(model, **request)}
         )
-        parts.append(written["tokens"])
+        parts.append(generated["tokens"])
     return torch.cat(parts) if parts else None
 
 
@@ -58,11 +58,11 @@ def drawn_tokens(calib: CalibSettings, model: Model, seed: int, limit: int | Non
     Those of a mixture are shuffled, so that corpora meet in batches and in every process's share.
     """
     shares = calib.shares(limit)
-    drawn = torch.cat([_draw(share, calib, model, seed, cache) for share in shares])
+    tokens = torch.cat([_draw(share, calib, model, seed, cache) for share in shares])
     if len(shares) == 1:
-        return drawn
-    random = np.random.default_rng([seed, calib.seqlen, len(drawn)])
-    return drawn[torch.from_numpy(random.permutation(len(drawn)))]
+        return tokens
+    random = np.random.default_rng([seed, calib.seqlen, len(tokens)])
+    return tokens[torch.from_numpy(random.permutation(len(tokens)))]
 
 
 def _draw(share: Share, calib: CalibSettings, model: Model, seed: int, cache: ContentCache) -> Tensor:

@@ -49,10 +49,10 @@ def listed_parts(node: Any) -> Any:
         return [listed_parts(item) for item in node]
     if not isinstance(node, Mapping):
         return node
-    found = {str(key): listed_parts(value) for key, value in node.items()}
-    if "_target_" in found and isinstance(parts := found.get("parts"), dict):
-        found["parts"] = list(parts.values())
-    return found
+    mapping = {str(key): listed_parts(value) for key, value in node.items()}
+    if "_target_" in mapping and isinstance(parts := mapping.get("parts"), dict):
+        mapping["parts"] = list(parts.values())
+    return mapping
 
 
 def recipe_for(method: Any, quant: Any) -> Any:

@@ -70,7 +70,7 @@ class Estimate:
         config = self.config
         blocks = min(self.depth, max(2, 1 + ahead_of(config.method)))
         start = time.perf_counter()
-        self.model, self.held, drawing = probe_model(config, self.folder, blocks, self.device)
+        self.model, self.checkpoint, drawing = probe_model(config, self.folder, blocks, self.device)
         loading = time.perf_counter() - start
         check_formats(self.model, config.quant)
         check_lengths(self.model, config)
@@ -104,7 +104,7 @@ class Estimate:
         self.outside = 2 * sum(p.numel() for n, p in self.model.skeleton.named_parameters() if not n.startswith(blocks))
         self.block_bytes, self.mapped = 2 * elements, 0
         if self.config.model.weights == "random":
-            self.per_byte = self.held.seconds / self.held.bytes
+            self.per_byte = self.checkpoint.seconds / self.checkpoint.bytes
             return
         self.per_byte = 1 / READING
         self.notes.append(f"weights are read at {READING / 1e9:.0f} GB/s")
@@ -139,42 +139,44 @@ class Estimate:
             self.notes.append("the calibration text that the model writes is there; writing it is not estimated")
         batch = max(calib.batch, *(getattr(t, "batch", 1) for t in _trainings(self.config.method)), 1)
         few, more = min(3 * batch, samples), min(6 * batch, samples)
-        there = self._on_device(model, samples)
+        on_device = self._on_device(model, samples)
         # Libraries load and kernels are compiled, once. Where few and more are one, no line says what fewer take.
         sizes = (batch if few < more else few, few, more)
-        first, *costs = (probe_block(self.config, model, method, count or None, store, there) for count in sizes)
+        first, *costs = (probe_block(self.config, model, method, count or None, store, on_device) for count in sizes)
         once = first.seconds - _line(*((c.samples, c.seconds) for c in costs))(first.samples)
         epochs, tried = (max((t.epochs for t in _trainings(m)), default=0) for m in (self.config.method, method))
-        rest = _line(*((c.samples, c.seconds - tried * c.epoch_seconds) for c in costs))(samples)
+        overhead = _line(*((c.samples, c.seconds - tried * c.epoch_seconds) for c in costs))(samples)
         trained = epochs * _line(*((c.samples, c.epoch_seconds) for c in costs))(samples)
         if limits := [t.seconds for t in _trainings(self.config.method) if getattr(t, "seconds", None) is not None]:
             trained = min(trained, max(limits))
-        seconds = self.depth * (rest + trained + self.block_bytes * self.per_byte) + max(once, 0.0)
+        seconds = self.depth * (overhead + trained + self.block_bytes * self.per_byte) + max(once, 0.0)
         peaks = [self._quantize_peaks(model, costs[1], samples)]
         if (widest := widened(method)) != method:
             self.notes.append("a block needs float64 where method.precision=auto decides")
-            cost = probe_block(self.config, model, widest, few or None, store, there)
+            cost = probe_block(self.config, model, widest, few or None, store, on_device)
             peaks.append(self._quantize_peaks(model, cost, samples))
         return PlannedStage("quantize", seconds, {place: max(peak[place] for peak in peaks) for place in peaks[0]})
 
     def _quantize_peaks(self, model: Model, cost: ProbedBlock, samples: int) -> dict[str, int]:
-        one = self._stream_bytes(model, self.config.calib.seqlen)
+        sample_bytes = self._stream_bytes(model, self.config.calib.seqlen)
         ahead = ahead_of(self.config.method)
         later = self.depth > 1  # of the first block both streams are the same one
         # While a method works: both streams, targets and those of later blocks; afterwards one that is being written.
-        learning = one * ((2 + ahead + later) * samples - (2 + ahead) * cost.samples)
-        running = one * ((3 + later) * samples - 3 * cost.samples)
-        peaks = {"host": self.mapped - self.held.bytes}
+        learning = sample_bytes * ((2 + ahead + later) * samples - (2 + ahead) * cost.samples)
+        running = sample_bytes * ((3 + later) * samples - 3 * cost.samples)
+        peaks = {"host": self.mapped - self.checkpoint.bytes}
         if self._on_device(model, samples):
-            peaks["host"] += max(cost.learning["host"], cost.running["host"]) + 2 * one * samples  # copies to be stored
+            peaks["host"] += (
+                max(cost.learning["host"], cost.running["host"]) + 2 * sample_bytes * samples
+            )  # copies to be stored
             peaks["device"] = max(cost.learning["device"] + learning, cost.running["device"] + running)
             return peaks
-        kept = self.config.paths.streams == "memory"
-        peaks["host"] += max(cost.learning["host"] + kept * learning, cost.running["host"] + kept * running)
-        if not kept:
-            self.notes.append(f"streams take {4 * one * samples / 2**30:.2f} GiB of the disk")
+        in_memory = self.config.paths.streams == "memory"
+        peaks["host"] += max(cost.learning["host"] + in_memory * learning, cost.running["host"] + in_memory * running)
+        if not in_memory:
+            self.notes.append(f"streams take {4 * sample_bytes * samples / 2**30:.2f} GiB of the disk")
         if "device" in cost.learning:
-            fed = one * (2 + ahead)  # what is trained on goes there whole if it can
+            fed = sample_bytes * (2 + ahead)  # what is trained on goes there whole if it can
             grown = fed * (samples - cost.samples) if _trainings(self.config.method) else 0
             resident = grown if fed * samples <= RESIDENT_SHARE * self._room() else 0
             peaks["device"] = max(cost.learning["device"] + resident, cost.running["device"])
@@ -199,19 +201,22 @@ class Estimate:
         scoring = _line(*((c.windows, c.score_seconds) for c in costs))(windows)
         reading = self.block_bytes * self.per_byte  # beside the work on a GPU, before it on a CPU
         ahead = self.device.type == "cuda"
-        one = costs[1].pass_seconds(blocks, model.depth, self.depth, reading, ahead)
-        seconds = costs[1].passes * one + scoring + once
+        window_seconds = costs[1].pass_seconds(blocks, model.depth, self.depth, reading, ahead)
+        seconds = costs[1].passes * window_seconds + scoring + once
         return PlannedStage("evaluate", seconds, self._evaluate_peaks(model, costs[1], windows))
 
     def _evaluate_peaks(self, model: Model, cost: EvaluationCost, windows: int) -> dict[str, int]:
-        one = self._stream_bytes(model, self.config.eval.seqlen)
-        grown = cost.models * one * (windows - cost.windows)
+        window_bytes = self._stream_bytes(model, self.config.eval.seqlen)
+        grown = cost.models * window_bytes * (windows - cost.windows)
         peaks = dict(cost.peaks)
-        peaks["host"] += self.mapped - self.held.bytes
-        states = one * windows
+        peaks["host"] += self.mapped - self.checkpoint.bytes
+        states = window_bytes * windows
         if self.config.eval.divergence and states <= STATES_BYTES:
-            peaks["host"] += states - one * cost.windows
-        if self.device.type == "cuda" and cost.models * one * windows <= 0.25 * torch.cuda.mem_get_info(self.device)[0]:
+            peaks["host"] += states - window_bytes * cost.windows
+        if (
+            self.device.type == "cuda"
+            and cost.models * window_bytes * windows <= 0.25 * torch.cuda.mem_get_info(self.device)[0]
+        ):
             peaks["device"] += grown
         elif self.config.paths.streams == "memory":
             peaks["host"] += grown
@@ -223,14 +228,14 @@ class Estimate:
         for corpus in config.corpora:
             path = config.path if corpus == "file" else config.local.get(corpus)
             if corpus == "random":
-                found = config.windows or 16
+                available = config.windows or 16
             elif corpus in ("bundled", "file", *KINDS) or path is not None:
                 text = read_corpus(corpus, "evaluation", path, config.fields)
-                found = len(cut_windows(text, self.model.tokenizer, config.seqlen, path or corpus))
+                available = len(cut_windows(text, self.model.tokenizer, config.seqlen, path or corpus))
             else:
-                found = HUB_TOKENS[corpus] // config.seqlen
+                available = HUB_TOKENS[corpus] // config.seqlen
                 self.notes.append(f"{corpus} has {HUB_TOKENS[corpus]} tokens")
-            count += min(found, config.windows or found)
+            count += min(available, config.windows or available)
         return count
 
     def _stream_bytes(self, model: Model, seqlen: int) -> int:

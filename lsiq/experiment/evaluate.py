@@ -53,7 +53,7 @@ def evaluate(
     """Measure every model on every corpus and task, and write the numbers into `record`.
 
     Args:
-        prepared: the model whose blocks are in `store`; `model` itself unless a method turned it or gave it a prefix.
+        prepared: the model whose blocks are in `store`; `model` itself unless a method rotated it or gave it a prefix.
     """
     variants = variants_to_measure(config, prepared, store)
     folder = store.folder.parent
@@ -64,8 +64,8 @@ def evaluate(
             measured = measure_windows(
                 model, windows, variants, config.eval.batch, config.eval.divergence, cache, progress.advance
             )
-        for corpus, found in measured.items():
-            _report(f"{corpus}@{config.eval.seqlen}", windows[corpus], found, model, record)
+        for corpus, results in measured.items():
+            _report(f"{corpus}@{config.eval.seqlen}", windows[corpus], results, model, record)
         if processes.first():
             write_windows(folder, measured, config.eval.seqlen)
     if tasks:
@@ -104,8 +104,8 @@ def _weights_of(quant: QuantSettings) -> str:
     return str(sorted(quant.layers.items())) if isinstance(quant, PlacedQuant) else str(quant.weight)
 
 
-def open_cache(config: RunConfig, model: Model, record: Record, own: Path | None = None) -> ContentCache:
-    """Open the cache of reference measurements for this model on this machine, and of the run's own in `own`."""
+def open_cache(config: RunConfig, model: Model, record: Record, run_folder: Path | None = None) -> ContentCache:
+    """Open the cache of reference measurements for this model on this machine, and of the run's own in `run_folder`."""
     # Random weights have no content to hash: their shape and seed say which they are.
     weights = record.inputs.get("model") or f"random {config.seed} {model.config.to_json_string()}"
     identity: dict[str, Any] = {
@@ -118,13 +118,13 @@ def open_cache(config: RunConfig, model: Model, record: Record, own: Path | None
         "versions": {name: record.versions.get(name) for name in ("torch", "transformers")},
     }
     folder = None if config.paths.cache is None else Path(config.paths.cache).expanduser()
-    return ContentCache(folder, identity, {"run": record.run_id, "created": record.created}, own=own)
+    return ContentCache(folder, identity, {"run": record.run_id, "created": record.created}, run_folder=run_folder)
 
 
-def _report(key: str, tokens: Tensor, found: Mapping[str, Measured], model: Model, record: Record) -> None:
+def _report(key: str, tokens: Tensor, results: Mapping[str, Measured], model: Model, record: Record) -> None:
     """Write what was measured on one corpus into the record."""
-    reference = found[FLOAT]
-    for prefix, measured in {**found, "": found.get("", reference)}.items():
+    reference = results[FLOAT]
+    for prefix, measured in {**results, "": results.get("", reference)}.items():
         perplexity = measured.scores.perplexity()
         record.metrics[f"{prefix}ppl/{key}"] = perplexity.value
         if prefix != FLOAT:
@@ -144,12 +144,12 @@ def _report(key: str, tokens: Tensor, found: Mapping[str, Measured], model: Mode
 
 def evaluation_windows(config: RunConfig, model: Model, cache: ContentCache) -> dict[str, Tensor]:
     """Cut the evaluation windows `(N, seqlen)` of every corpus, or take them from the cache of tokens."""
-    cut: dict[str, Tensor] = {}
+    windows: dict[str, Tensor] = {}
     for corpus in config.eval.corpora:
         if corpus == "random":
-            cut[corpus] = random_windows(model.config.vocab_size, config.eval.windows or 16, config.eval.seqlen, 1)
+            windows[corpus] = random_windows(model.config.vocab_size, config.eval.windows or 16, config.eval.seqlen, 1)
             continue
         path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
         request = TokenRequest(corpus, "evaluation", path, tuple(config.eval.fields), config.eval.seqlen)
-        cut[corpus] = cached_tokens(request, model.tokenizer, cache)[: config.eval.windows]
-    return cut
+        windows[corpus] = cached_tokens(request, model.tokenizer, cache)[: config.eval.windows]
+    return windows

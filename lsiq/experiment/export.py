@@ -32,9 +32,9 @@ from lsiq.runtime.terminal import say
 
 def export_run(config: RunConfig, checkpoint: Path, folder: Path, record: Record) -> None:
     """Export the finished run in `folder` as `config.export` says."""
-    assert config.export is not None
     model = load(config.model, checkpoint, torch.device("cpu"), config.seed)
     config = with_formats(config, _placed_again(config, model, folder))
+    assert config.export is not None
     source = Source(model, BlockStore(folder / "blocks"), config.quant, checkpoint)
     config.export.check_model(source)
     export(config.export, source, config, record, folder)

@@ -31,51 +31,52 @@ def export_finished(cfg: DictConfig, overrides: Sequence[str]) -> Record:
     Raises:
         LsiqError: no such run, blocks or checkpoint missing or changed, or the format cannot hold the run.
     """
-    named = cfg["from"]
-    _check_overrides(named, overrides)
-    given = plain_config(cfg)
-    if given.get("export") is None:
-        raise ConfigError(f"from={named}: nothing to do with it; give export=compressed-tensors, gguf, gptq or plain")
-    record, folder = _find_run(named, given["paths"]["runs"])
-    plain: dict[str, Any] = {**record.config, **{key: given[key] for key in ("export", "paths", "device", "tracker")}}
-    if given["model"]["path"] is not None:
-        plain["model"] = {**plain["model"], "path": given["model"]["path"], "bundled": None, "hub": None}
+    run = cfg["from"]
+    _check_overrides(run, overrides)
+    settings = plain_config(cfg)
+    if settings.get("export") is None:
+        raise ConfigError(f"from={run}: nothing to do with it; give export=compressed-tensors, gguf, gptq or plain")
+    record, folder = _find_run(run, settings["paths"]["runs"])
+    plain: dict[str, Any] = {
+        **record.config,
+        **{key: settings[key] for key in ("export", "paths", "device", "tracker")},
+    }
+    if settings["model"]["path"] is not None:
+        plain["model"] = {**plain["model"], "path": settings["model"]["path"], "bundled": None, "hub": None}
     config = parse(OmegaConf.create(plain))
     if (checkpoint := find_folder(config.model)) is None or config.model.weights == "random":
-        raise InputError(f"from={named}: ran on random weights; only a real checkpoint can be exported")
+        raise InputError(f"from={run}: ran on random weights; only a real checkpoint can be exported")
     if fingerprint(checkpoint, config.model.allow_pickle) != record.inputs["model"]:
         raise InputError(
-            f"from={named}: {checkpoint} is no longer the checkpoint that was quantised; "
+            f"from={run}: {checkpoint} is no longer the checkpoint that was quantised; "
             "give the folder that holds it with model.path=DIR"
         )
 
     from lsiq.experiment.export import export_run  # torch and transformers: only now that there is work for them
 
     with run_lock(config.paths, record.run_id):
-        record, folder = _find_run(named, given["paths"]["runs"])  # as another process may have left it meanwhile
+        record, folder = _find_run(run, settings["paths"]["runs"])  # as another process may have left it meanwhile
         export_run(config, checkpoint, folder, record)
     return record
 
 
-def _check_overrides(named: str, overrides: Sequence[str]) -> None:
+def _check_overrides(run: str, overrides: Sequence[str]) -> None:
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
         if not any(key == free or key.startswith((f"{free}.", f"{free}@")) for free in _FREE):
             raise ConfigError(
-                f"{override}: from={named} takes its settings from that run; "
+                f"{override}: from={run} takes its settings from that run; "
                 f"beside it only {', '.join(_FREE[1:])} can be given"
             )
 
 
-def _find_run(named: str, runs: str) -> tuple[Record, Path]:
-    for folder in (Path(runs) / named, Path(named)):
+def _find_run(run: str, runs: str) -> tuple[Record, Path]:
+    for folder in (Path(runs) / run, Path(run)):
         if (record := read_record(folder)) is not None:
             if not record.quantised and record.status != "finished":
-                raise InputError(
-                    f"from={named}: that run is {record.status} and left no blocks; run it to its end first"
-                )
+                raise InputError(f"from={run}: that run is {record.status} and left no blocks; run it to its end first")
             return record, folder
-    raise InputError(f"from={named}: no record there; give a run id below paths.runs={runs} or a run's folder")
+    raise InputError(f"from={run}: no record there; give a run id below paths.runs={runs} or a run's folder")
 
 
 def exports_left(config: RunConfig, record: Record) -> bool:
@@ -83,5 +84,5 @@ def exports_left(config: RunConfig, record: Record) -> bool:
     if config.export is None:
         return False
     entry = record.exports.get(config.export.name, {})
-    done = entry.get("status") == "finished" and entry["settings"] == asdict(config.export)  # type: ignore[call-overload]
-    return not (done and Path(entry["folder"]).is_dir())
+    complete = entry.get("status") == "finished" and entry["settings"] == asdict(config.export)  # type: ignore[call-overload]
+    return not (complete and Path(entry["folder"]).is_dir())

@@ -41,11 +41,11 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
 
 def _calib_identity(calib: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the tokens; runs from before there was a choice had these values, and keep their names."""
-    kept = dict(calib)
-    kept["mix"] = {name: weight for name, weight in (calib.get("mix") or {}).items() if weight}
-    kept["paths"] = {name: path for name, path in (calib.get("paths") or {}).items() if path is not None}
+    settings = dict(calib)
+    settings["mix"] = {name: weight for name, weight in (calib.get("mix") or {}).items() if weight}
+    settings["paths"] = {name: path for name, path in (calib.get("paths") or {}).items() if path is not None}
     before = {"windows": "random", "template": False, "mix": {}, "paths": {}}
-    return {key: value for key, value in kept.items() if key not in before or value != before[key]}
+    return {key: value for key, value in settings.items() if key not in before or value != before[key]}
 
 
 def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:

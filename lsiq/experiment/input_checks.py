@@ -96,10 +96,10 @@ def check_device(name: str) -> None:
         return
     if os.name != "posix" or not Path("/dev").is_dir():
         return
-    there = sum(file.name.removeprefix("nvidia").isdigit() for file in Path("/dev").glob("nvidia*"))
+    count = sum(file.name.removeprefix("nvidia").isdigit() for file in Path("/dev").glob("nvidia*"))
     number = int(name.partition(":")[2] or 0)
-    if number >= there:
-        raise ConfigError(f"device={name}: this machine has {there} GPUs; use device=cpu or auto")
+    if number >= count:
+        raise ConfigError(f"device={name}: this machine has {count} GPUs; use device=cpu or auto")
 
 
 def _read_shape(folder: Path) -> dict[str, Any]:
@@ -130,28 +130,28 @@ def _header(file: Path) -> Shapes:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
-        held = file.stat().st_size - 8 - length
+        size = file.stat().st_size - 8 - length
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
         raise InputError(f"{file}: cannot be read ({type(error).__name__}: {error}); fetch it again") from error
-    if end != held:
-        raise InputError(f"{file}: cannot be read (it holds {held} bytes of tensors, not {end}); fetch it again")
+    if end != size:
+        raise InputError(f"{file}: cannot be read (it holds {size} bytes of tensors, not {end}); fetch it again")
     return shapes
 
 
 def _check_linears(config: RunConfig, spec: ModelSpec, shapes: Shapes) -> None:
     """Raise ConfigError where a format or rank does not fit the linears of the first block."""
     names = {name: f"{spec.blocks}.0.{name}.weight" for name in spec.linears}
-    found = {name: shapes.get(full) or shapes.get(full.removeprefix("model.")) for name, full in names.items()}
-    there = {name: shape for name, shape in found.items() if shape is not None and len(shape) == 2}
-    check_widths(config.quant, {name: shape[1] for name, shape in there.items()})
+    by_linear = {name: shapes.get(full) or shapes.get(full.removeprefix("model.")) for name, full in names.items()}
+    matrices = {name: shape for name, shape in by_linear.items() if shape is not None and len(shape) == 2}
+    check_widths(config.quant, {name: shape[1] for name, shape in matrices.items()})
     for link in chain(config.method):
-        if isinstance(link, LQER) and config.quant.name != "fp16" and len(there) == len(spec.linears):
-            link.check_rank(there.values())
+        if isinstance(link, LQER) and config.quant.name != "fp16" and len(matrices) == len(spec.linears):
+            link.check_rank(matrices.values())
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.model", "*.tiktoken")
-    if not any(any(folder.glob(pattern)) for pattern in known):
+    patterns = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.model", "*.tiktoken")
+    if not any(any(folder.glob(pattern)) for pattern in patterns):
         raise InputError(
             f"{folder}: the tokenizer cannot be loaded (there is no tokenizer.json); put its files beside the weights"
         )

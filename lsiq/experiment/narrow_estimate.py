@@ -41,7 +41,7 @@ class NarrowEstimate(Estimate):
         depth = max(2, 1 + (ahead_of(config.method) if isinstance(config.method, Method) else 0))
         narrow = narrowed(shape, config.quant, min(self.depth, depth))
         start = time.perf_counter()
-        self.model, self.held, drawing = probe_architecture(config, narrow, self.device)
+        self.model, self.checkpoint, drawing = probe_architecture(config, narrow, self.device)
         check_lengths(self.model, config)
         self.outside, self.block_bytes = 2 * self.true.outside, 2 * self.true.weights
         self.per_byte = drawing / (2 * Shape.of(narrow).outside) if config.model.weights == "random" else 1 / READING
@@ -100,11 +100,11 @@ class NarrowEstimate(Estimate):
         first = method if isinstance(method, Method) else getattr(method, "start", None)
         seconds, peaks = self.narrow.quantize(first or RTN(), samples)
         seconds += self.depth * self.block_bytes * self.per_byte
-        kept = self.config.paths.streams == "memory" and samples
+        in_memory = self.config.paths.streams == "memory" and samples
         streams = self.narrow.streams(samples, self.config.calib.seqlen)
-        if not kept and samples:
+        if not in_memory and samples:
             self.notes.append(f"streams take {streams / 2**30:.2f} GiB of the disk")
-        peaks = {"host": peaks["host"] + self.mapped + (streams if kept else 0)}
+        peaks = {"host": peaks["host"] + self.mapped + (streams if in_memory else 0)}
         if isinstance(method, Method):
             yield PlannedStage("quantize", seconds, peaks)
             return
@@ -133,9 +133,13 @@ class NarrowEstimate(Estimate):
             self.narrow.prepared = self.model
         seconds, models = self.narrow.evaluate(windows)
         seconds += self.depth * self.block_bytes * self.per_byte
-        one = self.narrow.streams(windows, config.seqlen, 1)
-        host = self.narrow.resident + self.mapped + (one if config.divergence and one <= STATES_BYTES else 0)
-        host += models * one if self.config.paths.streams == "memory" else 0
+        window_bytes = self.narrow.streams(windows, config.seqlen, 1)
+        host = (
+            self.narrow.resident
+            + self.mapped
+            + (window_bytes if config.divergence and window_bytes <= STATES_BYTES else 0)
+        )
+        host += models * window_bytes if self.config.paths.streams == "memory" else 0
         # The float block and one of each other model, and the logits of a batch.
         work = 4 * (1 + models) * self.true.weights + 4 * 3 * config.batch * config.seqlen * self.true.vocabulary
         if self.device.type == "cuda":
@@ -143,13 +147,13 @@ class NarrowEstimate(Estimate):
         return PlannedStage("evaluate", seconds, {"host": host + work})
 
     def _say_what_does_not_fit(self, stages: Iterable[PlannedStage]) -> None:
-        there = {"host": host_bytes()}
+        memory = {"host": host_bytes()}
         if self.device.type == "cuda":
-            there["device"] = torch.cuda.get_device_properties(self.device).total_memory
+            memory["device"] = torch.cuda.get_device_properties(self.device).total_memory
         for stage in stages:
             for place, peak in stage.peaks.items():
-                if peak > there[place]:
+                if peak > memory[place]:
                     self.notes.append(
                         f"{stage.name} does not fit: it needs {peak / 2**30:.1f} GiB of {place} memory, and there are "
-                        f"{there[place] / 2**30:.1f} GiB"
+                        f"{memory[place] / 2**30:.1f} GiB"
                     )

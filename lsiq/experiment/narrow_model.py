@@ -105,13 +105,13 @@ def narrowed(architecture: Mapping[str, Any], quant: QuantSettings, depth: int) 
     if fewer == heads:
         inner = int(shape[inner_key])
     key_values = int(shape.get("num_key_value_heads") or heads)
-    kept = max(number for number in range(1, max(1, round(key_values * share)) + 1) if fewer % number == 0)
+    kv_heads = max(number for number in range(1, max(1, round(key_values * share)) + 1) if fewer % number == 0)
     shape |= {"num_attention_heads": fewer, "num_hidden_layers": depth, inner_key: inner}
     shape |= {"hidden_size": width if fewer == heads else fewer * head}
     if opt:
         shape["word_embed_proj_dim"] = shape["hidden_size"]
     else:
-        shape["num_key_value_heads"] = kept
+        shape["num_key_value_heads"] = kv_heads
     if shape.get("layer_types"):
         shape["layer_types"] = shape["layer_types"][:depth]
     return shape
@@ -150,8 +150,8 @@ class Narrow:
     def quantize(self, method: Method, samples: int) -> tuple[float, dict[str, int]]:
         """Return the seconds in which all blocks are quantised, and the peak, but for streams and checkpoint."""
         quick = one_at_a_time(method)
-        drawn = random_windows(self.model.config.vocab_size, 1, SHORT, self.config.seed)
-        self.prepared = prepare_model(self._cut(SHORT), quick, self.model, drawn, self.store, self.record)
+        tokens = random_windows(self.model.config.vocab_size, 1, SHORT, self.config.seed)
+        self.prepared = prepare_model(self._cut(SHORT), quick, self.model, tokens, self.store, self.record)
         if not samples:
             cost = self._probe(quick, 0, SHORT)
             return self.depth * cost.seconds * self.grown, {"host": self._peak(cost, None, 1)}
@@ -163,8 +163,8 @@ class Narrow:
         trained = 0.0
         for training in trainings:
             steps = training.epochs * -(-samples // training.batch)
-            own = steps * (step[0] * self.grown + step[1] * self._operations() * min(training.batch, samples))
-            trained += own if training.seconds is None else min(own, training.seconds)
+            learning = steps * (step[0] * self.grown + step[1] * self._operations() * min(training.batch, samples))
+            trained += learning if training.seconds is None else min(learning, training.seconds)
         rests = [cost.seconds - tried * cost.epoch_seconds for cost in (low, high, more)]
         per_operation = max(0.0, rests[1] - rests[0]) / (2 * (self._tried(LONG) - self._tried(SHORT)))
         fixed = max(0.0, rests[0] - 2 * per_operation * self._tried(SHORT))
@@ -187,10 +187,10 @@ class Narrow:
         return max(0.0, short - slope * self._tried(SHORT)), slope
 
     def _peak(self, low: ProbedBlock, high: ProbedBlock | None, batch: int) -> int:
-        found = [max(cost.learning["host"], cost.running["host"]) - self.resident for cost in (low, high or low)]
+        peaks = [max(cost.learning["host"], cost.running["host"]) - self.resident for cost in (low, high or low)]
         span = self.tried.activations(LONG) - self.tried.activations(SHORT)
-        slope = max(0.0, found[1] - found[0]) / span
-        fixed = max(0.0, found[0] - slope * self.tried.activations(SHORT))
+        slope = max(0.0, peaks[1] - peaks[0]) / span
+        fixed = max(0.0, peaks[0] - slope * self.tried.activations(SHORT))
         return int(self.resident + fixed * self.grown + slope * batch * self.true.activations(self.config.calib.seqlen))
 
     def evaluate(self, windows: int) -> tuple[float, int]:
@@ -200,26 +200,26 @@ class Narrow:
         cost = probe_evaluation(config, self.model, self.prepared, 2, self.store)
         seqlen = self.config.eval.seqlen
         running = max(0.0, cost.block_seconds - self.model.depth * cost.preparing) / (2 * self.model.depth)
-        one = running * self.true.operations(seqlen) / self._tried(LONG)
+        window_seconds = running * self.true.operations(seqlen) / self._tried(LONG)
         score = cost.score_seconds / 2 * self.true.head_operations(seqlen) / self.tried.head_operations(LONG)
-        return self.depth * (cost.preparing * self.grown + windows * one) + windows * score, cost.models
+        return self.depth * (cost.preparing * self.grown + windows * window_seconds) + windows * score, cost.models
 
     def tune(self, method: FineTune, samples: int) -> tuple[float, float]:
         """Return the seconds of fine-tuning, and how many numbers are trained for each weight of a block."""
         quick = replace(method, training=replace(method.training, batch=1, epochs=TUNED), blocks=None, together=True)
-        own = quick.after(str(self.store.folder.parent))
+        finetune = quick.after(str(self.store.folder.parent))
         took = []
         for tokens in (SHORT, LONG):
-            drawn = random_windows(self.model.config.vocab_size, 2, tokens, self.config.seed)
-            hidden, kwargs = self.prepared.embed(drawn, 1)
+            windows = random_windows(self.model.config.vocab_size, 2, tokens, self.config.seed)
+            hidden, kwargs = self.prepared.embed(windows, 1)
             block = partial(self.prepared.block, kwargs=kwargs)
             ahead = Ahead(self.prepared.depth, block, self.prepared.logits, lambda index, hidden=hidden: hidden)
             generator = torch.Generator().manual_seed(self.config.seed)
-            context = Context(hidden, None, generator, 1, lambda values: None, drawn, ahead)
+            context = Context(hidden, None, generator, 1, lambda values: None, windows, ahead)
             start = time.perf_counter()
-            tune(own, self.config.quant, context)
+            tune(finetune, self.config.quant, context)
             took.append((time.perf_counter() - start) / (2 * TUNED))
-        tuned = TunedBlock(own, block(0), self.store.read(0), self.config.quant.in_block(0), context)
+        tuned = TunedBlock(finetune, block(0), self.store.read(0), self.config.quant.in_block(0), context)
         trained = sum(p.numel() for group in tuned.groups for p in group["params"]) / self.tried.weights
         tried = [self.prepared.depth * self._tried(t) + self.tried.head_operations(t) for t in (SHORT, LONG)]
         per_operation = max(0.0, took[1] - took[0]) / (tried[1] - tried[0])
@@ -227,9 +227,9 @@ class Narrow:
         course, seqlen = method.training, self.config.calib.seqlen
         seconds = 0.0
         for first, count in self.groups(method):
-            passed = (self.depth - first) * self._operations() + self.true.head_operations(seqlen)
+            operations = (self.depth - first) * self._operations() + self.true.head_operations(seqlen)
             steps = course.epochs * -(-samples // course.batch)
-            seconds += steps * (per_weight * count * self.true.weights + per_operation * passed * course.batch)
+            seconds += steps * (per_weight * count * self.true.weights + per_operation * operations * course.batch)
         return seconds, trained
 
     def groups(self, method: FineTune) -> list[tuple[int, int]]:

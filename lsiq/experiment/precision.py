@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def precision_of(
-    method: Method | WholeMethod, device: torch.device, own: torch.dtype, cache: Path | None
+    method: Method | WholeMethod, device: torch.device, dtype: torch.dtype, cache: Path | None
 ) -> Choice | None:
     """Return what `precision=auto` stands for in a run, or None where nothing in its method says auto."""
-    return fastest(device, own, cache) if any(training.precision == "auto" for training in _courses(method)) else None
+    return fastest(device, dtype, cache) if any(training.precision == "auto" for training in _courses(method)) else None
 
 
 def _courses(method: Any) -> list[Any]:
     links = list(chain(method))
-    links += [one for link in links if (start := getattr(link, "start", None)) is not None for one in chain(start)]
+    links += [inner for link in links if (start := getattr(link, "start", None)) is not None for inner in chain(start)]
     return [link.training for link in links if link.training is not None]

@@ -112,9 +112,9 @@ def probe_architecture(
 ) -> tuple[Model, MemoryCheckpoint, float]:
     """Return the model of a shape, as `probe_model` does."""
     settings = replace(config.model, weights="random", architecture=shape, path=None, bundled=None)
-    outside, held = (MemoryCheckpoint(RandomCheckpoint(config.seed)) for _ in range(2))
+    outside, checkpoint = (MemoryCheckpoint(RandomCheckpoint(config.seed)) for _ in range(2))
     model = load(settings, None, device, config.seed, outside)
-    return replace(model, checkpoint=held), held, outside.seconds
+    return replace(model, checkpoint=checkpoint), checkpoint, outside.seconds
 
 
 def shortened(method: Any) -> Any:
@@ -151,8 +151,8 @@ def probe_block(
         on_device: whether the streams lie on the model's device.
     """
     batch, device = config.calib.batch, model.device
-    drawn = random_windows(model.config.vocab_size, samples or 1, config.calib.seqlen if samples else 1, config.seed)
-    hidden, kwargs = model.embed(drawn, batch)
+    windows = random_windows(model.config.vocab_size, samples or 1, config.calib.seqlen if samples else 1, config.seed)
+    hidden, kwargs = model.embed(windows, batch)
     if on_device:
         hidden = hidden.to(device)
     reset_peak()
@@ -166,7 +166,7 @@ def probe_block(
         generator=torch.Generator().manual_seed(config.seed),
         batch=batch,
         log=lambda values: None,
-        tokens=drawn if samples else None,
+        tokens=windows if samples else None,
         ahead=Ahead(
             model.depth, lambda later: model.block(later, kwargs).under(config.quant), model.logits, floats.after
         ),
@@ -180,8 +180,8 @@ def probe_block(
     store.write(0, result)
     if targets is not None:
         quantised = run_stream(block.with_result(result, config.quant.running), hidden, batch, device)
-        for one, other in zip(quantised, targets, strict=True):
-            ((one.float() - other.float()).square().mean() / other.float().square().mean()).item()
+        for output, target in zip(quantised, targets, strict=True):
+            ((output.float() - target.float()).square().mean() / target.float().square().mean()).item()
         streams.release(quantised, targets)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -199,7 +199,7 @@ def probe_evaluation(
     """Measure random windows on the float model, on round-to-nearest and on the stored blocks, as the run would."""
     tokens = random_windows(model.config.vocab_size, windows, config.eval.seqlen, config.seed)
     variants = variants_to_measure(config, prepared, store)
-    done: list[float] = []
+    times: list[float] = []
     reset_peak()
     start = time.perf_counter()
     measure_windows(
@@ -209,22 +209,22 @@ def probe_evaluation(
         config.eval.batch,
         config.eval.divergence,
         ContentCache(None, {}, {}),
-        lambda: done.append(time.perf_counter()),
+        lambda: times.append(time.perf_counter()),
     )
-    scoring, peaks = time.perf_counter() - done[-1], peak_bytes()
+    scoring, peaks = time.perf_counter() - times[-1], peak_bytes()
     groups = by_model(model, variants)
     preparing = _seconds_to_prepare(groups)
-    return EvaluationCost(windows, len(variants), len(groups), preparing, done[-1] - start, scoring, peaks)
+    return EvaluationCost(windows, len(variants), len(groups), preparing, times[-1] - start, scoring, peaks)
 
 
 @torch.no_grad()
 def _seconds_to_prepare(groups: Sequence[tuple[Model, Mapping[str, Variant]]]) -> float:
     """Measure how long it takes to make the functions of the first block, of all models."""
     start = time.perf_counter()
-    for own, group in groups:
-        block = own.block(0, {})
+    for prepared, group in groups:
+        block = prepared.block(0, {})
         for variant in group.values():
             variant.function_of(block)
-        if own.device.type == "cuda":
-            torch.cuda.synchronize(own.device)
+        if prepared.device.type == "cuda":
+            torch.cuda.synchronize(prepared.device)
     return time.perf_counter() - start

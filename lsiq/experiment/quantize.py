@@ -93,16 +93,16 @@ class QuantizeStage:
                     record.seconds[name] = earlier + time.perf_counter() - start
                     write_record(record, self.folder)
                     self._tell(record.blocks[-1])
-                    table.done(record.blocks[-1])
+                    table.add(record.blocks[-1])
         self._tell_trajectory([row for report in reports for row in report.trace], store)
         record.cost = model_cost(model, (report.cost for report in reports))
         record.average_bits = record.cost["average_bits"]
         return model
 
     def _tell(self, row: Mapping[str, Any]) -> None:
-        told = {f"block/{key}": row[key] for key in ("index", "error", "seconds") if row[key] is not None}
+        values = {f"block/{key}": row[key] for key in ("index", "error", "seconds") if row[key] is not None}
         peaks = {f"block/peak_{place}_gib": size / 2**30 for place, size in peak_bytes().items()}
-        self.tracker.log({**told, **peaks})
+        self.tracker.log({**values, **peaks})
 
     def _tell_trajectory(self, rows: Sequence[Mapping[str, Any]], store: BlockStore) -> None:
         if not rows:
@@ -121,7 +121,7 @@ def prepare_model(
     store: BlockStore,
     record: Record,
 ) -> Model:
-    """Return the model that is quantised: turned or after a prefix, where a method in the chain asks for it.
+    """Return the model that is quantised: rotated or after a prefix, where a method in the chain asks for it.
 
     It is kept in `store`, and taken from there where it was made before.
 

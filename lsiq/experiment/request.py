@@ -32,9 +32,9 @@ class Request:
 
     def finished(self) -> Record | None:
         """Return the run's record if nothing of what is wanted is left to do."""
-        found = read_record(self.folder)
-        done = found is not None and found.status == "finished" and not exports_left(self.config, found)
-        return found if done else None
+        record = read_record(self.folder)
+        complete = record is not None and record.status == "finished" and not exports_left(self.config, record)
+        return record if complete else None
 
 
 def prepare(cfg: DictConfig) -> Request:
@@ -55,16 +55,16 @@ def find_parent(config: RunConfig) -> RunConfig:
     """Return the settings with `method.run`, where the method starts from a finished run, as that run's folder."""
     if not isinstance(config.method, FineTune) or config.method.run is None:
         return config
-    named = config.method.run
-    for folder in (Path(config.paths.runs) / named, Path(named)):
-        found = read_record(folder)
-        if found is None:
+    run = config.method.run
+    for folder in (Path(config.paths.runs) / run, Path(run)):
+        record = read_record(folder)
+        if record is None:
             continue
-        if found.status != "finished" or not (folder / "blocks").is_dir():
+        if record.status != "finished" or not (folder / "blocks").is_dir():
             raise InputError(
-                f"method.run={named}: that run is {found.status} or left no blocks; run it to its end first"
+                f"method.run={run}: that run is {record.status} or left no blocks; run it to its end first"
             )
         return replace(config, method=config.method.after(str(folder)))
     raise InputError(
-        f"method.run={named}: no record there; give a run id below paths.runs={config.paths.runs} or a folder"
+        f"method.run={run}: no record there; give a run id below paths.runs={config.paths.runs} or a folder"
     )

@@ -45,25 +45,25 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
     request = prepare(cfg)
     if not processes.first():
         return follow(request)
-    found = None if request.config.force else request.finished()
-    if found is None:
+    finished = None if request.config.force else request.finished()
+    if finished is None:
         with run_lock(request.config.paths, request.folder.name) as waited:
             # Who had to wait takes what the other process made, with force=true as well.
-            found = request.finished() if waited or not request.config.force else None
-            if found is None:
+            finished = request.finished() if waited or not request.config.force else None
+            if finished is None:
                 return work(request, overrides)
-    processes.from_first((found, False))
+    processes.from_first((finished, False))
     say(f"found {request.folder / 'record.json'} (force=true runs it again)")
-    show_record(found)
-    return found
+    show_record(finished)
+    return finished
 
 
 def work(request: Request, overrides: Sequence[str]) -> Record:
     """Do what is left of a run, and return its record, which is on disk then, whatever came of it."""
     folder = request.folder
-    found = None if request.config.force else read_record(folder)
-    begun = found is not None and (found.quantised or found.blocks)
-    record = found if found is not None and begun else new_record(request, overrides)
+    stored = None if request.config.force else read_record(folder)
+    continues = stored is not None and (stored.quantised or stored.blocks)
+    record = stored if stored is not None and continues else new_record(request, overrides)
     if record.status != "finished":
         record.status, record.error = "running", None
         write_record(record, folder)
@@ -104,8 +104,8 @@ def estimate(config: RunConfig, plain: dict[str, Any]) -> Record:
 
 def follow(request: Request) -> Record:
     """Do this process's share of what the first one finds to do."""
-    record, wanted = processes.from_first((Record("", "", "", {}, 0, {}), False))
-    if wanted:
+    record, again = processes.from_first((Record("", "", "", {}, 0, {}), False))
+    if again:
         from lsiq.experiment.stages import carry_out
 
         carry_out(request, record)

@@ -90,8 +90,11 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
     check_lengths(model, config)
     texts = read_texts(request, model, store, record)
     check_tasks(model, texts.tasks)
-    kept = folder if config.paths.streams == "disk" else None
-    with stored_in(kept), make_tracker(config.tracker, request.plain, record, folder, anew=config.force) as tracker:
+    stream_folder = folder if config.paths.streams == "disk" else None
+    with (
+        stored_in(stream_folder),
+        make_tracker(config.tracker, request.plain, record, folder, anew=config.force) as tracker,
+    ):
         try:
             if record.quantised:
                 say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")

@@ -29,14 +29,14 @@ _NOT_ASKED = ("wandb", "lm_eval", "datasets", "hydra-core", "safetensors")
 
 def stamp(record: Record) -> str:
     """Name all that decides the blocks of a run: settings, inputs, calibration tokens, versions and sources."""
-    kept = {name: version for name, version in versions().items() if name not in _NOT_ASKED}
+    packages = {name: version for name, version in versions().items() if name not in _NOT_ASKED}
     precision = record.training_precision.get("chosen")  # two machines may choose differently under one name
     parts = [
         record.run_id,
         record.inputs,
         record.calibration.get("tokens"),
         record.plan.get("digest"),
-        kept,
+        packages,
         precision,
         source_hash(*DECIDES_BLOCKS),
         *filter(None, [plugins_hash()]),
@@ -46,8 +46,8 @@ def stamp(record: Record) -> str:
 
 def check_inputs(config: RunConfig, checkpoint: Path | None, inputs: Mapping[str, str]) -> None:
     """Raise InputError unless the files a run reads are those that gave it its name; `inputs` are their hashes."""
-    for key, found in identify_inputs(config, checkpoint).items():
-        if found != inputs.get(key):
+    for key, digest in identify_inputs(config, checkpoint).items():
+        if digest != inputs.get(key):
             raise InputError(
                 f"{key}: changed while the run was reading it; give the same command again, which starts a run with "
                 "the changed one, or put it back as it was to go on with this one"

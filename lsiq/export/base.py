@@ -170,10 +170,10 @@ def installed(packages: tuple[str, ...]) -> Mapping[str, str | None]:
     """The version of each package, None for those that are missing."""
     import importlib.metadata
 
-    found: dict[str, Any] = {}
+    by_package: dict[str, Any] = {}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            by_package[package] = None
+    return by_package

@@ -103,9 +103,9 @@ def _activations(described: Described) -> str:
 
 
 def _calibration(described: Described, record: Record) -> str:
-    if not (found := record.calibration):
+    if not (calibration := record.calibration):
         return "none"
-    return f"{found['samples']} sequences of {found['seqlen']} tokens, {described.text}"
+    return f"{calibration['samples']} sequences of {calibration['seqlen']} tokens, {described.text}"
 
 
 def _results(record: Record) -> list[str]:

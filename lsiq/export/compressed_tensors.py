@@ -10,7 +10,7 @@ from lsiq.formats.activation import Activation
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lsiq.export.source import Source
     from lsiq.formats.base import WeightFormat
@@ -200,14 +200,58 @@ def _load(folder: Path) -> Logits:
 
     from lsiq.export.verify import as_logits
 
-    dequantize = CompressedTensorsConfig(dequantize=True)  # transformers 5.23 fails on asymmetric weights without it
     with tempfile.TemporaryDirectory(dir=folder.parent) as wide:
         _widen_scales(folder, Path(wide))
-        return as_logits(
-            AutoModelForCausalLM.from_pretrained(
-                wide, dtype=torch.float32, quantization_config=dequantize, local_files_only=True
+        groups = _groups(folder).values()
+        if len(groups) == 1:  # transformers 5.23 fails on asymmetric weights unless it is to de-quantise
+            dequantize = CompressedTensorsConfig(dequantize=True)
+            return as_logits(
+                AutoModelForCausalLM.from_pretrained(
+                    wide, dtype=torch.float32, quantization_config=dequantize, local_files_only=True
+                )
             )
-        )
+        if all(group["weights"]["symmetric"] for group in groups):
+            return as_logits(AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32, local_files_only=True))
+        return as_logits(_load_groups(Path(wide)))
+
+
+def _groups(folder: Path) -> dict[str, Any]:
+    import json
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config["quantization_config"]["config_groups"]
+
+
+def _load_groups(folder: Path) -> nn.Module:
+    """Return the model that transformers builds, each linear unpacked by compressed-tensors as its own group says.
+
+    transformers 5.23 unpacks all linears as the first group says where it is to de-quantise, and fails on asymmetric
+    weights where it is not, so compressed-tensors is asked for the linears one by one.
+    """
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = AutoConfig.from_pretrained(folder)
+    stated = QuantizationConfig.model_validate(shape.quantization_config)
+    del shape.quantization_config
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    tensors = {
+        name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+    for group in stated.config_groups.values():
+        compressor = BaseCompressor.get_value_from_registry(group.format or stated.format)
+        for target in group.targets:
+            parts = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{target}.weight_")}
+            own = {name.removeprefix(f"{target}."): tensor for name, tensor in parts.items()}
+            tensors[f"{target}.weight"] = compressor.decompress(own, group)["weight"]
+    unknown = model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
+    model.tie_weights()
+    if unknown.unexpected_keys:
+        raise ValueError(f"the model has no place for {unknown.unexpected_keys[0]}")
+    return model
 
 
 def _widen_scales(folder: Path, copy: Path) -> None:

@@ -114,11 +114,11 @@ def encode(weight: QuantizedTensor, kind: str) -> np.ndarray:
     if kind == "Q8_0":
         parts.append(numbers.astype(np.int8).view(np.uint8))
     else:
-        counted = (numbers - RANGES[kind][0]).astype(np.uint32)
+        unsigned = (numbers - RANGES[kind][0]).astype(np.uint32)
         if kind == "Q5_0":
-            fifth = ((counted >> 4) << np.arange(BLOCK, dtype=np.uint32)).sum(1, dtype=np.uint32)
+            fifth = ((unsigned >> 4) << np.arange(BLOCK, dtype=np.uint32)).sum(1, dtype=np.uint32)
             parts.append(fifth.astype("<u4")[:, None].view(np.uint8))
-        low = (counted & 15).astype(np.uint8)
+        low = (unsigned & 15).astype(np.uint8)
         parts.append(low[:, : BLOCK // 2] | low[:, BLOCK // 2 :] << 4)
     return np.concatenate(parts, axis=1).reshape(rows, -1)
 
@@ -197,10 +197,10 @@ def _byte_level(folder: Path, size: int) -> tuple[list[str], list[Any]]:
 
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     places = {number: (piece, TokenType.NORMAL) for piece, number in tokenizer["model"]["vocab"].items()}
-    for added in tokenizer.get("added_tokens", []):
-        places[added["id"]] = (added["content"], TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
-    known = [places.get(number, (f"[PAD{number}]", TokenType.UNUSED)) for number in range(min(size, max(places) + 1))]
-    return [piece for piece, _ in known], [kind for _, kind in known]
+    for token in tokenizer.get("added_tokens", []):
+        places[token["id"]] = (token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
+    tokens = [places.get(number, (f"[PAD{number}]", TokenType.UNUSED)) for number in range(min(size, max(places) + 1))]
+    return [piece for piece, _ in tokens], [kind for _, kind in tokens]
 
 
 def _pre_tokenizer(folder: Path) -> str | None:

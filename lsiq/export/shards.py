@@ -30,16 +30,16 @@ class ShardWriter:
 
     def __init__(self, folder: Path, limit: int = 4 * 2**30) -> None:
         self._folder, self._limit = folder, limit
-        self._held: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
         self._size = 0
         self._shards: list[list[str]] = []
         self._total = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
-        if self._held and self._size + size > self._limit:
+        if self._tensors and self._size + size > self._limit:
             self._flush()
-        self._held[name] = tensor.cpu().contiguous()
+        self._tensors[name] = tensor.cpu().contiguous()
         self._size += size
         self._total += size
 
@@ -64,10 +64,10 @@ class ShardWriter:
         from safetensors.torch import save_file
 
         part = self._part(len(self._shards))
-        save_file(self._held, part, metadata={"format": "pt"})
+        save_file(self._tensors, part, metadata={"format": "pt"})
         part.chmod(0o644)  # safetensors writes for the owner alone; an export is to be shared
-        self._shards.append(list(self._held))
-        self._held, self._size = {}, 0
+        self._shards.append(list(self._tensors))
+        self._tensors, self._size = {}, 0
 
     def _part(self, index: int) -> Path:
         return self._folder / f"part-{index:05d}.safetensors"

@@ -27,7 +27,7 @@ NO_BRANCHES = (
 )
 
 
-NO_ROTATIONS = "inputs are turned while the model runs, which no exported format has a place for; export another run"
+NO_ROTATIONS = "inputs are rotated while the model runs, which no exported format has a place for; export another run"
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Source:
         return {name: (linear.out_features, linear.in_features) for name, linear in linears}  # type: ignore[misc]
 
     def check(self) -> None:
-        """Raise InputError where the blocks belong to another model than the checkpoint: turned, or after a prefix."""
+        """Raise InputError where the blocks belong to another model than the checkpoint: rotated, or after a prefix."""
         if self.store.model_digest():
             raise InputError(
-                f"{self.store.folder}: its blocks need a turned residual stream or a prefix, which no exported format "
+                f"{self.store.folder}: its blocks need a rotated residual stream or a prefix, which no exported format "
                 "has a place for; export another run"
             )
 
@@ -103,12 +103,12 @@ class Source:
                 f"block {index}: the method made {', '.join(strangers)}, which {type(module).__name__} of transformers "
                 "does not have, so no loader could place it; use a method that folds only into what is there"
             )
-        kept = {
+        floats = {
             name: self.model.checkpoint.read(self.prefix(index) + name, shape)
             for name, shape in shapes.items()
             if name not in result.weights and name not in result.floats
         }
-        return replace(result, floats={**kept, **result.floats})
+        return replace(result, floats={**floats, **result.floats})
 
 
 def decoded(result: BlockResult) -> dict[str, Tensor]:

@@ -52,13 +52,13 @@ def verify(exporter: Exporter, source: Source, model: ModelSettings, seed: int, 
     run, stored = _logits(
         exporter, source, load(replace(model, dtype="float32"), source.checkpoint, torch.device("cpu"), seed), tokens
     )
-    found = []
+    reports = []
     for loader in exporter.loaders:
         versions = installed(loader.packages)
         name = ", ".join(f"{package} {version}" if version else package for package, version in versions.items())
         if missing := [package for package, version in versions.items() if version is None]:
             warn(f"export={exporter.name} was not read back: {', '.join(missing)} is not installed")
-            found.append({"loader": name, "status": "skipped", "reason": f"{', '.join(missing)} is not installed"})
+            reports.append({"loader": name, "status": "skipped", "reason": f"{', '.join(missing)} is not installed"})
             continue
         difference = (_load(loader, exporter, folder)(tokens) - stored).abs().max().item()
         if not difference <= TOLERANCE:
@@ -69,7 +69,7 @@ def verify(exporter: Exporter, source: Source, model: ModelSettings, seed: int, 
         rounding = (stored - run).abs().max().item()
         rounded = f", and from the run's own by {rounding:.2g} of rounding" if rounding > 0 else ""
         say(f"read back by {name}: logits differ by {difference:.2g}{rounded}")
-        found.append(
+        reports.append(
             {
                 "loader": name,
                 "status": "read",
@@ -80,7 +80,7 @@ def verify(exporter: Exporter, source: Source, model: ModelSettings, seed: int, 
                 "windows": list(tokens.shape),
             }
         )
-    return found
+    return reports
 
 
 def _load(loader: Loader, exporter: Exporter, folder: Path) -> Logits:
@@ -106,10 +106,10 @@ def _logits(exporter: Exporter, source: Source, model: Model, tokens: Tensor) ->
     for index in range(model.depth):
         block = model.block(index, kwargs)
         result = source.store.read(index)
-        written = {name: tensor.float() for name, tensor in exporter.stored(result).items()}
-        exact = exact and all(torch.equal(written[name], tensor) for name, tensor in decoded(result).items())
+        weights = {name: tensor.float() for name, tensor in exporter.stored(result).items()}
+        exact = exact and all(torch.equal(weights[name], tensor) for name, tensor in decoded(result).items())
         if not exact:
-            stored = run_stream(block.with_weights(written), stored, _WINDOWS, model.device)
+            stored = run_stream(block.with_weights(weights), stored, _WINDOWS, model.device)
         run = run_stream(block.with_result(result), run, _WINDOWS, model.device)
         if exact:
             stored = run

@@ -129,9 +129,9 @@ def check_divides(key: str, width: int | None, in_features: int, name: str, way_
     if width is None or in_features % width == 0:
         return
     divisors = [str(d) for d in range(1, in_features + 1) if in_features % d == 0]
-    shown = divisors if len(divisors) <= 16 else ["…", *divisors[-15:]]
+    choices = divisors if len(divisors) <= 16 else ["…", *divisors[-15:]]
     raise ConfigError(
-        f"{key}={width} does not divide in_features={in_features} of {name}; use one of {', '.join(shown)}{way_out}"
+        f"{key}={width} does not divide in_features={in_features} of {name}; use one of {', '.join(choices)}{way_out}"
     )
 
 

@@ -55,11 +55,12 @@ class Integer(Grid):
     def named(cls, name: str) -> Integer | None:
         """Return the integers that `float`, `w3`, `w3g128` or `w3g128-sym` stand for."""
         if name == "float":
-            return cls(bits=16)
+            return cls(bits=16, group=None, symmetric=False, scale="float32")
         if (found := re.fullmatch(r"w([2-8])(?:g([1-9]\d*))?(-sym)?", name)) is None:
             return None
         bits, group, symmetric = found.groups()
-        return cls(bits=int(bits), group=int(group) if group else None, symmetric=symmetric is not None)
+        width = int(group) if group else None
+        return cls(bits=int(bits), group=width, symmetric=symmetric is not None, scale="float32")
 
     def like(self, other: Grid) -> Integer:
         return replace(self, scale=other.scale) if isinstance(other, Integer) and self.bits < 16 else self

@@ -7,7 +7,7 @@ from pydantic import Field
 from lsiq.formats.base import ActivationFormat, WeightFormat
 from lsiq.formats.key_value import KeyValue, Running
 from lsiq.formats.mixed import Allocation, Rule
-from lsiq.settings import settings
+from lsiq.settings import fill, settings
 
 
 @settings
@@ -23,14 +23,16 @@ class QuantSettings:
         description="an activation format with its settings, such as lsiq.formats.activation.Activation"
     )
     kv: KeyValue = Field(
-        default_factory=lambda: KeyValue(), description="the format of keys and values in the cache: bits, per, group"
+        default_factory=lambda: fill(KeyValue, {}),
+        description="the format of keys and values in the cache: bits, per, group",
     )
     rules: list[Rule] = Field(
         [], description="a list of rules, {match: name of linears, blocks: numbers or null, format: name}"
     )
     plan: str | None = Field(None, description="a file with a format for each linear, or null")
     allocate: Allocation = Field(
-        default_factory=lambda: Allocation(), description="how bits are shared out among the linears: bits and choices"
+        default_factory=lambda: fill(Allocation, {}),
+        description="how bits are shared out among the linears: bits and choices",
     )
 
     def __post_init__(self) -> None:

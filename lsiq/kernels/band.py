@@ -53,7 +53,7 @@ def band_forward(
     at = i.to(tl.int64)[:, None] * width + c[None, :]
     if REACH == 0:
         core = tl.load(diagonal_ptr + i, mask=i < count, other=0.0)[:, None] * scale
-        made = core * tl.load(factor_ptr + at, mask=mask, other=0.0)
+        product = core * tl.load(factor_ptr + at, mask=mask, other=0.0)
     else:
         j = tile - REACH + tl.arange(0, WINDOW)
         row, right, is_lower, is_main, is_upper = _places(i[:, None], j[None, :], count, below, above, TRANSPOSED)
@@ -64,8 +64,8 @@ def band_forward(
             core += tl.load(upper_ptr + row * above + right - 1, mask=is_upper, other=0.0)
         window_mask = ((j >= 0) & (j < count))[:, None] & (c < width)[None, :]
         window = tl.load(factor_ptr + j.to(tl.int64)[:, None] * width + c[None, :], mask=window_mask, other=0.0)
-        made = tl.dot((core * scale).to(window.dtype), window, input_precision="ieee")
-    tl.store(out_ptr + at, made.to(out_ptr.dtype.element_ty), mask=mask)
+        product = tl.dot((core * scale).to(window.dtype), window, input_precision="ieee")
+    tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -129,13 +129,13 @@ def core_gradients(
     """Return the gradients of diagonal, lower and upper, given that of `core @ factor`."""
     settings = _settings(lower, upper, transposed)
     # Entries of the band outside the core have no gradient.
-    found = [None if part is None else torch.zeros_like(part) for part in (diagonal, lower, upper)]
-    places = [diagonal if part is None else part for part in found]
+    gradients = [None if part is None else torch.zeros_like(part) for part in (diagonal, lower, upper)]
+    places = [diagonal if part is None else part for part in gradients]
     work = tl.float64 if diagonal.dtype == torch.float64 else tl.float32
     band_backward[(triton.cdiv(len(diagonal), settings["TILE"]),)](
         factor, gradient, *places, factor.shape[1], len(diagonal), _reach(lower), _reach(upper), WORK=work, **settings
     )
-    return found[0], found[1], found[2]  # type: ignore[return-value]
+    return gradients[0], gradients[1], gradients[2]  # type: ignore[return-value]
 
 
 def _reach(part: Tensor | None) -> int:

@@ -200,8 +200,8 @@ def fake_backward(
         u = _in_steps(w, scale)
         wide = _round(u, MAGIC) + zero[:, None]
         codes = tl.minimum(tl.maximum(wide, 0.0), LEVELS)
-        kept = codes == wide
-        to_w = tl.where(kept, grad, 0.0)
+        unclipped = codes == wide
+        to_w = tl.where(unclipped, grad, 0.0)
         to_lo, to_hi = _to_ends(grad, to_w, u, codes, zero, scale, lo, hi, free, LEVELS, SYMMETRIC)
         if CLIP:
             to_low, to_high = to_lo * lo0, to_hi * hi0

@@ -41,8 +41,8 @@ class BatchFeeder:
         self.total, self.batch = total, min(batch, total)
         # Where indices are wanted; those that say who sends what to whom are read by the host.
         self.place = device if self.resident and processes.size() == 1 else torch.device("cpu")
-        moved = self.resident and device.type == "cuda"
-        self.inputs = inputs.to(device, dtype) if moved else inputs
+        on_device = self.resident and device.type == "cuda"
+        self.inputs = inputs.to(device, dtype) if on_device else inputs
         self.streams = [self.inputs, *(target.to(device) if self.resident else target for target in targets)]
         dtypes = [dtype, *(target.dtype for target in targets)]
 
@@ -52,14 +52,14 @@ class BatchFeeder:
                 for stream, kind in zip(self.streams, dtypes, strict=True)
             ]
 
-        own = processes.share(self.batch, process=0)
-        self.x, *self.targets = buffers(own.stop)
+        share = processes.share(self.batch, process=0)
+        self.x, *self.targets = buffers(share.stop)
         # What other processes get of this one's sequences: all of a batch at worst, and one for each.
         most = max(self.batch, processes.size())
-        self._sent = buffers(most) if processes.size() > 1 else []
+        self._outgoing = buffers(most) if processes.size() > 1 else []
         self._slots = [] if self.resident else [_Pinned(self.streams, most) for _ in range(2)]
-        self._turn = 0
-        self._indices = _Indices(most, device) if moved and self.place != device else None
+        self._next = 0
+        self._indices = _Indices(most, device) if on_device and self.place != device else None
 
     def load(self, samples: Tensor) -> tuple[int, float]:
         """Fill the first places of the buffers `x` and `targets` with this process's part of the batch `samples (n,)`.
@@ -71,9 +71,9 @@ class BatchFeeder:
             self._fill(samples, buffers)
             return len(samples), 1.0
         part = share_of_batch(samples, self.total)
-        self._fill(part.rows, self._sent)
-        for sent, buffer in zip(self._sent, buffers, strict=True):
-            exchange(part, sent[: len(part.rows)], buffer[: part.count])
+        self._fill(part.rows, self._outgoing)
+        for outgoing, buffer in zip(self._outgoing, buffers, strict=True):
+            exchange(part, outgoing[: len(part.rows)], buffer[: part.count])
         return part.count, part.weight
 
     def _fill(self, samples: Tensor, buffers: Sequence[Tensor]) -> None:
@@ -87,8 +87,8 @@ class BatchFeeder:
                     buffer[: len(samples)] = stream[samples]
             streams.release(*self.streams)
             return
-        self._slots[self._turn].load(self.streams, samples, buffers)
-        self._turn = 1 - self._turn
+        self._slots[self._next].load(self.streams, samples, buffers)
+        self._next = 1 - self._next
 
 
 class _Pinned:
@@ -113,15 +113,15 @@ class _Indices:
     """Indices that the host makes for the GPU, in pinned memory, so that it need not wait until they are there."""
 
     def __init__(self, most: int, device: torch.device) -> None:
-        self._device, self._turn = device, 0
+        self._device, self._next = device, 0
         # Two in turn, each with the event after which it may be overwritten.
         self._slots = [(torch.empty(most, dtype=torch.long, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
 
     def on_device(self, samples: Tensor) -> Tensor:
-        place, free = self._slots[self._turn]
-        self._turn = 1 - self._turn
+        place, free = self._slots[self._next]
+        self._next = 1 - self._next
         free.synchronize()
         place = place[: len(samples)].copy_(samples)
-        moved = place.to(self._device, non_blocking=True)
+        copy = place.to(self._device, non_blocking=True)
         free.record()
-        return moved
+        return copy

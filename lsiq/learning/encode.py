@@ -9,7 +9,7 @@ from torch import Tensor
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.models.block import Block
 from lsiq.models.result import BlockResult
-from lsiq.parts.base import Draft, clipped_range, placed
+from lsiq.parts.base import Draft, clipped_range, rounded_target
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
@@ -26,7 +26,7 @@ def merge(draft: Draft, block: Block, quant: QuantSettings) -> BlockResult:
     """
     weights: dict[str, QuantizedTensor] = {}
     for name in block.linears:
-        weight, scale, zero = placed(draft, name, quant)
+        weight, scale, zero = rounded_target(draft, name, quant)
         fmt = quant.of(name)
         weights[name] = QuantizedTensor(fmt.encode(weight, scale, zero), scale, zero, fmt)
     return BlockResult(weights, _floats(draft, block))
@@ -40,7 +40,7 @@ def latents_of(draft: Draft, result: BlockResult, quant: QuantSettings) -> dict[
     """
     latents = {}
     for name, stored in result.weights.items():
-        weight, scale, zero = placed(draft, name, quant)
+        weight, scale, zero = rounded_target(draft, name, quant)
         grouped = stored.format.grouped
         centre = grouped(stored.codes).to(scale.dtype) - zero
         offset = (grouped(weight) / scale - centre).clamp(-EDGE, EDGE)

@@ -92,14 +92,14 @@ class Stack:
             return None
         scale = 1 / self.rounding.unscale
         inner = torch.empty_like(self.small)
-        for factor, made, p in zip(self.small, inner, learned, strict=True):
+        for factor, product, p in zip(self.small, inner, learned, strict=True):
             assert p.diagonal is not None
-            core_times(factor, p.diagonal, p.lower, p.upper, scale, self.transposed, made)
+            core_times(factor, p.diagonal, p.lower, p.upper, scale, self.transposed, product)
             if p.corner is not None:
                 c = len(p.corner)
-                corner = (self._turned(p.corner) * scale).to(factor.dtype)
-                made[:c].addmm_(corner, factor[:c])
-        return self._turned(inner) @ self._turned(self.large) if self.transposed else self.large @ inner
+                corner = (self._transposed(p.corner) * scale).to(factor.dtype)
+                product[:c].addmm_(corner, factor[:c])
+        return self._transposed(inner) @ self._transposed(self.large) if self.transposed else self.large @ inner
 
     def product_gradients(
         self, gradient: Tensor, learned: Sequence[MatrixParameters]
@@ -108,16 +108,16 @@ class Stack:
         assert self.large is not None
         assert self.small is not None
         # What Uᵀ G Vᵀ would be is never made: one product to the smaller side, then what the core touches of it.
-        inner = self.large.transpose(1, 2) @ self._turned(gradient)
+        inner = self.large.transpose(1, 2) @ self._transposed(gradient)
         for factor, to_inner, p in zip(self.small, inner, learned, strict=True):
             assert p.diagonal is not None
             corner = None
             if p.corner is not None:
                 c = len(p.corner)
-                corner = self._turned(to_inner[:c] @ factor[:c].t()).to(p.corner.dtype)
+                corner = self._transposed(to_inner[:c] @ factor[:c].t()).to(p.corner.dtype)
             yield *core_gradients(factor, to_inner, p.diagonal, p.lower, p.upper, self.transposed), corner
 
-    def _turned(self, matrix: Tensor) -> Tensor:
+    def _transposed(self, matrix: Tensor) -> Tensor:
         return matrix.transpose(-1, -2) if self.transposed else matrix
 
 
@@ -128,32 +128,35 @@ class _Rounded(torch.autograd.Function):
     def forward(ctx: Any, stack: Stack, *flat: Tensor | None) -> tuple[Tensor, ...]:
         learned = _by_matrix(flat)
         product = stack.product(learned)
-        made = torch.empty(
+        out = torch.empty(
             (len(stack.names), *stack.weights[0].shape), dtype=stack.dtype, device=stack.weights[0].device
         )
         for i, (w, p) in enumerate(zip(stack.weights, learned, strict=True)):
-            stack.rounding.forward(w, None if product is None else product[i], _ends(p), p.rows, p.columns, made[i])
+            stack.rounding.forward(w, None if product is None else product[i], _ends(p), p.rows, p.columns, out[i])
         ctx.stack, ctx.product = stack, product
         ctx.save_for_backward(*flat)
-        return tuple(made.unbind(0))
+        return tuple(out.unbind(0))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         stack, product, learned = ctx.stack, ctx.product, _by_matrix(ctx.saved_tensors)
         ctx.product = None  # overwritten with its gradient
-        found = []
+        by_weight = []
         for i, (w, p, gradient) in enumerate(zip(stack.weights, learned, gradients, strict=True)):
             inner = None if product is None else product[i]
             ends, rows, columns = stack.rounding.backward(
                 w, inner, _ends(p), p.rows, p.columns, gradient.contiguous(), inner
             )
             low, high = ends or (None, None)
-            found.append(MatrixParameters(None, None, None, None, low, high, rows, columns))
+            by_weight.append(MatrixParameters(None, None, None, None, low, high, rows, columns))
         if product is not None:
             cores = stack.product_gradients(product, learned)
-            found = [MatrixParameters._make([*core, *one[4:]]) for one, core in zip(found, cores, strict=True)]
-        return None, *(gradient for one in found for gradient in one)
+            by_weight = [
+                MatrixParameters._make([*core, *parameters[4:]])
+                for parameters, core in zip(by_weight, cores, strict=True)
+            ]
+        return None, *(gradient for parameters in by_weight for gradient in parameters)
 
 
 def _by_matrix(flat: Sequence[Tensor | None]) -> list[MatrixParameters]:
@@ -179,12 +182,12 @@ class FusedWeights:
         if Equivalent in self.parts:
             part, state = self.parts[Equivalent]
             draft = part.apply(draft, state, self.block)
-        made = {name: tensor for name, tensor in draft.weights.items() if isinstance(tensor, Tensor)}
+        weights = {name: tensor for name, tensor in draft.weights.items() if isinstance(tensor, Tensor)}
         for stack in self.stacks:
             learned = [self._learned(name, draft.weights[name]) for name in stack.names]  # type: ignore[arg-type]
-            rounded = _Rounded.apply(stack, *(tensor for one in learned for tensor in one))
-            made |= zip(stack.names, rounded, strict=True)  # type: ignore[arg-type]
-        return made
+            rounded = _Rounded.apply(stack, *(tensor for parameters in learned for tensor in parameters))
+            weights |= zip(stack.names, rounded, strict=True)  # type: ignore[arg-type]
+        return weights
 
     def _learned(self, name: str, scaled: Scaled) -> MatrixParameters:
         core = self._parameters(Singular)

@@ -105,11 +105,11 @@ def _power(context: Context) -> Tensor:
     """The mean square of the float block's outputs."""
     assert context.targets is not None
     # Sequence by sequence: a stream may be as large as the host's memory.
-    own = torch.zeros((), dtype=torch.float64, device=context.targets.device)
+    total = torch.zeros((), dtype=torch.float64, device=context.targets.device)
     for target in context.targets:
-        own += target.float().square().mean()
+        total += target.float().square().mean()
         streams.release(context.targets)
-    return processes.add(own).float() / context.samples
+    return processes.add(total).float() / context.samples
 
 
 class _NotFiniteError(Exception):
@@ -126,7 +126,7 @@ class Attempt:
         assert context.inputs is not None
         assert context.targets is not None
         self.training, self.window, self.context = training, window, context
-        self.trained = trained.own()
+        self.trained = trained.trainable()
         self.good, self.good_epochs, self.first_epoch = self.trained.snapshot(), 0, 0
         self.first_loss = math.inf
         self.device = next(iter(trained.block.weights.values())).device
@@ -161,8 +161,8 @@ class Attempt:
             weight_seconds = spent_on_weights + self.stepper.weight_path.seconds()
             epochs.append(Epoch(index, loss, elapsed, weight_seconds, gradients, self._increments()))
             self.context.log({"learn/epoch": index, "learn/loss": loss, "learn/block": self.trained.block.index})
-            if self._keeps_best and (found := self._loss_of_stream()) < best[0]:
-                best, best_epoch = (found, self.trained.snapshot()), index
+            if self._keeps_best and (stream_loss := self._loss_of_stream()) < best[0]:
+                best, best_epoch = (stream_loss, self.trained.snapshot()), index
             if self.training.seconds is not None and processes.from_first(elapsed) > self.training.seconds:
                 break
         final = best[1] if self._keeps_best else self.trained.snapshot()
@@ -198,8 +198,8 @@ class Attempt:
         function = self.trained.function()
         total = torch.zeros((), device=self.device)
         assert self.context.inputs is not None
-        held = [self.context.inputs, *self.window.targets]
-        for x, *targets in zip(*(stream.split(self.context.batch) for stream in held), strict=True):
+        streams = [self.context.inputs, *self.window.targets]
+        for x, *targets in zip(*(stream.split(self.context.batch) for stream in streams), strict=True):
             out = function(x.to(self.device, self.trained.block.dtype))
             total += self.window.loss(out, [target.to(self.device) for target in targets], self.power) * len(x)
         return (processes.add(total) / self.context.samples).item()
@@ -218,6 +218,6 @@ class Attempt:
     def _increments(self) -> dict[str, Tensor]:
         return {
             name: parameter.detach().cpu().clone()
-            for name, parameter in self.trained.named()
+            for name, parameter in self.trained.named_parameters()
             if name.endswith((":increment", ":corner", ":lower", ":upper"))
         }

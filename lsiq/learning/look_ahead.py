@@ -41,9 +41,9 @@ class LookAheadLoss:
 
     def loss(self, out: Tensor, targets: Sequence[Tensor], power: Tensor) -> Tensor:
         """Return `Σ weight · mean‖output - target‖² / power` for the block's outputs `(batch, T, d)`."""
-        first, *others = zip(self.weights, targets, strict=True)
+        first, *later_terms = zip(self.weights, targets, strict=True)
         loss = first[0] * self._difference(out, first[1]) / power
-        for function, (weight, target) in zip(self.later, others, strict=True):
+        for function, (weight, target) in zip(self.later, later_terms, strict=True):
             out = function()(out)
             loss = loss + weight * self._difference(out, target) / power
         return loss
@@ -85,10 +85,10 @@ def look_ahead(
         following = context.ahead.block(block.index + distance)
         running = replace(training.in_precision(following, context.cache), compiled=compiles(path, block))
         if training.ahead.later == "learned":
-            seen = replace(context, inputs=targets[-1])
-            own = quant.in_block(following.index)
-            states = start_parts(parts, following, own, seen)
-            companion = Trained(parts, states, running, own, path).own()
+            following_context = replace(context, inputs=targets[-1])
+            following_quant = quant.in_block(following.index)
+            states = start_parts(parts, following, following_quant, following_context)
+            companion = Trained(parts, states, running, following_quant, path).trainable()
             companions.append(companion)
             later.append(companion.function)
         else:

@@ -37,14 +37,14 @@ class SignSGD(torch.optim.Optimizer):
         """Take one step; none where the gradient scaler found a gradient that is not finite."""
         assert closure is None
         for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            if not moved:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
                 continue
-            directions = list(torch._foreach_sign([p.grad for p in moved]))  # pyright: ignore[reportPrivateImportUsage]
+            directions = list(torch._foreach_sign([p.grad for p in parameters]))  # pyright: ignore[reportPrivateImportUsage]
             if self.found_inf is not None:
                 directions = [torch.where(self.found_inf > 0, 0.0, direction) for direction in directions]
             torch._foreach_mul_(directions, group["lr"])  # pyright: ignore[reportPrivateImportUsage]
-            torch._foreach_sub_(moved, directions)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_sub_(parameters, directions)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Optimizers:
@@ -67,29 +67,29 @@ class Optimizers:
     ) -> None:
         self.bounds = [
             (state.parameters[name], bounds)
-            for held in states
-            for state in held
+            for part_states in states
+            for state in part_states
             for name, bounds in state.bounds.items()
         ]
         self.rates: list[tuple[dict[str, Any], float]] = []
-        chosen: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-        for part, held in zip(parts, states, strict=True):
-            parameters = [parameter for state in held for parameter in state.parameters.values()]
+        groups: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+        for part, part_states in zip(parts, states, strict=True):
+            parameters = [parameter for state in part_states for parameter in state.parameters.values()]
             if parameters:
                 rate = slow * rate_of(part, steps)
                 # Rates are tensors so that a recorded step reads the present ones.
                 group = {"params": parameters, "lr": torch.tensor(rate, device=device)}
-                chosen[part.name in training.signed].append(group)
+                groups[part.name in training.signed].append(group)
                 self.rates.append((group, rate))
         self.optimizers: list[torch.optim.Optimizer] = []
-        if chosen[False]:
+        if groups[False]:
             # fused: one kernel for all parameters; the CPU has one as well.
             adam = torch.optim.AdamW(
-                chosen[False], betas=(0.9, 0.999), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
+                groups[False], betas=(0.9, 0.999), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
             )
             self.optimizers.append(adam)
-        if chosen[True]:
-            self.optimizers.append(SignSGD(chosen[True]))
+        if groups[True]:
+            self.optimizers.append(SignSGD(groups[True]))
 
     def set_rates(self, factor: float) -> None:
         """Let the next step run at the parts' rates times `factor`."""

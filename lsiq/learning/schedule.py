@@ -34,11 +34,11 @@ class TrainingSchedule:
         """Optimizer steps per block."""
         return max(1, self.epochs * math.ceil(samples / self.batch))
 
-    def rate_factor(self, done: float) -> float:
-        """What the learning rates are multiplied by when `done` (0 … 1) of the steps are behind."""
+    def rate_factor(self, progress: float) -> float:
+        """What the learning rates are multiplied by when `progress` (0 … 1) of the steps are behind."""
         if self.decay == "linear":
-            return 1 - done
-        return (1 + math.cos(math.pi * done)) / 2 if self.decay == "cosine" else 1.0
+            return 1 - progress
+        return (1 + math.cos(math.pi * progress)) / 2 if self.decay == "cosine" else 1.0
 
     def in_precision(self, block: Block, cache: Path | None = None) -> Block:
         """Return the block running in the precision it is trained in.
@@ -82,8 +82,8 @@ class LookAhead:
 
         Where only weights of 0 are left the farthest block takes 1, so that every block has a loss.
         """
-        left = (self.weights or [1.0] * (self.blocks + 1))[: count + 1]
-        return left if any(left) else [*left[:-1], 1.0]
+        weights = (self.weights or [1.0] * (self.blocks + 1))[: count + 1]
+        return weights if any(weights) else [*weights[:-1], 1.0]
 
 
 @settings

@@ -64,13 +64,13 @@ class Stepper:
         self.losses = torch.zeros(feed.total, device=self.device)
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         self.last_loss = torch.zeros((), device=self.device)
-        self.norms = {name: torch.zeros((), device=self.device) for name, _ in trained.named()}
+        self.norms = {name: torch.zeros((), device=self.device) for name, _ in trained.named_parameters()}
 
-    def step(self, samples: Tensor, done: float) -> None:
-        """Take one step on the sequences `samples (n,)`, with the share `done` of all steps behind."""
-        self.descent.set_rates(self.training.rate_factor(done))
+    def step(self, samples: Tensor, progress: float) -> None:
+        """Take one step on the sequences `samples (n,)`, with the share `progress` of all steps behind."""
+        self.descent.set_rates(self.training.rate_factor(progress))
         for trained in (self.trained, *self.window.companions):
-            trained.tell(done)
+            trained.tell(progress)
         count, weight = self.feed.load(samples)
         full = len(samples) == self.feed.batch
         if not (self.record_steps and full and self.warm >= WARM_STEPS):
@@ -129,13 +129,13 @@ class Stepper:
     def _in_parts(self, count: int, weight: float) -> Tensor:
         """Gather the gradients of some sequences after others where they do not fit together; return the loss."""
         self.descent.forget_gradients()
-        made, leaves = self.make_weights()
+        weights, leaves = self.make_weights()
         total = torch.zeros((), device=self.device)
         for part in self.micro.parts(count):
-            loss = self.loss(part, made, leaves) * (weight * ((part.stop - part.start) / count))
+            loss = self.loss(part, weights, leaves) * (weight * ((part.stop - part.start) / count))
             self.backward_tokens(loss)
             total += loss.detach()
-        self.backward_weights(made, leaves)
+        self.backward_weights(weights, leaves)
         return total
 
     def make_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -144,13 +144,13 @@ class Stepper:
         The tokens see the leaves, so that the two paths' backward passes stand apart and can be timed.
         """
         with self.weight_path.running():
-            made = self.trained.weights()
-        return made, {name: w.detach().requires_grad_() for name, w in made.items() if w.requires_grad}
+            weights = self.trained.weights()
+        return weights, {name: w.detach().requires_grad_() for name, w in weights.items() if w.requires_grad}
 
-    def loss(self, part: slice, made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Tensor:
+    def loss(self, part: slice, weights: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Tensor:
         """Return the mean loss of some of the sequences in the feed's buffers."""
         x, targets = self.feed.x[part], [target[part] for target in self.feed.targets]
-        out = self.trained.block.with_weights({**made, **leaves}, self.trained.quant.running)(x)
+        out = self.trained.block.with_weights({**weights, **leaves}, self.trained.quant.running)(x)
         loss = self.window.loss(out, targets, self.power)
         if self.float_function is not None:
             with torch.no_grad():
@@ -162,11 +162,11 @@ class Stepper:
         """Add the gradients of a loss to the leaves, at the scale of half precision."""
         self.scaler.scale(loss).backward()
 
-    def backward_weights(self, made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+    def backward_weights(self, weights: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
         """Add the leaves' gradients, taken back through the weight path, to the parameters."""
         with self.weight_path.running():
-            used = [name for name, leaf in leaves.items() if leaf.grad is not None]
-            torch.autograd.backward([made[name] for name in used], [leaves[name].grad for name in used])
+            names = [name for name, leaf in leaves.items() if leaf.grad is not None]
+            torch.autograd.backward([weights[name] for name in names], [leaves[name].grad for name in names])
 
     def move(self) -> None:
         """Let the optimizers move the parameters by the gradients of the whole batch; note loss and gradient norms."""
@@ -178,7 +178,7 @@ class Stepper:
     def _gather(self, loss: Tensor) -> None:
         self.losses.index_copy_(0, self.position, loss[None].to(self.losses.dtype))
         self.position += 1
-        moved = [(self.norms[name], p.grad) for name, p in self.trained.named() if p.grad is not None]
-        lengths = torch._foreach_norm([gradient for _, gradient in moved])  # pyright: ignore[reportPrivateImportUsage]
-        totals, added = [total for total, _ in moved], [length.float() for length in lengths]
-        torch._foreach_add_(totals, added)  # pyright: ignore[reportPrivateImportUsage]
+        pairs = [(self.norms[name], p.grad) for name, p in self.trained.named_parameters() if p.grad is not None]
+        lengths = torch._foreach_norm([gradient for _, gradient in pairs])  # pyright: ignore[reportPrivateImportUsage]
+        totals, norms = [total for total, _ in pairs], [length.float() for length in lengths]
+        torch._foreach_add_(totals, norms)  # pyright: ignore[reportPrivateImportUsage]

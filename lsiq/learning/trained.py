@@ -45,8 +45,8 @@ def compiled_weights(
     def make(
         parameters: list[dict[str, Tensor]], constants: list[dict[str, Tensor]], weights: dict[str, Tensor]
     ) -> Any:
-        held = [PartState(p, c) for p, c in zip(parameters, constants, strict=True)]
-        return plain_weights(parts, held, replace(bare, weights=weights), quant)
+        part_states = [PartState(p, c) for p, c in zip(parameters, constants, strict=True)]
+        return plain_weights(parts, part_states, replace(bare, weights=weights), quant)
 
     # Which weight is a group's largest must come out the same on the way back.
     formats = repr([quant.of(name) for name in block.linears])
@@ -83,17 +83,17 @@ class Trained:
         make = compiled_weights if self.path == "compile" else plain_weights
         return make(self.parts, self.states, self.block, self.quant)
 
-    def named(self) -> Iterator[tuple[str, Tensor]]:
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters, as `part:name`."""
         for part, state in zip(self.parts, self.states, strict=True):
             for name, parameter in state.parameters.items():
                 yield f"{part.name}:{name}", parameter
 
-    def tell(self, done: float) -> None:
-        """Let parts that follow a schedule know that the share `done` of the steps is behind; 1 is the end."""
+    def tell(self, progress: float) -> None:
+        """Let parts that follow a schedule know that the share `progress` of the steps is behind; 1 is the end."""
         for state in self.states:
             if (clock := state.constants.get("done")) is not None:
-                clock.fill_(done)
+                clock.fill_(progress)
 
     def function(self) -> BlockFunction:
         """Return the block at the present parameters."""
@@ -106,7 +106,7 @@ class Trained:
             for state in self.states
         ]
 
-    def own(self) -> Trained:
+    def trainable(self) -> Trained:
         """The same with parameters of its own, which gather gradients."""
         states = self.snapshot()
         for state in states:

@@ -39,8 +39,8 @@ def _epoch_row(
         increment = epoch.increments.get(f"{part.name}:{name}:increment")
         if increment is None or not isinstance(part, Singular):
             continue
-        own = {key.removeprefix(f"{part.name}:"): tensor for key, tensor in epoch.increments.items()}
-        square = part.core_square(own, name)
+        increments = {key.removeprefix(f"{part.name}:"): tensor for key, tensor in epoch.increments.items()}
+        square = part.core_square(increments, name)
         if (unit := state.constants.get(f"{name}:unit")) is not None:
             increment, square = increment * unit.cpu(), square * unit.cpu() ** 2
         row["increment_norm"] = increment.norm().item()

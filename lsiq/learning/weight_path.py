@@ -30,15 +30,15 @@ def choose(
     Raises:
         ConfigError: triton is asked for where its kernels cannot be used; the message says why.
     """
-    asked = training.kernels
-    if asked in ("plain", "compile"):
-        return asked
-    if asked == "auto" and not (_on_gpu(block) and _is_large(block)):
+    kernels = training.kernels
+    if kernels in ("plain", "compile"):
+        return kernels
+    if kernels == "auto" and not (_on_gpu(block) and _is_large(block)):
         return "plain"
     reason = _why_not_triton(parts, states, block, quant)
     if reason is None:
         return "triton"
-    if asked == "triton":
+    if kernels == "triton":
         raise ConfigError(f"method.training.kernels=triton: {reason}; use kernels=auto, compile or plain")
     return "plain"
 

@@ -42,10 +42,10 @@ def spreading(n: int, generator: torch.Generator) -> Tensor:
     spread over all, not quite evenly.
     """
     base, power = split(n)
-    known, doubled = hadamard(base), hadamard(power)
+    exact, doubled = hadamard(base), hadamard(power)
     assert doubled is not None  # a power of two
-    left = random_orthogonal(base, generator) if known is None else known / base**0.5
-    return torch.kron(left.contiguous(), doubled / power**0.5)
+    factor = random_orthogonal(base, generator) if exact is None else exact / base**0.5
+    return torch.kron(factor.contiguous(), doubled / power**0.5)
 
 
 def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
@@ -54,19 +54,19 @@ def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
     return signs[:, None] * spreading(n, generator)
 
 
-def mean_keeping(turn: Tensor) -> Tensor:
+def mean_keeping(rotation: Tensor) -> Tensor:
     """Return the rotation `(n, n)`, changed by one reflection, so that the all-ones direction stays where it is.
 
     LayerNorm's subtraction of the mean commutes with such a rotation and with no other.
     """
-    n = turn.shape[0]
-    ones = turn.new_full((n,), n**-0.5)
-    moved = ones @ turn
-    normal = moved - ones
+    n = rotation.shape[0]
+    ones = rotation.new_full((n,), n**-0.5)
+    image = ones @ rotation
+    normal = image - ones
     if normal.norm() < 1e-12:
-        return turn
+        return rotation
     normal = normal / normal.norm()
-    return turn - 2 * torch.outer(turn @ normal, normal)
+    return rotation - 2 * torch.outer(rotation @ normal, normal)
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:

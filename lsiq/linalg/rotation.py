@@ -43,7 +43,7 @@ class RotationStage:
 class Rotation:
     """An orthogonal `Q (n, n)` as stages that follow each other.
 
-    With the input of a linear turned, `x → x Q`, and its weight as well, `W → W Q`, the output stays what it was:
+    With the input of a linear rotated, `x → x Q`, and its weight as well, `W → W Q`, the output stays what it was:
     `x Q (W Q)ᵀ = x Wᵀ`.
     """
 
@@ -65,10 +65,10 @@ class Rotation:
 
     def apply(self, x: Tensor) -> Tensor:
         """Return `x Q` for `x (…, n)`, computed in float32, in the dtype of `x`."""
-        turned = x.float()
+        rotated = x.float()
         for stage in self.stages:
-            turned = stage.apply(turned)
-        return turned.to(x.dtype)
+            rotated = stage.apply(rotated)
+        return rotated.to(x.dtype)
 
     def to(self, device: torch.device) -> Rotation:
         return Rotation(
@@ -100,7 +100,7 @@ class Rotation:
 def factored_hadamard(n: int, generator: torch.Generator) -> Rotation:
     """Return a random Hadamard rotation of `n` channels as a product of small blocks, with random signs in front.
 
-    A Kronecker product of Hadamard matrices is one itself; each stage multiplies by one factor and turns the channels
+    A Kronecker product of Hadamard matrices is one itself; each stage multiplies by one factor and rotates the channels
     so that the next factor's come to stand side by side.
     """
     stages: list[RotationStage] = []
@@ -118,8 +118,8 @@ def _factors(n: int) -> list[int]:
     sizes = [base] if base > 1 else []
     exponent = power.bit_length() - 1
     largest = _LARGEST_FACTOR.bit_length() - 1
-    for left in range(-(-exponent // largest), 0, -1):
-        share = -(-exponent // left)
+    for count in range(-(-exponent // largest), 0, -1):
+        share = -(-exponent // count)
         sizes.append(2**share)
         exponent -= share
     return sizes or [1]

@@ -26,8 +26,8 @@ def factors(w: Tensor, cache: Path | None) -> tuple[Tensor, Tensor, Tensor]:
     if cache is None or (w.is_cuda and w.numel() > _LARGE_ON_GPU):
         return decompose(w)
     file = cache / "factors" / f"{_name(w)}.safetensors"
-    if (found := _read(file)) is not None:
-        u, s, vh = (tensor.to(w.device) for tensor in found)
+    if (cached_factors := _read(file)) is not None:
+        u, s, vh = (tensor.to(w.device) for tensor in cached_factors)
         return u, s, vh
     u, s, vh = decompose(w)
     _write(file, {"u": u, "s": s, "vh": vh})
@@ -46,8 +46,8 @@ def _read(file: Path) -> tuple[Tensor, Tensor, Tensor] | None:
     from safetensors.torch import load_file
 
     try:
-        held = load_file(file)
-        return held["u"], held["s"], held["vh"]
+        tensors = load_file(file)
+        return tensors["u"], tensors["s"], tensors["vh"]
     except (OSError, SafetensorError, KeyError):
         return None  # none yet, or a damaged one that is written again
 
@@ -117,8 +117,8 @@ def completed(q: Tensor) -> Tensor:
     n, k = q.shape
     if k == n:
         return q
-    whole = torch.linalg.qr(q.double(), mode="complete").Q
-    return torch.cat([q, whole[:, k:].to(q.dtype)], 1)
+    square = torch.linalg.qr(q.double(), mode="complete").Q
+    return torch.cat([q, square[:, k:].to(q.dtype)], 1)
 
 
 def random_directions(w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

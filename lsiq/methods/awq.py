@@ -111,14 +111,14 @@ class AWQ(Traits):
 
         changed: dict[str, Tensor] = {}
         metrics: dict[str, float] = {}
-        whole = self._block_error(block, context) if self.search == "block" else None
+        block_error = self._block_error(block, context) if self.search == "block" else None
         for group in block.groups:
-            seen = statistics[group.consumers[0]]
-            judge = whole or LinearError(seen.gram)
+            statistic = statistics[group.consumers[0]]
+            judge = block_error or LinearError(statistic.gram)
             # Against the block as it came: scaling one group's rows changes no rounding of another's columns.
-            ratio, scale = search_scale(block, group, seen, quant, self.ratios, judge)
+            ratio, scale = search_scale(block, group, statistic, quant, self.ratios, judge)
             changed |= fold_scale({**block.weights, **changed}, group, scale, block.head_dim)
-            scaled = seen.scaled(spread(scale, len(seen.mean_abs), block.head_dim))
+            scaled = statistic.scaled(spread(scale, len(statistic.mean_abs), block.head_dim))
             statistics |= dict.fromkeys(group.consumers, scaled)
             metrics[f"ratio/{group.producer}"] = ratio
         return changed, metrics
@@ -127,10 +127,10 @@ class AWQ(Traits):
         from lsiq.calib.scale_search import BlockError
 
         assert context.inputs is not None
-        chosen = range(0, context.samples, max(1, context.samples // self.samples))[: self.samples]
-        own = share(context.samples)
-        here = [index - own.start for index in chosen if own.start <= index < own.stop]
-        return BlockError(block, context.inputs[here], context.batch)
+        indices = range(0, context.samples, max(1, context.samples // self.samples))[: self.samples]
+        local = share(context.samples)
+        rows = [index - local.start for index in indices if local.start <= index < local.stop]
+        return BlockError(block, context.inputs[rows], context.batch)
 
     def _clip(
         self,

@@ -126,15 +126,15 @@ def quantize_prepared(
 ) -> BlockResult:
     """Let `method` quantise the block after some of its tensors were changed, and keep what is not a linear as floats.
 
-    This is how methods compose: one that prepares weights (SmoothQuant, AWQ) or turns inputs (DuQuant) hands the block
-    to the one in its `then`.
+    This is how methods compose: one that prepares weights (SmoothQuant, AWQ) or rotates inputs (DuQuant) hands the
+    block to the one in its `then`.
 
     Args:
         folded: tensors by dotted name that together leave the block's float function as it was.
-        clipped: linears' weights by dotted name that are to be rounded in place of the float ones; of turned inputs.
-        rotations: what turns inputs, named as in `Block`, after the tensors were folded.
+        clipped: linears' weights by dotted name that are to be rounded in place of the float ones; of rotated inputs.
+        rotations: what rotates inputs, named as in `Block`, after the tensors were folded.
     """
-    exact = replace(block, weights={**block.weights, **folded}).turned(rotations or {})
+    exact = replace(block, weights={**block.weights, **folded}).rotated(rotations or {})
     prepared = replace(exact, weights={**exact.weights, **(clipped or {})})
     result = method.quantize_block(prepared, quant, context)
     floats = {name: tensor for name, tensor in folded.items() if name not in block.linears}

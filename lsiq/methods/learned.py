@@ -86,9 +86,9 @@ class Learned(Traits):
             raise ValueError(f"latents=true: {then.name} rounds to other codes than was learned; use then=null")
         if any(isinstance(part, Clip) and part.span == "start" for part in self.parts):
             raise ValueError(f"then: {then.name} fits its grids to the changed weights; use clip.span=present")
-        if chosen := [part.name for part in self.parts if part.chooses_codes]:
+        if choosers := [part.name for part in self.parts if part.chooses_codes]:
             raise ValueError(
-                f"then: the part {chosen[0]} chooses codes that {then.name} would choose anew; use then=null"
+                f"then: the part {choosers[0]} chooses codes that {then.name} would choose anew; use then=null"
             )
 
     @property
@@ -126,9 +126,9 @@ class Learned(Traits):
             result = quantize_prepared(self.then, block, {**reference, **floats}, quant, context, linears)
         state = {
             f"{part.name}:{name}": tensor
-            for part, held in zip(parts, learned.states, strict=True)
-            for name, tensor in held.parameters.items()
-            if name not in held.bulky
+            for part, part_state in zip(parts, learned.states, strict=True)
+            for name, tensor in part_state.parameters.items()
+            if name not in part_state.bulky
         }
         metrics = {**measured(learned), **result.metrics}
         return replace(result, metrics=metrics, state=state, trace=rows, kernels=learned.kernels)
@@ -157,6 +157,6 @@ def refuse_rounded_ahead(then: Method) -> None:
     for method in chain(then):
         if isinstance(method, Learned) and (ahead := method.training.ahead).blocks and ahead.later != "float":
             raise ValueError(
-                f"then: training.ahead.later={ahead.later} rounds later blocks whose inputs are not turned yet; "
+                f"then: training.ahead.later={ahead.later} rounds later blocks whose inputs are not rotated yet; "
                 "behind online rotations use later=float or blocks=0"
             )

@@ -77,11 +77,13 @@ class Prefix(Traits):
         if model.prefix is not None:
             raise InputError("method: prefix stands in its own then; one prefix is all there is, leave the other out")
         assert tokens is not None  # the method asks for a stream
-        found = self.tokens if self.tokens is not None else self._search(model, tokens, batch)
+        prefix = self.tokens if self.tokens is not None else self._search(model, tokens, batch)
         vocabulary = model.config.vocab_size
-        if wrong := [token for token in found if not 0 <= token < vocabulary]:
-            raise InputError(f"method.tokens: {wrong[0]} is not a token of the model; there are 0 to {vocabulary - 1}")
-        return model.with_prefix(torch.tensor(found))
+        if unknown := [token for token in prefix if not 0 <= token < vocabulary]:
+            raise InputError(
+                f"method.tokens: {unknown[0]} is not a token of the model; there are 0 to {vocabulary - 1}"
+            )
+        return model.with_prefix(torch.tensor(prefix))
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
         return self.then.quantize_block(block, quant, context)
@@ -89,15 +91,15 @@ class Prefix(Traits):
     def _search(self, model: Model, tokens: Tensor, batch: int) -> list[int]:
         from lsiq.calib.outlier_tokens import outlier_tokens
 
-        found = outlier_tokens(model, tokens[: self.samples], batch, self.threshold)[: self.count]
+        prefix = outlier_tokens(model, tokens[: self.samples], batch, self.threshold)[: self.count]
         if self.bos:
             first = model.tokenizer.bos_token_id
             if first is None:
                 raise InputError("method.bos=true: the tokenizer has no token that texts begin with; set it to false")
-            found = [*(token for token in found if token != first), first]
-        if not found:
+            prefix = [*(token for token in prefix if token != first), first]
+        if not prefix:
             raise InputError(
                 f"method.threshold={self.threshold}: no token of {min(self.samples, len(tokens))} sequences is an "
                 "outlier; lower it, set method.bos=true or name the method.tokens"
             )
-        return found
+        return prefix

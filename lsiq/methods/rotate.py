@@ -1,4 +1,4 @@
-"""Rotate: turn channels by random Hadamard matrices, so that no channel is an outlier; `then` rounds."""
+"""Rotate: channels are rotated by random Hadamard matrices, so that no channel is an outlier; `then` rounds."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Place = Literal["residual", "norm", "value", "output", "down", "query_key"]
 
 @settings
 class Rotate(Traits):
-    """Random Hadamard rotations at some places; `then` quantises the turned block. The float function stays the same.
+    """Random Hadamard rotations at some places; `then` quantises the rotated block. The float function stays the same.
 
-    | place | what is turned | where |
+    | place | what is rotated | where |
     | --- | --- | --- |
     | residual | the residual stream, of the whole model | folded into the weights of all blocks |
     | value | value channels, head by head | folded into value and output projection |
@@ -42,11 +42,11 @@ class Rotate(Traits):
     An online rotation multiplies the input of a linear while the model runs; its share of the block's multiply-adds is
     the metric `online_share`, and its signs and small matrices count as stored bits. Scales cannot be folded where a
     rotation stands between producer and reader, so a learned or smoothing method in `then` leaves those channels out;
-    behind `residual` and `value` it folds as ever, in the turned channels.
+    behind `residual` and `value` it folds as ever, in the rotated channels.
 
     Source: QuaRot (arXiv 2404.00456, section 4): residual, value, output, down and query_key.
     Deviation: QuaRot's output rotation is across heads only; here `output` mixes all channels. Widths without a known
-    Hadamard matrix get a random rotation for their odd factor. `norm` is for models whose stream cannot be turned.
+    Hadamard matrix get a random rotation for their odd factor. `norm` is for models whose stream cannot be rotated.
     """
 
     places: list[Place] = Field(
@@ -54,7 +54,7 @@ class Rotate(Traits):
         min_length=1,
         description="a list of residual, norm, value, output, down and query_key",
     )
-    then: Method = Field(description="the method that quantises the turned block")
+    then: Method = Field(description="the method that quantises the rotated block")
 
     def __post_init__(self) -> None:
         if len(set(self.places)) < len(self.places):
@@ -76,7 +76,7 @@ class Rotate(Traits):
         return self.then.needs
 
     def prepare_model(self, model: Model, tokens: Tensor | None, batch: int, generator: torch.Generator) -> Model:
-        """Return the model with its residual stream turned, if that is among the places.
+        """Return the model with its residual stream rotated, if that is among the places.
 
         Raises:
             InputError: the model's norms cannot be moved into the linears behind them.
@@ -87,10 +87,10 @@ class Rotate(Traits):
         if "residual" not in self.places:
             return model
         if (reason := model.spec.why_not_turnable(model.config)) is not None:
-            raise InputError(f"method.places={self.places}: the residual stream cannot be turned, for {reason}")
-        turned = residual_rotation(model.config.hidden_size, model.spec.norm_subtracts_mean, generator)
-        turned = turned.to(model.device)
-        return replace(model, residual=turned if model.residual is None else model.residual @ turned)
+            raise InputError(f"method.places={self.places}: the residual stream cannot be rotated, for {reason}")
+        rotation = residual_rotation(model.config.hidden_size, model.spec.norm_subtracts_mean, generator)
+        rotation = rotation.to(model.device)
+        return replace(model, residual=rotation if model.residual is None else model.residual @ rotation)
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
         from lsiq.linalg.rotation import factored_hadamard
@@ -111,9 +111,9 @@ class Rotate(Traits):
         for group in block.groups:
             if group.kind == "value":
                 like = block.weights[f"{group.producer}.weight"]
-                turned = random_hadamard(block.head_dim, context.generator).to(like)
-                return fold_value_rotation(block.weights, group, turned, block.head_dim)
+                rotation = random_hadamard(block.head_dim, context.generator).to(like)
+                return fold_value_rotation(block.weights, group, rotation, block.head_dim)
         raise InputError(
-            "method.places: value cannot be folded behind a method that turns the output projection's input; "
+            "method.places: value cannot be folded behind a method that rotates the output projection's input; "
             "leave value out of the inner one"
         )

@@ -2,7 +2,7 @@
 
 The skeleton of every model attends through the function registered here. It is scaled dot-product attention as
 transformers has it; while an activation format is in force it first puts queries, keys and values (after the rotary
-embedding) on their grids, turned beforehand where that was asked for. No layer of any model is copied or changed.
+embedding) on their grids, rotated beforehand where that was asked for. No layer of any model is copied or changed.
 """
 
 from __future__ import annotations
@@ -145,10 +145,10 @@ def activations(
     rotations: Mapping[str, Rotation] | None = None,
     prefix: int = 0,
 ) -> Iterator[None]:
-    """While this lasts, the inputs of `linears` inside `module`, and queries, keys and values, are turned and in `fmt`.
+    """While this lasts, the inputs of `linears` in `module`, and queries, keys and values, are rotated and in `fmt`.
 
     Args:
-        rotations: by name of the linear whose input is turned, or `query_key`; turned first, then rounded.
+        rotations: by name of the linear whose input is rotated, or `query_key`; rotated first, then rounded.
         prefix: how many keys and values, the first, are not put into the format.
     """
     rotations = rotations or {}
@@ -160,10 +160,10 @@ def activations(
 
     def prepare(rotation: Rotation | None) -> Callable[..., tuple[Tensor, ...]]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            # Linears of one stage read the same tensor: it is turned and rounded once.
+            # Linears of one stage read the same tensor: it is rotated and rounded once.
             if not (last and last[0][0] is args[0]):
-                turned = args[0] if rotation is None else rotation.apply(args[0])
-                last[:] = [(args[0], turned if active is None else active.fake(turned))]
+                rotated = args[0] if rotation is None else rotation.apply(args[0])
+                last[:] = [(args[0], rotated if active is None else active.fake(rotated))]
             return (last[0][1], *args[1:])
 
         return hook

@@ -49,10 +49,10 @@ class Block:
             batch 1; they broadcast over any batch.
         dtype: the precision in which the block runs.
         unfoldable: why scales cannot be folded into its norms; None where they can.
-        rotations: by the first linear of a stage, what turns the stage's input while the block runs; `query_key` for
-            queries and keys, head by head after the rotary embedding. The weights are those of turned inputs.
+        rotations: by the first linear of a stage, what rotates the stage's input while the block runs; `query_key` for
+            queries and keys, head by head after the rotary embedding. The weights are those of rotated inputs.
         prefix: tokens whose keys and values stand before those of every sequence.
-        compiled: whether the block runs compiled where gradients are wanted; turned inputs and prefixes do not.
+        compiled: whether the block runs compiled where gradients are wanted; rotated inputs and prefixes do not.
         kind: how the block attends, where the blocks of its model do not all attend alike.
         untouched: dotted names of linears' weights that stay in float.
     """
@@ -95,15 +95,15 @@ class Block:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The channels that may be rescaled: those of the family, less what is turned between producer and reader."""
-        return self._unturned(self.spec.groups)
+        """The channels that may be rescaled: those of the family, less what is rotated between producer and reader."""
+        return self._unrotated(self.spec.groups)
 
     @property
     def homogeneous(self) -> tuple[Group, ...]:
         """Further channels that may be rescaled, which reach their reader through a ReLU."""
-        return self._unturned(self.spec.homogeneous)
+        return self._unrotated(self.spec.homogeneous)
 
-    def _unturned(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    def _unrotated(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         return tuple(group for group in groups if self.rotation_of(group.consumers[0]) is None)
 
     @property
@@ -111,23 +111,23 @@ class Block:
         """What decides the layer's function besides its weights: the configuration, and what is set layer by layer."""
         attention = self._attention
         plain = (bool, int, float, str, type(None))
-        own = {name: value for name, value in vars(attention).items() if isinstance(value, plain)}
-        own.pop("layer_idx", None)  # only says where its keys go in a cache
-        return f"{attention.config.to_json_string()} {sorted(own.items())}"  # type: ignore[union-attr]
+        settings = {name: value for name, value in vars(attention).items() if isinstance(value, plain)}
+        settings.pop("layer_idx", None)  # only says where its keys go in a cache
+        return f"{attention.config.to_json_string()} {sorted(settings.items())}"  # type: ignore[union-attr]
 
     @property
     def _attention(self) -> nn.Module:
         return self.module.get_submodule(self.spec.query.rpartition(".")[0])
 
     def rotation_of(self, linear: str) -> Rotation | None:
-        """Return what turns the input of a linear, named without `.weight`."""
+        """Return what rotates the input of a linear, named without `.weight`."""
         return next((self.rotations.get(stage[0]) for stage in self.spec.stages if linear in stage), None)
 
-    def turned(self, rotations: Mapping[str, Rotation]) -> Block:
-        """Return the block with more of its inputs turned, weights included; its function stays the same.
+    def rotated(self, rotations: Mapping[str, Rotation]) -> Block:
+        """Return the block with more of its inputs rotated, weights included; its function stays the same.
 
         Args:
-            rotations: named as in the attribute; what is turned already is turned again.
+            rotations: named as in the attribute; what is rotated already is rotated again.
         """
         device = next(iter(self.weights.values())).device
         weights, all_rotations = dict(self.weights), dict(self.rotations)
@@ -167,7 +167,7 @@ class Block:
         """
         cast = {name: weight.to(self.dtype) for name, weight in {**self.weights, **weights}.items()}
         # The function outlives the block, and must not keep its float32 weights alive.
-        module, linears, own, kind, index = self.module, self.spec.linears, self.kwargs, self.kind, self.index
+        module, linears, block_kwargs, kind, index = self.module, self.spec.linears, self.kwargs, self.kind, self.index
         beside = {name: (up.to(self.dtype), down.to(self.dtype)) for name, (up, down) in (branches or {}).items()}
         rotations = {name: r for name in linears if (r := self.rotation_of(name)) is not None}
         if QUERY_KEY in self.rotations:
@@ -183,18 +183,18 @@ class Block:
             compiled_call = self._compiled(activation)
             # Evaluation comes in other shapes, and too few of them.
             return lambda hidden, kwargs=None, /: (
-                compiled_call(cast, hidden, own if kwargs is None else for_kind(kwargs, kind))
+                compiled_call(cast, hidden, block_kwargs if kwargs is None else for_kind(kwargs, kind))
                 if torch.is_grad_enabled()
-                else call(hidden, own if kwargs is None else for_kind(kwargs, kind), activation)
+                else call(hidden, block_kwargs if kwargs is None else for_kind(kwargs, kind), activation)
             )
 
         before = None if self.prefix is None else _prefix_cache(self.prefix, self.dtype, call)
 
         def run(hidden: Tensor, kwargs: Mapping[str, Any] | None = None, /) -> Tensor:
-            given = own if kwargs is None else for_kind(kwargs, kind)
+            call_kwargs = block_kwargs if kwargs is None else for_kind(kwargs, kind)
             if before is not None:
-                given = before.begin(given, len(hidden), index)
-            return call(hidden, given, activation)
+                call_kwargs = before.begin(call_kwargs, len(hidden), index)
+            return call(hidden, call_kwargs, activation)
 
         return run
 
@@ -219,9 +219,9 @@ class Block:
 
     def holding(self, result: BlockResult) -> Block:
         """Return the block with the weights and rotations that a result stands for, without its side branches."""
-        return replace(self.turning(result), weights={**self.weights, **result_weights(result, self.weights)})
+        return replace(self.with_rotations_of(result), weights={**self.weights, **result_weights(result, self.weights)})
 
-    def turning(self, result: BlockResult) -> Block:
+    def with_rotations_of(self, result: BlockResult) -> Block:
         """Return the block with the rotations of a result, for whose inputs its weights are not made yet."""
         device = next(iter(self.weights.values())).device
         rotations = {place: rotation.to(device) for place, rotation in result.rotations.items()}
@@ -269,19 +269,19 @@ class FloatStream:
 
     def __init__(self, block: Callable[[int], Block], hidden: Tensor, batch: int, first: int = 0) -> None:
         self._block, self._batch = block, batch
-        self._known = {first - 1: hidden}
+        self._streams = {first - 1: hidden}
 
     def after(self, index: int) -> Tensor:
         """Return what leaves the block `index`, `(N, T, d)`; a look ahead has computed it already."""
-        if index not in self._known:
+        if index not in self._streams:
             before, block = self.after(index - 1), self._block(index)
             device = next(iter(block.weights.values())).device
-            self._known[index] = run_stream(block.with_weights({}), before, self._batch, device)
-        return self._known[index]
+            self._streams[index] = run_stream(block.with_weights({}), before, self._batch, device)
+        return self._streams[index]
 
     def forget_before(self, index: int) -> None:
         """Let go of what entered the blocks up to `index`."""
-        self._known = {known: stream for known, stream in self._known.items() if known >= index}
+        self._streams = {position: stream for position, stream in self._streams.items() if position >= index}
 
 
 @torch.no_grad()

@@ -30,10 +30,10 @@ def read_chat_template(checkpoint: Path) -> str | None:
     return _default(config.get("chat_template")) if isinstance(config, dict) else None
 
 
-def _default(found: Any) -> str | None:
+def _default(template: Any) -> str | None:
     """Return the template that is used unless another one is named."""
-    if isinstance(found, list):  # of several, each with its name
-        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-    if isinstance(found, dict):
-        found = found.get("default")
-    return found if isinstance(found, str) and found else None
+    if isinstance(template, list):  # of several, each with its name
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) and template else None

@@ -85,10 +85,10 @@ class FileCheckpoint:
 
 def _state(file: Path) -> tuple[int, int, int] | None:
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class RandomCheckpoint:
@@ -120,7 +120,7 @@ def open_checkpoint(folder: Path, allow_pickle: bool) -> FileCheckpoint:
         return FileCheckpoint(folder, GGUFTensors(folder), [folder])
     tensors: dict[str, Any] = {}
     files = weight_files(folder, allow_pickle)
-    opened = FileCheckpoint(folder, tensors, files)
+    checkpoint = FileCheckpoint(folder, tensors, files)
     for file in files:
         try:
             tensors.update(_open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file))
@@ -128,14 +128,14 @@ def open_checkpoint(folder: Path, allow_pickle: bool) -> FileCheckpoint:
             raise
         except Exception as error:  # each library has its own exceptions for a damaged file
             raise InputError(f"{file}: cannot be read ({error}); fetch it again") from error
-    return opened
+    return checkpoint
 
 
 def _open_safetensors(file: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
-    opened = safe_open(file, framework="pt", device="cpu")
-    return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    handle = safe_open(file, framework="pt", device="cpu")
+    return {name: lambda name=name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _open_pickle(file: Path) -> dict[str, Any]:

@@ -63,5 +63,5 @@ class Context:
     @property
     def samples(self) -> int:
         """The number of sequences, those of all processes."""
-        held = self.tokens if self.tokens is not None else self.inputs
-        return 0 if held is None else len(held)
+        stream = self.tokens if self.tokens is not None else self.inputs
+        return 0 if stream is None else len(stream)

@@ -46,13 +46,13 @@ def split_kinds(kwargs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {kind: for_kind(kwargs, kind) for kind in kinds}
 
 
-def join_kinds(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def join_kinds(by_kind: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the arguments of all kinds as one mapping: the reverse of `split_kinds`."""
-    first = next(iter(found.values()))
+    first = next(iter(by_kind.values()))
     return {
         name: value
-        if all(kwargs[name] is value for kwargs in found.values())
-        else ByKind({kind: kwargs[name] for kind, kwargs in found.items()})
+        if all(kwargs[name] is value for kwargs in by_kind.values())
+        else ByKind({kind: kwargs[name] for kind, kwargs in by_kind.items()})
         for name, value in first.items()
     }
 
@@ -70,20 +70,20 @@ def enter(
         inputs: of the skeleton's forward pass.
     """
     entered: list[Tensor] = []
-    found: dict[str, dict[str, Any]] = {}
+    by_kind: dict[str, dict[str, Any]] = {}
     firsts = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)} or {"": 0}
 
     def reach(kind: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            given = {name: value for name, value in kwargs.items() if name not in _CACHE}
-            hidden = args[0] if args else given.pop("hidden_states")
+            arguments = {name: value for name, value in kwargs.items() if name not in _CACHE}
+            hidden = args[0] if args else arguments.pop("hidden_states")
             entered.append(hidden)
-            found.setdefault(kind, given)
-            if len(found) == len(firsts):
+            by_kind.setdefault(kind, arguments)
+            if len(by_kind) == len(firsts):
                 raise _Reached
             # Without the mask, which may be one for tokens that are in a cache and not here.
-            passed = ((hidden,), {**given, "attention_mask": None})
-            return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), passed)
+            call = ((hidden,), {**arguments, "attention_mask": None})
+            return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), call)
 
         return hook
 
@@ -98,6 +98,6 @@ def enter(
     finally:
         for handle in handles:
             handle.remove()
-    if len(found) < len(firsts):
+    if len(by_kind) < len(firsts):
         raise AssertionError("the model ran without entering its blocks")
-    return entered[0], join_kinds(found)
+    return entered[0], join_kinds(by_kind)

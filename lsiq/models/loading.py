@@ -22,7 +22,7 @@ from lsiq.models.folder import read_config
 from lsiq.models.gguf_file import is_gguf
 from lsiq.models.outliers import PlantedOutliers
 from lsiq.models.prefix import BlockPrefix, ModelPrefix, after_prefix
-from lsiq.models.residual import turn_block
+from lsiq.models.residual import rotate_block
 from lsiq.models.spec import ModelSpec, check_supported
 from lsiq.runtime import streams
 
@@ -42,7 +42,7 @@ class Model:
         tokenizer: of transformers.
         device, dtype: where and in which precision blocks run.
         planting: outliers that the float model is given on purpose; None for the model as it is.
-        residual: `(d, d)`, what turns the residual stream between the embeddings and the final norm; None for nothing.
+        residual: `(d, d)`, what rotates the residual stream between embeddings and final norm; None for nothing.
         prefix: tokens whose keys and values stand before those of every sequence; None for none.
     """
 
@@ -94,17 +94,17 @@ class Model:
         if self.planting is not None:
             block = replace(block, weights=self.planting.apply(block.weights, self.spec, block.head_dim))
         if self.residual is not None:
-            block = replace(block, weights=turn_block(block.weights, self.spec, self.residual))
+            block = replace(block, weights=rotate_block(block.weights, self.spec, self.residual))
         if self.prefix is not None:
-            hidden = self.turned(self.prefix.hidden[index].to(self.device)[None])
+            hidden = self.rotated(self.prefix.hidden[index].to(self.device)[None])
             block = replace(block, prefix=BlockPrefix(hidden, for_kind(self.prefix.kwargs, block.kind)))
         return block
 
-    def turned(self, hidden: Tensor) -> Tensor:
+    def rotated(self, hidden: Tensor) -> Tensor:
         """Return what enters the first block `(…, d)` in the coordinates of this model's residual stream."""
         return hidden if self.residual is None else (hidden.float() @ self.residual).to(hidden.dtype)
 
-    def turned_back(self, hidden: Tensor) -> Tensor:
+    def rotated_back(self, hidden: Tensor) -> Tensor:
         """Return what left the last block `(…, d)` in the coordinates of the float model, on the device it is on."""
         if self.residual is None:
             return hidden
@@ -138,7 +138,7 @@ class Model:
         hidden: Tensor | None = None
         for start in range(0, len(tokens), batch):
             entered, _ = self.enter(False, input_ids=tokens[start : start + batch].to(self.device))
-            part = self.turned(entered[:, before:])
+            part = self.rotated(entered[:, before:])
             if hidden is None:
                 hidden = streams.empty((len(tokens), *part.shape[1:]), part.dtype, self.device.type == "cuda")
             hidden[start : start + batch] = part
@@ -157,7 +157,7 @@ class Model:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `(batch, T, vocabulary)` in float32 of what left the last block; differentiable."""
         base = self.skeleton.get_submodule(self.spec.blocks.rpartition(".")[0])
-        hidden = self.turned_back(hidden.to(self.device))
+        hidden = self.rotated_back(hidden.to(self.device))
         for name in ("norm", "final_layer_norm", "project_out"):
             if isinstance(module := getattr(base, name, None), nn.Module):
                 hidden = module(hidden)

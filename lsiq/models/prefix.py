@@ -93,7 +93,7 @@ def after_prefix(kwargs: Mapping[str, Any], prefix: ModelPrefix) -> dict[str, An
     """
     count = len(prefix.tokens)
     return join_kinds(
-        {kind: _after(given, for_kind(prefix.kwargs, kind), count) for kind, given in split_kinds(kwargs).items()}
+        {kind: _after(of_kind, for_kind(prefix.kwargs, kind), count) for kind, of_kind in split_kinds(kwargs).items()}
     )
 
 
@@ -103,7 +103,7 @@ def _after(kwargs: Mapping[str, Any], alone: Mapping[str, Any], prefix: int) -> 
     changed["position_ids"] = kwargs["position_ids"][:, prefix:]
     if "position_embeddings" in kwargs:
         pairs = zip(kwargs["position_embeddings"], alone["position_embeddings"], strict=True)
-        if not all(torch.equal(part[:1, :prefix], own) for part, own in pairs):
+        if not all(torch.equal(part[:1, :prefix], expected) for part, expected in pairs):
             raise InputError(
                 f"the rotary embedding of a prefix of {prefix} tokens changes with {positions} tokens (LongRoPE), "
                 "so its keys cannot be kept; use shorter sequences (calib.seqlen, eval.seqlen) or no prefix"

@@ -28,7 +28,7 @@ class BlockResult:
         reference: by dotted name of the linear's weight, the float weight that its codes stand for, where that is not
             the block's own: folded scales belong to it, clipping and learned increments do not. With `floats` it
             makes the same float function as the block. Not stored.
-        rotations: what turns the inputs of the linears, or queries and keys, while the block runs; named as in `Block`.
+        rotations: what rotates the linears' inputs, or queries and keys, while the block runs; named as in `Block`.
         latents: by dotted name of the linear's weight, where in its cell each weight stood before it was rounded,
             `(out, in)`, in steps from the centre, within one half; empty where a method does not keep them.
         kernels: how the weights were made while they were learned: triton, compile or plain; empty where nothing was

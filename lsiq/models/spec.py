@@ -46,7 +46,7 @@ class ModelSpec:
         norm_subtracts_mean: whether the norms are LayerNorms.
         query, key: the linears whose outputs meet in the attention scores; one linear where both are fused.
         unfoldable: why scales cannot be folded into the family's norms, or None where they can.
-        unturnable: why its residual stream cannot be turned, beyond `unfoldable`; None where it can.
+        unrotatable: why its residual stream cannot be rotated, beyond `unfoldable`; None where it can.
         logits: what the family does to the head's outputs, given its configuration; None for nothing.
     """
 
@@ -59,7 +59,7 @@ class ModelSpec:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     unfoldable: str | None = None
-    unturnable: str | None = None
+    unrotatable: str | None = None
     logits: Callable[[Tensor, Any], Tensor] | None = None
 
     @property
@@ -79,9 +79,9 @@ class ModelSpec:
         `norm` is what reads the residual stream, behind a norm or, in families that normalise later, without one.
         """
         output, last = self.writers
-        named = {"norm": [stage[0] for stage in self.stages if stage[0] not in self.writers]}
-        named |= {"output": [output], "down": [last]}
-        return tuple(name for place, names in named.items() if place in places for name in names)
+        names_by_place = {"norm": [stage[0] for stage in self.stages if stage[0] not in self.writers]}
+        names_by_place |= {"output": [output], "down": [last]}
+        return tuple(name for place, names in names_by_place.items() if place in places for name in names)
 
     def why_not_foldable(self, config: Any) -> str | None:
         """Why scales cannot be folded into this model's norms, or None where they can."""
@@ -99,8 +99,8 @@ class ModelSpec:
         return None
 
     def why_not_turnable(self, config: Any) -> str | None:
-        """Why the residual stream of this model cannot be turned, or None where it can."""
-        return self.unturnable or self.why_not_foldable(config)
+        """Why the residual stream of this model cannot be rotated, or None where it can."""
+        return self.unrotatable or self.why_not_foldable(config)
 
 
 def check_supported(config: Any, where: str) -> None:

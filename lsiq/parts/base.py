@@ -119,7 +119,7 @@ def quantized_ranges(draft: Draft, name: str, quant: QuantSettings) -> tuple[Ten
     return quant.of(name).fit(*clipped_range(draft, name, quant))
 
 
-def placed(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor, Tensor]:
+def rounded_target(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Return what is rounded of a linear, `(out, in)`, offsets included, with scale and zero point of its grid."""
     scale, zero = quantized_ranges(draft, name, quant)
     weight = draft.weights[name]
@@ -130,12 +130,12 @@ def placed(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tenso
 
 def rounded(draft: Draft, linears: tuple[str, ...], quant: QuantSettings) -> dict[str, Tensor]:
     """Return every tensor of the draft, its linears on their grids; gradients pass straight through the rounding."""
-    made: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name in linears:
         if (fmt := quant.of(name)).bits == 16:
             continue
-        weight, scale, zero = placed(draft, name, quant)
-        made[name] = fmt.fake(weight, scale, zero)
+        weight, scale, zero = rounded_target(draft, name, quant)
+        weights[name] = fmt.fake(weight, scale, zero)
         if draft.softness is not None:
-            made[name] = made[name] + draft.softness * (weight - made[name])
-    return {**draft.weights, **made}
+            weights[name] = weights[name] + draft.softness * (weight - weights[name])
+    return {**draft.weights, **weights}

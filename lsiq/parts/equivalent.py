@@ -71,7 +71,7 @@ class Equivalent(PartTraits):
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
         from lsiq.calib.input_statistics import extremes
 
-        if not self._used(block, quant):
+        if not self._applies(block, quant):
             return PartState({})
         if block.unfoldable:
             raise InputError(f"method: the part equivalent folds scales into norms, but {block.unfoldable}")
@@ -114,14 +114,14 @@ class Equivalent(PartTraits):
 
         assert context.inputs is not None
         statistics = observe_inputs(block, context.inputs, context.batch)
-        found = {}
+        scales = {}
         for group in self._groups(block):
-            seen = statistics[group.consumers[0]]
-            judge = LinearError(seen.gram)
-            found[group.producer] = search_scale(block, group, seen, quant, SEARCH_RATIOS, judge)[1]
-        return found
+            statistic = statistics[group.consumers[0]]
+            judge = LinearError(statistic.gram)
+            scales[group.producer] = search_scale(block, group, statistic, quant, SEARCH_RATIOS, judge)[1]
+        return scales
 
-    def _used(self, block: Block, quant: QuantSettings) -> bool:
+    def _applies(self, block: Block, quant: QuantSettings) -> bool:
         families = self.weight_only_families
         return quant.activation.active or families is None or block.spec.model_type in families
 
@@ -130,8 +130,8 @@ class Equivalent(PartTraits):
 
     def _shifts(self, group: Group, block: Block, quant: QuantSettings) -> bool:
         biases = all(f"{name}.bias" in block.weights for name in (group.producer, *group.consumers))
-        wanted = self.shift == "always" or (self.shift == "auto" and quant.activation.active)
-        return wanted and biases
+        enabled = self.shift == "always" or (self.shift == "auto" and quant.activation.active)
+        return enabled and biases
 
 
 def smoothing_scale(block: Block, consumers: Sequence[str], reach: Tensor, alpha: float) -> Tensor:

@@ -48,8 +48,8 @@ class Rounding(PartTraits):
             return PartState({})
         parameters = {name: block.weights[name].new_zeros(block.weights[name].shape) for name in names}
         bounds = dict.fromkeys(parameters, (-self.bound, self.bound))
-        some = block.weights[names[0]]
-        constants = {"done": some.new_ones(())} if self.hardening else {}
+        weight = block.weights[names[0]]
+        constants = {"done": weight.new_ones(())} if self.hardening else {}
         return PartState(parameters, constants, bounds, frozenset(parameters))
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:

@@ -93,13 +93,13 @@ class Singular(PartTraits):
         parameters: dict[str, Tensor] = {}
         constants: dict[str, Tensor] = {}
         names = self._names(block)
-        found = {}
+        decompositions = {}
         if self.directions == "singular":
             sizes = {name: block.weights[name].numel() for name in names}
             device = next(iter(block.weights.values())).device
-            found = divided(sizes, lambda name: factors(block.weights[name], context.cache), device)
+            decompositions = divided(sizes, lambda name: factors(block.weights[name], context.cache), device)
         for name in names:
-            u, s, vh = found.get(name) or random_directions(block.weights[name], context.generator)
+            u, s, vh = decompositions.get(name) or random_directions(block.weights[name], context.generator)
             parameters[f"{name}:increment"] = s.new_zeros(min(self.top or len(s), len(s)))
             if self.corner == "complete":
                 u, vh = completed(u), completed(vh.T).T.contiguous()
@@ -142,8 +142,8 @@ class Singular(PartTraits):
 
         if self.product != "auto":
             return getattr(torch, self.product)
-        some = next(iter(block.weights.values()))
-        return block.dtype if some.is_cuda and block.dtype.itemsize == 2 else some.dtype
+        weight = next(iter(block.weights.values()))
+        return block.dtype if weight.is_cuda and block.dtype.itemsize == 2 else weight.dtype
 
     def directions_used(self, state: PartState, name: str) -> int:
         """How many singular directions of a linear are trained, by increments or in the corner."""

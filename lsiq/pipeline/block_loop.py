@@ -57,9 +57,9 @@ class BlockReport:
     kernels: str = ""
 
     @classmethod
-    def restored(cls, kept: StoredBlock, error: float | None) -> BlockReport:
+    def restored(cls, stored: StoredBlock, error: float | None) -> BlockReport:
         """Return the report of a block that was finished earlier."""
-        values = dict(kept.report)
+        values = dict(stored.report)
         return cls(**{**values, "error": error, "cost": BlockCost(**values["cost"])})
 
 
@@ -90,7 +90,7 @@ def quantize(
     loop = _Loop(model, method, quant, tokens, batch, seed, store, log, cache)
     try:
         yield from loop.take_up()
-        while loop.done < model.depth:
+        while loop.position < model.depth:
             yield loop.next_block()
     finally:
         store.wait()
@@ -119,14 +119,14 @@ class _Loop:
     cache: Path | None
 
     def __post_init__(self) -> None:
-        own = torch.zeros(1, 1, dtype=torch.long)
+        tokens = torch.zeros(1, 1, dtype=torch.long)
         if self.tokens is not None:
-            own = self.tokens[processes.share(len(self.tokens))]
-        hidden, kwargs = self.model.embed(own, self.batch)
+            tokens = self.tokens[processes.share(len(self.tokens))]
+        hidden, kwargs = self.model.embed(tokens, self.batch)
         self.resident = fits(STREAMS * hidden.nbytes, self.model.device)
         if self.resident:
             hidden = hidden.to(self.model.device)
-        self.done = 0
+        self.position = 0
         self.before: Digest = ""
         self.errors: list[float | None] = []
         self.blocks = _Blocks(self.model, kwargs, self.quant)
@@ -135,40 +135,40 @@ class _Loop:
 
     def take_up(self) -> Iterator[BlockReport]:
         """Go to where an earlier try came, and yield the reports of its blocks up to there."""
-        kept = processes.from_first(self.store.kept(self.model.depth) if processes.first() else [])
-        if isinstance(self.method, WholeMethod) and len(kept) < self.model.depth:
-            kept = self._store_whole(self.method)
+        stored = processes.from_first(self.store.finished_blocks(self.model.depth) if processes.first() else [])
+        if isinstance(self.method, WholeMethod) and len(stored) < self.model.depth:
+            stored = self._store_whole(self.method)
         if self.tokens is None:  # no streams have to be brought to where the blocks end
-            self.done = len(kept)
-            self.errors += [None] * len(kept)
-        elif processes.size() == 1 and (found := self.store.read_streams(kept)) is not None:
-            self._enter(found)
-        self.before = kept[self.done - 1].digest if self.done else self.store.model_digest()
-        for one, error in zip(kept, self.errors, strict=False):
-            yield BlockReport.restored(one, error)
+            self.position = len(stored)
+            self.errors += [None] * len(stored)
+        elif processes.size() == 1 and (streams := self.store.read_streams(stored)) is not None:
+            self._enter(streams)
+        self.before = stored[self.position - 1].digest if self.position else self.store.model_digest()
+        for block, error in zip(stored, self.errors, strict=False):
+            yield BlockReport.restored(block, error)
 
-    def _enter(self, found: Streams) -> None:
+    def _enter(self, streams: Streams) -> None:
         """Let both streams be what enters the next block; after the last one nothing does."""
-        self.done, self.errors = found.done, [*found.errors]
+        self.position, self.errors = streams.position, [*streams.errors]
         if self.resident:
-            found = found.on(self.model.device)
-        if found.floats is not None:
-            self.floats = FloatStream(self.blocks, found.floats, self.batch, found.done)
-        self.quantised = found.quantised
+            streams = streams.on(self.model.device)
+        if streams.floats is not None:
+            self.floats = FloatStream(self.blocks, streams.floats, self.batch, streams.position)
+        self.quantised = streams.quantised
 
     def next_block(self) -> BlockReport:
         """Quantise the next block, or take it from the store, run both streams through it, and report on it."""
-        start, index = time.perf_counter(), self.done
+        start, index = time.perf_counter(), self.position
         block = self.blocks.turn_to(index)
         targets = None if self.quantised is None else self.floats.after(index)
-        found = self._restored(index)
-        if found is None:
+        stored = self._restored(index)
+        if stored is None:
             result, report = self._make(block, targets, start)
         else:
-            result, report, self.before = found.result, BlockReport.restored(found, None), found.digest
+            result, report, self.before = stored.result, BlockReport.restored(stored, None), stored.digest
             if isinstance(self.method, WholeMethod):  # its blocks were stored before their inputs were known
                 report = self._with_rows(report, block, result)
-        self.done += 1
+        self.position += 1
         if self.quantised is None or targets is None:
             return report
         function = block.with_result(result, self.quant.running)
@@ -200,7 +200,7 @@ class _Loop:
             result = by_block.quantize_block(block, self.quant.in_block(index), context)
             self._store(block, result, _report(block, result, self.quant, time.perf_counter() - start))
             start = time.perf_counter()
-        return self.store.kept(self.model.depth)
+        return self.store.finished_blocks(self.model.depth)
 
     def _context(self, index: int, targets: Tensor | None) -> Context:
         needs = self.method.needs
@@ -222,9 +222,9 @@ class _Loop:
 
     def _restored(self, index: int) -> StoredBlock | None:
         """Return a block that is stored already; of several processes all find it or none."""
-        one = self.store.restore(index, self.before) if processes.first() else None
-        there = processes.from_first(one is not None)
-        return self.store.restore(index, self.before) if there and one is None else one
+        stored = self.store.restore(index, self.before) if processes.first() else None
+        exists = processes.from_first(stored is not None)
+        return self.store.restore(index, self.before) if exists and stored is None else stored
 
     def _store(self, block: Block, result: BlockResult, report: BlockReport) -> BlockResult:
         """Write a block and return it; the other processes go on with what the first wrote."""
@@ -237,8 +237,8 @@ class _Loop:
 
     def _store_streams(self, targets: Tensor) -> None:
         if processes.size() == 1:
-            entering = (None, None) if self.done == self.model.depth else (targets, self.quantised)
-            self.store.write_streams(Streams(self.done, self.errors, *entering), self.before)
+            entering = (None, None) if self.position == self.model.depth else (targets, self.quantised)
+            self.store.write_streams(Streams(self.position, self.errors, *entering), self.before)
 
 
 @dataclass(eq=False)
@@ -251,8 +251,8 @@ class _Blocks:
     at_hand: Block | None = None
 
     def __call__(self, index: int) -> Block:
-        there = self.at_hand
-        return there if there is not None and there.index == index else self._read(index)
+        block = self.at_hand
+        return block if block is not None and block.index == index else self._read(index)
 
     def turn_to(self, index: int) -> Block:
         """Return the block that is worked on from now on."""

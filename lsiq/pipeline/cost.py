@@ -73,33 +73,33 @@ def model_cost(model: Model, blocks: Iterable[BlockCost]) -> dict[str, Any]:
     """Return the costs of a model by name, plain data for the record.
 
     average_bits: bits per original weight of the linears in the blocks.
-    checkpoint_bytes: those, and all other tensors (embeddings, norms, biases, head, what turns the residual stream) in
-        16 bits, tied ones once.
+    checkpoint_bytes: those, and all other tensors (embeddings, norms, biases, head, what rotates the residual stream)
+        in 16 bits, tied ones once.
     bytes_per_token: weights read to generate one token of one sequence: all, but of an embedding that is not the head
         as well only a row. The cache of keys and values is left out: it grows with the context.
     macs_per_token: multiply-accumulates by width, weight times activation, the head included as 16x16. Products of
         queries, keys and values are left out for the same reason.
     relative_area: see `relative_area`; of the blocks' linears.
     """
-    found = list(blocks)
-    weights, bits = sum(block.weights for block in found), sum(block.stored_bits for block in found)
+    costs = list(blocks)
+    weights, bits = sum(block.weights for block in costs), sum(block.stored_bits for block in costs)
     macs: Counter[str] = Counter()
-    for block in found:
+    for block in costs:
         macs.update(block.macs)
     area = relative_area(macs, weights)
     head: Any = model.skeleton.get_output_embeddings()  # type: ignore[operator]
     residual = 0 if model.residual is None else model.residual.numel()
-    others = sum(parameter.numel() for parameter in model.skeleton.parameters()) - weights + residual
+    other_weights = sum(parameter.numel() for parameter in model.skeleton.parameters()) - weights + residual
     unread = sum(
         module.weight.numel() - module.embedding_dim
         for module in model.skeleton.modules()
         if isinstance(module, nn.Embedding) and module.weight is not head.weight
     )
-    macs["16x16"] += head.weight.numel() + 2 * residual  # turned where it enters the blocks and where it leaves them
+    macs["16x16"] += head.weight.numel() + 2 * residual  # rotated where it enters the blocks and where it leaves them
     return {
         "average_bits": bits / weights,
-        "checkpoint_bytes": bits // 8 + 2 * others,
-        "bytes_per_token": bits // 8 + 2 * (others - unread),
+        "checkpoint_bytes": bits // 8 + 2 * other_weights,
+        "bytes_per_token": bits // 8 + 2 * (other_weights - unread),
         "macs_per_token": dict(macs),
         "relative_area": area,
     }
@@ -124,8 +124,8 @@ def relative_area(macs: Mapping[str, int], weights: int) -> float | None:
         return sum(macs.values()) / weights
     area = 0.0
     for width, count in macs.items():
-        one, other = (int(bits) for bits in width.split("x"))
-        if max(one, other) > 8:
+        first_bits, second_bits = (int(bits) for bits in width.split("x"))
+        if max(first_bits, second_bits) > 8:
             return None
-        area += count * one * other / FLOAT16_AREA
+        area += count * first_bits * second_bits / FLOAT16_AREA
     return area / weights

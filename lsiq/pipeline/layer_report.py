@@ -46,8 +46,8 @@ def layer_rows(block: Block, result: BlockResult, quant: QuantSettings, inputs: 
     """
     plain = {name: quantize(block.weights[name], quant.of(name), name) for name in block.linears}
     stored = result_weights(result, block.weights)
-    known = bool(result.reference) or not (result.floats or result.rotations)
-    before, after = _errors(block, result, plain, stored, known, inputs)
+    comparable = bool(result.reference) or not (result.floats or result.rotations)
+    before, after = _errors(block, result, plain, stored, comparable, inputs)
     rows: list[dict[str, Any]] = []
     for name in block.linears:
         codes, old = result.weights[name].codes.to(plain[name].codes.device), block.weights[name]
@@ -62,7 +62,7 @@ def layer_rows(block: Block, result: BlockResult, quant: QuantSettings, inputs: 
                 "epoch": -1,
                 "error_before": before[name],
                 "error_after": after[name],
-                "flip_rate": (nearest != codes).float().mean().item() if known else float("nan"),
+                "flip_rate": (nearest != codes).float().mean().item() if comparable else float("nan"),
                 "histogram_before": _histogram(old, reach),
                 "histogram_after": _histogram(stored[name], reach),
                 "histogram_codes_before": _counts(plain[name]),
@@ -78,7 +78,7 @@ def _errors(
     result: BlockResult,
     plain: Mapping[str, QuantizedTensor],
     stored: Mapping[str, Tensor],
-    known: bool,
+    comparable: bool,
     inputs: Tensor | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the output errors of the weights rounded to nearest and of the result's, by linear."""
@@ -88,13 +88,13 @@ def _errors(
     rounded = {name: weight.decode() for name, weight in plain.items()}
     beside = _products(block, result)
     repaired = {name: stored[name] + beside[name] if name in beside else stored[name] for name in block.linears}
-    if known and not result.reference:  # both stand for the same weights, so one pass serves both
+    if comparable and not result.reference:  # both stand for the same weights, so one pass serves both
         before, after = _output_errors(block, block.weights, [rounded, repaired], inputs)
         return before, after
     (before,) = _output_errors(block, block.weights, [rounded], inputs)
-    if known:
+    if comparable:
         reference = {**block.weights, **_on(block, result.floats), **_on(block, result.reference)}
-        (after,) = _output_errors(block.turning(result), reference, [repaired], inputs)
+        (after,) = _output_errors(block.with_rotations_of(result), reference, [repaired], inputs)
     return before, after
 
 
@@ -103,18 +103,18 @@ def _output_errors(
 ) -> list[dict[str, float]]:
     """Return, by linear, the mean square that each of `candidates` adds to its output, over that of the output."""
     stages = {stage[0]: stage for stage in block.spec.stages}
-    added: list[dict[str, float]] = [dict.fromkeys(block.linears, 0.0) for _ in candidates]
+    errors: list[dict[str, float]] = [dict.fromkeys(block.linears, 0.0) for _ in candidates]
     power = dict.fromkeys(block.linears, 0.0)
 
     def update(first: str, x: Tensor) -> None:
         for name in (name for linear in stages[first] if (name := f"{linear}.weight") in power):
             w = weights[name].float()
             power[name] += (x @ w.T).square().sum().item()
-            for sums, candidate in zip(added, candidates, strict=True):
+            for sums, candidate in zip(errors, candidates, strict=True):
                 sums[name] += (x @ (candidate[name].float() - w).T).square().sum().item()
 
     visit_inputs(block, weights, inputs, 1, list(stages), update)
-    return [{name: total / max(power[name], 1e-30) for name, total in sums.items()} for sums in added]
+    return [{name: total / max(power[name], 1e-30) for name, total in sums.items()} for sums in errors]
 
 
 def _on(block: Block, tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:

@@ -20,18 +20,18 @@ from pathlib import Path
 from lsiq.errors import InputError, LsiqError
 from lsiq.report.runs import find_run, list_table, notes, read_runs
 from lsiq.report.summary import summary
-from lsiq.track.panels import Table, markdown, right_aligned, shown
+from lsiq.track.panels import Table, cell_text, markdown, right_aligned
 
 
 def main() -> None:
-    asked = sys.argv[1:]
-    lists = not asked or (asked[0].startswith("-") and asked[0] not in ("-h", "--help"))
-    given = _parser().parse_args(["list", *asked] if lists else asked)
+    words = sys.argv[1:]
+    lists = not words or (words[0].startswith("-") and words[0] not in ("-h", "--help"))
+    args = _parser().parse_args(["list", *words] if lists else words)
     try:
-        if given.command == "show":
-            sys.stdout.write(summary(find_run(given.runs, given.run)[0]))
+        if args.command == "show":
+            sys.stdout.write(summary(find_run(args.runs, args.run)[0]))
         else:
-            _show(_tables(given), given.markdown)
+            _show(_tables(args), args.markdown)
         sys.stdout.flush()
     except LsiqError as error:
         sys.exit(f"error: {error}")
@@ -39,19 +39,19 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tables(given: argparse.Namespace) -> Iterable[Table | str]:
-    if given.command == "list":
-        records = read_runs(given.runs, given.where)
-        return [list_table(records, given.metric, given.sort), *notes(records)]
+def _tables(args: argparse.Namespace) -> Iterable[Table | str]:
+    if args.command == "list":
+        records = read_runs(args.runs, args.where)
+        return [list_table(records, args.metric, args.sort), *notes(records)]
     from lsiq.report.differences import side_by_side, what_got_worse
 
-    if not 0 < given.level < 1:
-        raise InputError(f"--level={given.level}: a share between 0 and 1 is expected, such as 0.95")
-    if len(given.run) < 2:
-        raise InputError(f"compare {given.run[0]}: give two runs or more; show tells of one")
-    runs = [find_run(given.runs, named) for named in given.run]
-    tables = side_by_side(runs, given.level, given.all)
-    return tables if given.command == "compare" else [*tables, *what_got_worse(runs[0], runs[1], given.most)]
+    if not 0 < args.level < 1:
+        raise InputError(f"--level={args.level}: a share between 0 and 1 is expected, such as 0.95")
+    if len(args.run) < 2:
+        raise InputError(f"compare {args.run[0]}: give two runs or more; show tells of one")
+    runs = [find_run(args.runs, run) for run in args.run]
+    tables = side_by_side(runs, args.level, args.all)
+    return tables if args.command == "compare" else [*tables, *what_got_worse(runs[0], runs[1], args.most)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,12 +91,12 @@ def _show(tables: Iterable[Table | str], as_markdown: bool) -> None:
         elif as_markdown:
             sys.stdout.write(f"**{table.name}**\n\n{markdown(table)}\n\n")
         else:
-            told = RichTable(title=table.name, title_justify="left")
+            rich_table = RichTable(title=table.name, title_justify="left")
             for column, right in zip(table.columns, right_aligned(table), strict=True):
-                told.add_column(column, justify="right" if right else "left", no_wrap=True)
+                rich_table.add_column(column, justify="right" if right else "left", no_wrap=True)
             for row in table.rows:
-                told.add_row(*(shown(cell) for cell in row))
-            console.print(told)
+                rich_table.add_row(*(cell_text(cell) for cell in row))
+            console.print(rich_table)
 
 
 if __name__ == "__main__":

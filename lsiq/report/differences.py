@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lsiq.errors import InputError
-from lsiq.report.runs import SHOWN, notes, settings_of, written
+from lsiq.report.runs import SHOWN, notes, settings_of, value_text
 from lsiq.report.significance import compare
 from lsiq.results.record import Record
 from lsiq.track.panels import Cell, Table
@@ -39,25 +39,33 @@ def side_by_side(runs: Sequence[Run], level: float, whole: bool) -> Iterator[Tab
 
 
 def _settings(settings: Sequence[dict[str, Any]], letters: Sequence[str], whole: bool) -> Iterator[Table | str]:
-    keys = [key for key in dict.fromkeys(key for one in settings for key in one) if not key.startswith(_ELSEWHERE)]
-    differing = [key for key in keys if len({written(one[key]) if key in one else None for one in settings}) > 1]
-    common = [key for key in differing if all(key in one for one in settings)]
+    keys = [
+        key
+        for key in dict.fromkeys(key for run_settings in settings for key in run_settings)
+        if not key.startswith(_ELSEWHERE)
+    ]
+    differing = [
+        key
+        for key in keys
+        if len({value_text(run_settings[key]) if key in run_settings else None for run_settings in settings}) > 1
+    ]
+    common = [key for key in differing if all(key in run_settings for run_settings in settings)]
     if not differing:
         yield "The settings are the same."
         return
     rows = [
-        [key, *(written(one[key]) if key in one else None for one in settings)]
+        [key, *(value_text(run_settings[key]) if key in run_settings else None for run_settings in settings)]
         for key in (differing if whole else common)
     ]
     yield Table("settings that differ", ["setting", *letters], rows)
-    if not whole and (rest := len(differing) - len(common)):
-        yield f"{rest} more settings are not settings of all of them; --all shows them."
+    if not whole and (hidden := len(differing) - len(common)):
+        yield f"{hidden} more settings are not settings of all of them; --all shows them."
 
 
 def _metrics(records: Sequence[Record], letters: Sequence[str], whole: bool) -> Table:
     keys = dict.fromkeys(key for record in records for key in record.metrics)
-    shown = [key for key in keys if whole or any(f"/{key}".split("/")[-2] == name for name in SHOWN)]
-    rows: list[list[Cell]] = [[key, *(record.metrics.get(key) for record in records)] for key in shown]
+    selected = [key for key in keys if whole or any(f"/{key}".split("/")[-2] == name for name in SHOWN)]
+    rows: list[list[Cell]] = [[key, *(record.metrics.get(key) for record in records)] for key in selected]
     rows.append(["average bits", *(record.average_bits for record in records)])
     rows.append(["seconds", *(record.seconds.get("total") for record in records)])
     for place in ("host", "device"):
@@ -69,10 +77,10 @@ def _metrics(records: Sequence[Record], letters: Sequence[str], whole: bool) -> 
 
 def _intervals(first: Path, second: Path, letter: str, level: float) -> Table:
     rows: list[list[Cell]] = []
-    for found in compare(first, second, level):
-        interval = f"{found.low:+.5f} … {found.high:+.5f}"
-        verdict = found.verdict.replace("B is", f"{letter} is")
-        rows.append([found.key, f"{found.mean:+.5f}", interval, found.pairs, verdict])
+    for difference in compare(first, second, level):
+        interval = f"{difference.low:+.5f} … {difference.high:+.5f}"
+        verdict = difference.verdict.replace("B is", f"{letter} is")
+        rows.append([difference.key, f"{difference.mean:+.5f}", interval, difference.pairs, verdict])
     return Table(f"{letter} - A", ["measure", "difference", f"{level:.0%} interval", "pairs", "verdict"], rows)
 
 
@@ -88,12 +96,12 @@ def _worse(
     name: str, columns: list[str], first: dict[Any, Any], second: dict[Any, Any], most: int
 ) -> Iterator[Table | str]:
     """Yield those keys of `second` whose error exceeds that of `first`, by their ratio."""
-    both = [key for key in first if first[key] and second.get(key) is not None]
-    if not both:
+    common = [key for key in first if first[key] and second.get(key) is not None]
+    if not common:
         yield f"No errors of {name} that both runs have measured."
         return
-    worse = sorted((key for key in both if second[key] > first[key]), key=lambda key: -second[key] / first[key])
-    title = f"{len(worse)} of {len(both)} {name} got worse" + (f", the worst {most}" if len(worse) > most else "")
+    worse = sorted((key for key in common if second[key] > first[key]), key=lambda key: -second[key] / first[key])
+    title = f"{len(worse)} of {len(common)} {name} got worse" + (f", the worst {most}" if len(worse) > most else "")
     rows: list[list[Cell]] = [[*key, first[key], second[key], second[key] / first[key]] for key in worse[:most]]
     yield Table(title, [*columns, "error A", "error B", "B / A"], rows) if rows else f"{title}."
 

@@ -20,17 +20,17 @@ def find_run(runs: Path, named: str) -> tuple[Record, Path]:
     Raises:
         InputError: there is none, or there are several.
     """
-    found = next((folder for folder in (runs / named, Path(named)) if (folder / "record.json").is_file()), None)
-    if found is None:
-        meant = [file.parent for file in sorted(runs.glob("*/record.json")) if named in file.parent.name]
-        if len(meant) != 1:
-            several = f"{len(meant)} runs are called so, such as {meant[0].name}" if meant else "no such run"
+    place = next((folder for folder in (runs / named, Path(named)) if (folder / "record.json").is_file()), None)
+    if place is None:
+        matches = [file.parent for file in sorted(runs.glob("*/record.json")) if named in file.parent.name]
+        if len(matches) != 1:
+            several = f"{len(matches)} runs are called so, such as {matches[0].name}" if matches else "no such run"
             raise InputError(f"{named}: {several}; python -m lsiq.report list --runs {runs} shows them")
-        found = meant[0]
-    record = read_record(found)
+        place = matches[0]
+    record = read_record(place)
     if record is None:
-        raise InputError(f"{found / 'record.json'}: not a record that this version can read; run it again")
-    return record, found
+        raise InputError(f"{place / 'record.json'}: not a record that this version can read; run it again")
+    return record, place
 
 
 def read_runs(runs: Path, where: Sequence[str] = ()) -> list[Record]:
@@ -41,17 +41,17 @@ def read_runs(runs: Path, where: Sequence[str] = ()) -> list[Record]:
     """
     if not runs.is_dir():
         raise InputError(f"--runs={runs}: no such folder; give the folder that paths.runs named")
-    found = [record for file in runs.glob("*/record.json") if (record := read_record(file.parent)) is not None]
-    known = {name for record in found for name in about(record)} if where else set()
+    records = [record for file in runs.glob("*/record.json") if (record := read_record(file.parent)) is not None]
+    names = {name for record in records for name in about(record)} if where else set()
     for condition in where:
         key, equal, value = condition.partition("=")
-        if not equal or (known and key not in known):
+        if not equal or (names and key not in names):
             raise InputError(
                 f"--where {condition}: key=value is expected, with model, setting, method, seed, status or a key of "
                 "the configuration such as calib.samples"
             )
-        found = [record for record in found if written(about(record).get(key)) == value]
-    return sorted(found, key=lambda record: (record.created, record.run_id))
+        records = [record for record in records if value_text(about(record).get(key)) == value]
+    return sorted(records, key=lambda record: (record.created, record.run_id))
 
 
 def about(record: Record) -> dict[str, Any]:
@@ -71,10 +71,10 @@ def settings_of(record: Record) -> dict[str, Any]:
     return dict(_flatten(record.config, ""))
 
 
-def written(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return the value of a setting as the command line takes it."""
     if isinstance(value, list):
-        return f"[{','.join(written(item) for item in value)}]"
+        return f"[{','.join(value_text(item) for item in value)}]"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(value)
@@ -95,16 +95,16 @@ def list_table(records: Sequence[Record], metrics: Sequence[str], sort: str | No
         metrics: keys of the record; none given shows the perplexities and accuracies that the runs have.
         sort: one of the metrics, best first where it is lower; None leaves the order in time.
     """
-    known = list(dict.fromkeys(key for record in records for key in record.metrics))
-    shown = list(metrics) or [key for key in known if key.split("/")[0] in ("ppl", "excess", "acc")]
+    keys = list(dict.fromkeys(key for record in records for key in record.metrics))
+    columns = list(metrics) or [key for key in keys if key.split("/")[0] in ("ppl", "excess", "acc")]
     for key in (*metrics, *([sort] if sort else [])):
-        if records and key not in known:
-            raise InputError(f"{key}: no run has measured it; they have {', '.join(known[:12])} …")
+        if records and key not in keys:
+            raise InputError(f"{key}: no run has measured it; they have {', '.join(keys[:12])} …")
     if sort:
         records = sorted(records, key=lambda record: record.metrics.get(sort, float("inf")))
     rows: list[list[Cell]] = []
     for record in records:
-        measured = [record.metrics.get(key) for key in shown]
+        measured = [record.metrics.get(key) for key in columns]
         seconds = record.seconds.get("total")
         rows.append(
             [
@@ -117,5 +117,7 @@ def list_table(records: Sequence[Record], metrics: Sequence[str], sort: str | No
             ]
         )
     return Table(
-        f"{len(rows)} run{'s' * (len(rows) != 1)}", ["run", "status", *shown, "bits", "seconds", "created (UTC)"], rows
+        f"{len(rows)} run{'s' * (len(rows) != 1)}",
+        ["run", "status", *columns, "bits", "seconds", "created (UTC)"],
+        rows,
     )

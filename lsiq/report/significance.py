@@ -74,10 +74,10 @@ def bootstrap_interval(
     draw = np.random.default_rng(seed)
     ratios = []
     for _ in range(0, resamples, 500):  # bounds the memory for tasks of ten thousand items
-        drawn = differences[draw.integers(0, count, (500, count))]
-        errors = drawn.std(1, ddof=1) / np.sqrt(count)
+        samples = differences[draw.integers(0, count, (500, count))]
+        errors = samples.std(1, ddof=1) / np.sqrt(count)
         # A draw of equal pairs has no error of its own; it takes the sample's.
-        ratios.append((drawn.mean(1) - mean) / np.where(errors > 0, errors, error))
+        ratios.append((samples.mean(1) - mean) / np.where(errors > 0, errors, error))
     low, high = np.quantile(np.concatenate(ratios), [(1 + level) / 2, (1 - level) / 2])
     return mean - float(low) * error, mean - float(high) * error
 
@@ -99,10 +99,10 @@ def compare(a: Path, b: Path, level: float = 0.95) -> list[Difference]:
         InputError: a run is missing or unfinished, nothing was measured by both, or not on the same tokens and items.
     """
     first, second = _finished(a), _finished(b)
-    found = [*_windows(a, b, first, second, level), *_items(a, b, first, second, level)]
-    if not found:
+    differences = [*_windows(a, b, first, second, level), *_items(a, b, first, second, level)]
+    if not differences:
         raise InputError(f"{first.run_id} and {second.run_id} measured nothing in common; evaluate both on one corpus")
-    return found
+    return differences
 
 
 def _finished(folder: Path) -> Record:
@@ -136,10 +136,10 @@ def _items(a: Path, b: Path, first: Record, second: Record, level: float) -> Ite
 
 def _check_same(first: Record, second: Record, key: str, names: tuple[str, ...]) -> None:
     for name in names:
-        mine, other = first.protocol[key].get(name), second.protocol[key].get(name)
-        if mine != other:
+        value, other_value = first.protocol[key].get(name), second.protocol[key].get(name)
+        if value != other_value:
             raise InputError(
-                f"{key}: {first.run_id} was measured with {name}={mine}, {second.run_id} with {name}={other}; "
+                f"{key}: {first.run_id} was measured with {name}={value}, {second.run_id} with {name}={other_value}; "
                 "only equal protocols compare: evaluate both alike"
             )
 
@@ -161,12 +161,12 @@ def _difference(
     if len(a) != len(b) or len(a) < FEWEST:
         raise InputError(f"{key}: {len(a)} and {len(b)} pairs; equally many are needed, and at least {FEWEST}")
     differences = b - a
-    drawn = block_means(differences, block)
-    interval = bootstrap_interval(drawn, level)
-    return Difference(key, float(differences.mean()), *interval, len(a), lower_is_better, len(drawn))
+    samples = block_means(differences, block)
+    interval = bootstrap_interval(samples, level)
+    return Difference(key, float(differences.mean()), *interval, len(a), lower_is_better, len(samples))
 
 
-def show(a: str, b: str, found: list[Difference], level: float) -> None:
+def show(a: str, b: str, differences: list[Difference], level: float) -> None:
     """Print the differences as a table."""
     from rich.table import Table
 
@@ -175,7 +175,7 @@ def show(a: str, b: str, found: list[Difference], level: float) -> None:
     table = Table(title=f"A = {a}\nB = {b}", title_justify="left")
     for column in ("measure", "B - A", f"{level:.0%} interval", "pairs", "in blocks", ""):
         table.add_column(column, justify="left" if column in ("measure", "") else "right", no_wrap=True)
-    for row in found:
+    for row in differences:
         interval = f"{row.low:+.5f} … {row.high:+.5f}"
         table.add_row(row.key, f"{row.mean:+.5f}", interval, str(row.pairs), str(row.drawn), row.verdict)
     OUT.print(table)
@@ -194,12 +194,12 @@ def main() -> None:
     parser.add_argument("b", metavar="RUN_B", help="the run to compare with it")
     parser.add_argument("--runs", default="runs", help="the folder of runs (default: runs)")
     parser.add_argument("--level", type=float, default=0.95, help="of the interval (default: 0.95)")
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
-        if not 0 < given.level < 1:
-            raise InputError(f"--level={given.level}: a share between 0 and 1 is expected, such as 0.95")
-        a, b = (_folder(given.runs, run) for run in (given.a, given.b))
-        show(given.a, given.b, compare(a, b, given.level), given.level)
+        if not 0 < args.level < 1:
+            raise InputError(f"--level={args.level}: a share between 0 and 1 is expected, such as 0.95")
+        a, b = (_folder(args.runs, run) for run in (args.a, args.b))
+        show(args.a, args.b, compare(a, b, args.level), args.level)
     except LsiqError as error:
         sys.exit(f"error: {error}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lsiq.report.runs import settings_of, written
+from lsiq.report.runs import settings_of, value_text
 from lsiq.results.record import Record
 from lsiq.track.panels import markdown
 from lsiq.track.run_panels import record_panels
@@ -25,7 +25,7 @@ def summary(record: Record) -> str:
             continue
         title, text = table.name.partition("/")[2], markdown(table)
         parts.append(_folded(title, text) if title == "blocks" else f"**{title}**\n\n{text}")
-    settings = "\n".join(f"{key}={written(value)}" for key, value in settings_of(record).items())
+    settings = "\n".join(f"{key}={value_text(value)}" for key, value in settings_of(record).items())
     parts.append(_folded("settings", f"```\n{settings}\n```"))
     return "\n\n".join(parts) + "\n"
 

@@ -33,8 +33,10 @@ def show_record(record: Record) -> None:
     model, method = record.model, record.method
     title = f"{model}  {record.setting}  {method}  seed {record.seed}"
     if is_brief():
-        found = "".join(f"  {key} {number(record.metrics[key])}" for key in record.metrics if key.startswith("excess/"))
-        OUT.print(f"{title}{found}  {record.seconds['total']:.0f} s", soft_wrap=True)
+        excess = "".join(
+            f"  {key} {number(record.metrics[key])}" for key in record.metrics if key.startswith("excess/")
+        )
+        OUT.print(f"{title}{excess}  {record.seconds['total']:.0f} s", soft_wrap=True)
         return
     prefixes = {"float/": "float", "rtn/": "rtn", "": method}
     if not any(key.startswith("rtn/") for key in record.metrics):

@@ -62,18 +62,18 @@ def to_result(file: Path, stored: Stored) -> BlockResult:
         }
         return BlockResult(
             {name: weight for name, weight in weights.items() if not name.endswith((":up", ":down"))},
-            _named(tensors, ":float"),
+            _with_ending(tensors, ":float"),
             json.loads(stored.metadata["metrics"]),
-            _named(tensors, ":state"),
+            _with_ending(tensors, ":state"),
             branches=branches,
             rotations=_rotations(tensors),
-            latents=_named(tensors, ":latent"),
+            latents=_with_ending(tensors, ":latent"),
         )
     except (KeyError, ValueError, TypeError, AttributeError, LsiqError) as error:
         raise InputError(f"{file}: does not hold a block ({error}); run again with force=true") from error
 
 
-def _named(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
+def _with_ending(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
     return {name.removesuffix(ending): tensor for name, tensor in tensors.items() if name.endswith(ending)}
 
 
@@ -88,7 +88,7 @@ def _format(node: Any) -> WeightFormat:
 def _rotations(tensors: Mapping[str, Tensor]) -> dict[str, Rotation]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        place, found, part = name.partition(":rotation.")
-        if found:
+        place, separator, part = name.partition(":rotation.")
+        if separator:
             parts.setdefault(place, {})[part] = tensor
-    return {place: Rotation.from_tensors(found) for place, found in parts.items()}
+    return {place: Rotation.from_tensors(tensors) for place, tensors in parts.items()}

@@ -39,12 +39,12 @@ class MemoryStore:
 
     def complete(self, depth: int) -> bool:
         """Whether `depth` blocks are there."""
-        return len(self.kept(depth)) == depth
+        return len(self.finished_blocks(depth)) == depth
 
-    def kept(self, depth: int) -> list[StoredBlock]:
+    def finished_blocks(self, depth: int) -> list[StoredBlock]:
         """Return the finished blocks from the first on, up to where one is missing; tensors left out."""
-        there = next((index for index in range(depth) if index not in self._blocks), depth)
-        return [StoredBlock(BlockResult({}), self._blocks[i].digest, self._reports[i]) for i in range(there)]
+        count = next((index for index in range(depth) if index not in self._blocks), depth)
+        return [StoredBlock(BlockResult({}), self._blocks[i].digest, self._reports[i]) for i in range(count)]
 
     def restore(self, index: int, before: Digest) -> StoredBlock | None:
         """Return a block if it is there."""
@@ -74,9 +74,9 @@ class MemoryStore:
         """Nobody goes on from here, so what enters the next block is not kept."""
         del streams, before
 
-    def read_streams(self, kept: Sequence[StoredBlock]) -> Streams | None:
+    def read_streams(self, blocks: Sequence[StoredBlock]) -> Streams | None:
         """Return None: what enters a block is not kept."""
-        del kept
+        del blocks
 
     def write_model(self, model: Model) -> None:
         """Keep how the quantised model differs from the float one outside its blocks."""

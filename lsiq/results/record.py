@@ -53,7 +53,7 @@ class Record:
         plan: of runs whose linears have formats of their own: the file beside the record that says which, its digest,
             the average bits and the divergence that it foresees, and how many linears have each format.
         prefix: ids of the tokens that stand in the cache before every sequence of the quantised model.
-        average_bits: bits per original weight of the quantised linears, with all that decodes, turns and repairs them.
+        average_bits: bits per original weight of the quantised linears, with all that decodes, rotates, repairs them.
         cost: bits, bytes, multiply-accumulates and circuit area; see `lsiq.pipeline.cost.model_cost`.
         seconds: wall time by stage and in all.
         peak_bytes: of host and device memory.
@@ -165,13 +165,13 @@ def read_record(folder: Path) -> Record | None:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version(), "lsiq": __version__}
+    by_package = {"python": platform.python_version(), "lsiq": __version__}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return by_package
 
 
 def source_state() -> tuple[str | None, bool | None]:

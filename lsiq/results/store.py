@@ -50,12 +50,12 @@ class Streams:
     """Where the block loop stands: what enters the next block.
 
     Attributes:
-        done: how many blocks are behind.
+        position: how many blocks are behind.
         errors: of each of them, the relative error of its outputs.
         floats, quantised: `(N, T, d)`; None without calibration data, and once all blocks are done.
     """
 
-    done: int
+    position: int
     errors: Sequence[float | None]
     floats: Tensor | None = None
     quantised: Tensor | None = None
@@ -63,7 +63,7 @@ class Streams:
     def on(self, device: torch.device) -> Streams:
         """Return the same with the streams on a device."""
         moved = (None if stream is None else stream.to(device) for stream in (self.floats, self.quantised))
-        return Streams(self.done, self.errors, *moved)
+        return Streams(self.position, self.errors, *moved)
 
 
 class BlockStore:
@@ -102,7 +102,7 @@ class BlockStore:
 
     def complete(self, depth: int) -> bool:
         """Whether the folder holds `depth` blocks of this run, all of them as they were written."""
-        return len(self.kept(depth)) == depth
+        return len(self.finished_blocks(depth)) == depth
 
     def wait(self) -> None:
         """Return when all that was to be written is on the disk; OutputError where something could not be."""
@@ -111,15 +111,15 @@ class BlockStore:
         finally:
             self._streams.wait()
 
-    def kept(self, depth: int) -> list[StoredBlock]:
+    def finished_blocks(self, depth: int) -> list[StoredBlock]:
         """Return the finished blocks from the first on, up to where one is missing or damaged; tensors left out."""
         self._blocks.wait()
-        found: list[StoredBlock] = []
+        blocks: list[StoredBlock] = []
         before = self.model_digest()
-        while len(found) < depth and (one := self.restore(len(found), before)) is not None:
-            found.append(replace(one, result=BlockResult({})))
-            before = one.digest
-        return found
+        while len(blocks) < depth and (block := self.restore(len(blocks), before)) is not None:
+            blocks.append(replace(block, result=BlockResult({})))
+            before = block.digest
+        return blocks
 
     def restore(self, index: int, before: Digest) -> StoredBlock | None:
         """Return a block if it is there; None, and a warning, where it is damaged or made after another state.
@@ -141,7 +141,7 @@ class BlockStore:
             warn(f"{error}; the block is quantised again")
             return None
         self._check_stamp(file, stored)
-        if stored.metadata["before"] != _known(before):
+        if stored.metadata["before"] != _on_disk(before):
             warn(f"{file} was made after other blocks than are there now; the block is quantised again")
             return None
         return StoredBlock(to_result(file, stored), stored.digest, json.loads(stored.metadata["report"]))
@@ -171,12 +171,12 @@ class BlockStore:
         tensors, metadata = to_tensors(result)
         metadata |= {
             "report": json.dumps(dict(report or {})),
-            "before": self.model_digest() if before is None else _known(before),
+            "before": self.model_digest() if before is None else _on_disk(before),
         }
         if _bytes(tensors) < LARGE or processes.size() > 1:
             return self._save(self._file(index), tensors, metadata)
-        held = self._blocks.in_memory(tensors)
-        return self._blocks.start(lambda: self._save(self._file(index), held, metadata))
+        staged = self._blocks.in_memory(tensors)
+        return self._blocks.start(lambda: self._save(self._file(index), staged, metadata))
 
     @property
     def _streams_file(self) -> Path:
@@ -189,21 +189,21 @@ class BlockStore:
         blocks come faster than the disk takes these, those of some blocks are left out.
         """
         tensors = {"floats": streams.floats, "quantised": streams.quantised}
-        held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        metadata = {"done": str(streams.done), "errors": json.dumps(list(streams.errors))}
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        metadata = {"done": str(streams.position), "errors": json.dumps(list(streams.errors))}
 
         def save(tensors: Mapping[str, Tensor]) -> None:
-            self._save(self._streams_file, tensors, metadata | {"before": _known(before)})
+            self._save(self._streams_file, tensors, metadata | {"before": _on_disk(before)})
 
-        if not held or (_bytes(held) < LARGE and not self._blocks.busy):  # after the last block nothing is held
+        if not present or (_bytes(present) < LARGE and not self._blocks.busy):  # after the last block nothing is held
             self._streams.wait()
-            save(held)
+            save(present)
         elif not self._streams.busy:
-            copied = self._streams.in_memory(held)
+            copied = self._streams.in_memory(present)
             self._streams.start(lambda: save(copied))
 
-    def read_streams(self, kept: Sequence[StoredBlock]) -> Streams | None:
-        """Return what enters the next block after some of `kept`; None where that is not known any more."""
+    def read_streams(self, blocks: Sequence[StoredBlock]) -> Streams | None:
+        """Return what enters the next block after some of the finished `blocks`; None where that is not known."""
         try:
             stored = read_tensors(self._streams_file)
             self._check_stamp(self._streams_file, stored)
@@ -212,11 +212,11 @@ class BlockStore:
         except DamagedError as error:
             warn(f"{error}; the finished blocks are run through again")
             return None
-        done = int(stored.metadata["done"])
-        if done > len(kept) or stored.metadata["before"] != (kept[done - 1].digest if done else ""):
+        position = int(stored.metadata["done"])
+        if position > len(blocks) or stored.metadata["before"] != (blocks[position - 1].digest if position else ""):
             return None
         tensors = stored.tensors
-        return Streams(done, json.loads(stored.metadata["errors"]), tensors.get("floats"), tensors.get("quantised"))
+        return Streams(position, json.loads(stored.metadata["errors"]), tensors.get("floats"), tensors.get("quantised"))
 
     @property
     def model_file(self) -> Path:
@@ -244,7 +244,7 @@ class BlockStore:
             return DAMAGED
 
     def read_model(self, model: Model) -> Model:
-        """Return `model` as the stored blocks want it: turned, or after a prefix.
+        """Return `model` as the stored blocks want it: rotated, or after a prefix.
 
         Raises:
             InputError: the file is damaged, or of another run.
@@ -291,6 +291,6 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _known(digest: Digest) -> str:
+def _on_disk(digest: Digest) -> str:
     """Return a digest, once the block is on the disk; raises what kept it from getting there."""
     return digest if isinstance(digest, str) else digest.result()

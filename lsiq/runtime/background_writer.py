@@ -46,8 +46,8 @@ class Background:
     def start(self, job: Callable[[], T]) -> Future[T]:
         """Begin a job once the last one is over, and return what it will return; raises what the last one raised."""
         self.wait()
-        self._job = begun = self._thread.submit(job)
-        return begun
+        self._job = future = self._thread.submit(job)
+        return future
 
     def wait(self) -> None:
         """Return when the last job is over; raises what it raised, once. Who is interrupted here can wait again."""

@@ -41,24 +41,25 @@ def share_of_batch(samples: Tensor, total: int) -> BatchShare:
     """
     samples = samples.cpu()
     bounds = [processes.share(total, process) for process in range(processes.size())]
-    held = [samples[(samples >= own.start) & (samples < own.stop)] for own in bounds]
+    by_process = [samples[(samples >= bound.start) & (samples < bound.stop)] for bound in bounds]
     shares = [processes.share(len(samples), process) for process in range(processes.size())]
     counts = [share.stop - share.start for share in shares]
-    spare = torch.cat([own[count:] for own, count in zip(held, counts, strict=True)])
-    lacking = [max(0, count - len(own)) for own, count in zip(held, counts, strict=True)]
-    taken = [
-        torch.cat([own[:count], more]) for own, count, more in zip(held, counts, spare.split(lacking), strict=True)
+    spare = torch.cat([part[count:] for part, count in zip(by_process, counts, strict=True)])
+    shortfalls = [max(0, count - len(part)) for part, count in zip(by_process, counts, strict=True)]
+    batch_shares = [
+        torch.cat([part[:count], extra])
+        for part, count, extra in zip(by_process, counts, spare.split(shortfalls), strict=True)
     ]
-    taken = [some if len(some) else samples[:1] for some in taken]
-    own, mine = bounds[processes.rank()], taken[processes.rank()]
-    rows = [some[(some >= own.start) & (some < own.stop)] - own.start for some in taken]
-    received = [int(((mine >= other.start) & (mine < other.stop)).sum()) for other in bounds]
+    batch_shares = [part if len(part) else samples[:1] for part in batch_shares]
+    bound, indices = bounds[processes.rank()], batch_shares[processes.rank()]
+    rows = [part[(part >= bound.start) & (part < bound.stop)] - bound.start for part in batch_shares]
+    received = [int(((indices >= other.start) & (indices < other.stop)).sum()) for other in bounds]
     return BatchShare(torch.cat(rows), [len(row) for row in rows], received, counts[processes.rank()] / len(samples))
 
 
-def exchange(part: BatchShare, sent: Tensor, received: Tensor) -> None:
-    """Send the sequences `sent (n, …)`, `part.rows` of a stream, and fill `received (count, …)` with what comes in."""
-    dist.all_to_all_single(received, sent, part.received, part.sent)
+def exchange(part: BatchShare, outgoing: Tensor, received: Tensor) -> None:
+    """Send the sequences `outgoing (n, …)`, `part.rows` of a stream, and fill `received (count, …)` with what comes."""
+    dist.all_to_all_single(received, outgoing, part.received, part.sent)
 
 
 def fetch(stream: Tensor, samples: Tensor, total: int) -> tuple[Tensor, float]:

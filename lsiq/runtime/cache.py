@@ -40,7 +40,7 @@ class ContentCache:
         folder: Path | None,
         identity: Mapping[str, Any],
         origin: Mapping[str, str],
-        own: Path | None = None,
+        run_folder: Path | None = None,
     ) -> None:
         """Open the cache.
 
@@ -50,13 +50,13 @@ class ContentCache:
             origin: what is written beside new entries.
             own: where the run keeps what its own model scored, so that it need not be measured again after a stop.
         """
-        self._folder, self._own = folder, own
+        self._folder, self._run_folder = folder, run_folder
         self._identity = dict(identity)
         self._origin = dict(origin)
 
-    def key(self, **what: Any) -> str:
+    def key(self, **parts: Any) -> str:
         """Name a measurement by what is particular to it."""
-        text = json.dumps({**self._identity, **what}, sort_keys=True, default=str)
+        text = json.dumps({**self._identity, **parts}, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def has(self, key: str) -> bool:
@@ -64,7 +64,7 @@ class ContentCache:
         return self._folder is not None and _file(self._folder, key).is_file()
 
     @contextlib.contextmanager
-    def alone(self, key: str, what: str) -> Iterator[None]:
+    def alone(self, key: str, label: str) -> Iterator[None]:
         """Keep other processes from measuring the same while the `with` lasts; wait for one that is at it.
 
         Where files cannot be locked nothing keeps them, and an entry is measured twice and written twice, whole. Of
@@ -74,32 +74,32 @@ class ContentCache:
             yield
             return
         file = self._folder / "locks" / f"{key}.lock"
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             with contextlib.suppress(OutputError):
-                held.enter_context(exclusive(file, what, ""))
+                stack.enter_context(exclusive(file, label, ""))
             yield
 
-    def once(self, key: str, what: str, measure: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    def once(self, key: str, label: str, measure: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """Return the tensors of an entry, measured by one process if by any."""
         if (entry := self.read(key)) is not None:
             return entry.tensors
-        with self.alone(key, what):
+        with self.alone(key, label):
             if (entry := self.read(key)) is not None:
                 return entry.tensors
             tensors = measure()
             self.write(key, tensors)
             return tensors
 
-    def read(self, key: str, own: bool = False) -> Entry | None:
+    def read(self, key: str, private: bool = False) -> Entry | None:
         """Return an entry, or None; one that is damaged is named and counts as missing.
 
         Of several processes all find it or none.
         """
-        found = self._read(key, own)
-        return found if all(processes.gather(found is not None)) else None
+        entry = self._read(key, private)
+        return entry if all(processes.gather(entry is not None)) else None
 
-    def _read(self, key: str, own: bool) -> Entry | None:
-        folder = self._own if own else self._folder
+    def _read(self, key: str, private: bool) -> Entry | None:
+        folder = self._run_folder if private else self._folder
         if folder is None:
             return None
         try:
@@ -111,9 +111,9 @@ class ContentCache:
             return None
         return Entry(stored.tensors, stored.metadata)
 
-    def write(self, key: str, tensors: Mapping[str, Tensor], own: bool = False) -> None:
+    def write(self, key: str, tensors: Mapping[str, Tensor], private: bool = False) -> None:
         """Keep a measurement. A folder that cannot be written costs a warning, never the run."""
-        folder = self._own if own else self._folder
+        folder = self._run_folder if private else self._folder
         if folder is None or not processes.first():
             return
         try:
@@ -121,7 +121,7 @@ class ContentCache:
             write_tensors(_file(folder, key), tensors, self._origin)
         except OSError as error:
             warn(f"{folder}: cannot be written ({error.strerror}); what was measured is not kept for other runs")
-            self._folder, self._own = (self._folder, None) if own else (None, self._own)
+            self._folder, self._run_folder = (self._folder, None) if private else (None, self._run_folder)
 
 
 def _file(folder: Path, key: str) -> Path:

@@ -100,14 +100,14 @@ def read_tensors(file: Path) -> Stored:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            metadata = dict(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            metadata = dict(handle.metadata() or {})
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # safetensors has its own kind for each way a file can be damaged
         raise DamagedError(f"{file} is damaged ({error})") from error
     digest = tensor_digest(tensors)
-    said, checksum = (metadata.pop(name, None) for name in _OWN)
-    if said != digest or checksum != _checksum(digest, metadata):
+    recorded, checksum = (metadata.pop(name, None) for name in _OWN)
+    if recorded != digest or checksum != _checksum(digest, metadata):
         raise DamagedError(f"{file} is damaged (its checksum does not fit what it holds)")
     return Stored(tensors, metadata, digest)
 

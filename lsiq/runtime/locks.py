@@ -25,7 +25,7 @@ _POLL = 0.2
 
 
 @contextlib.contextmanager
-def exclusive(file: Path, what: str, way_out: str) -> Iterator[bool]:
+def exclusive(file: Path, label: str, way_out: str) -> Iterator[bool]:
     """Hold the lock `file` inside the `with`; yields whether another process held it first and has let go since.
 
     The lock is `flock` on the file, which stays behind and says who held it last. It ends with the process, however
@@ -45,7 +45,7 @@ def exclusive(file: Path, what: str, way_out: str) -> Iterator[bool]:
         lock = FileLock(file, fallback_to_soft=False, poll_interval=_POLL)
         waited = not _try(lock)
         if waited:
-            say(f"{what}: {_holder(file)}; waiting for it")
+            say(f"{label}: {_holder(file)}; waiting for it")
             lock.acquire()
     except OSError as error:
         raise OutputError(f"{file}: cannot be locked ({error.strerror}); {way_out}") from error

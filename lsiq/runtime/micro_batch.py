@@ -22,9 +22,9 @@ class MicroBatch:
         size: how many pass at once.
     """
 
-    def __init__(self, size: int, what: str) -> None:
-        """Begin with `size` sequences at once; `what` passes them, for messages."""
-        self.size, self._what = size, what
+    def __init__(self, size: int, activity: str) -> None:
+        """Begin with `size` sequences at once; `activity` passes them, for messages."""
+        self.size, self._activity = size, activity
 
     def parts(self, count: int) -> Iterator[slice]:
         """Cut `count` sequences into parts of at most `size`."""
@@ -48,25 +48,25 @@ class MicroBatch:
         """Let half as many pass at once from here on; ResourceError where it is one already."""
         if processes.size() > 1:  # the others would go on with what they have room for
             raise ResourceError(
-                f"{self._what}: {reason}; several processes do not halve what passes at once: use a smaller "
+                f"{self._activity}: {reason}; several processes do not halve what passes at once: use a smaller "
                 "method.training.batch, calib.batch or eval.batch"
             )
         if self.size == 1:
             raise ResourceError(
-                f"{self._what}: {reason} with one sequence at a time; finished blocks are kept: the same command goes "
-                "on with them on a device with more memory"
+                f"{self._activity}: {reason} with one sequence at a time; finished blocks are kept: the same command "
+                "goes on with them on a device with more memory"
             )
         self.size = (self.size + 1) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        warn(f"{self._what}: {reason}; {self.size} sequences at a time from here on, with the same result")
+        warn(f"{self._activity}: {reason}; {self.size} sequences at a time from here on, with the same result")
 
 
 def in_parts(function: Callable[[Tensor], Tensor], hidden: Tensor, micro: MicroBatch) -> Tensor:
     """Return `function(hidden)` for `hidden (n, …)` whose rows do not depend on each other, in parts that fit."""
 
     def run() -> Tensor:
-        found = [function(hidden[part]) for part in micro.parts(len(hidden))]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        outputs = [function(hidden[part]) for part in micro.parts(len(hidden))]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     return micro.fitting(run)

@@ -27,7 +27,7 @@ def find_in(folder: Path) -> None:
 
 def modules() -> Iterator[ModuleType]:
     """Import and yield every module of `lsiq_plugins`, in the order of their names."""
-    for name in sorted(found.name for found in pkgutil.iter_modules(places())):
+    for name in sorted(info.name for info in pkgutil.iter_modules(places())):
         yield importlib.import_module(f"{_NAME}.{name}")
 
 

@@ -38,23 +38,23 @@ class Choice:
     why: str
 
 
-def fastest(device: torch.device, own: torch.dtype, cache: Path | None = None) -> Choice:
+def fastest(device: torch.device, dtype: torch.dtype, cache: Path | None = None) -> Choice:
     """Return the precision that `precision=auto` stands for on a device.
 
     On a CPU it is bfloat16 where the CPU has instructions for it and a product of a block's shape comes out faster in
     it, else float32. On a GPU it is bfloat16 where the GPU multiplies it, else the model's.
 
     Args:
-        own: the model's precision.
+        dtype: the model's precision.
         cache: the folder where a machine keeps what it found, so that it always decides alike; None keeps nothing.
     """
-    if own.itemsize == 2:
-        return Choice(_name(own), "the model's own")
+    if dtype.itemsize == 2:
+        return Choice(_name(dtype), "the model's own")
     if device.type == "cpu":
         return _on_cpu(cache)
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return Choice("bfloat16", "the GPU multiplies it")
-    return Choice(_name(own), "the model's own")
+    return Choice(_name(dtype), "the model's own")
 
 
 @functools.cache
@@ -63,14 +63,14 @@ def _on_cpu(cache: Path | None) -> Choice:
     file = None if cache is None else cache / "precision" / f"{_machine()}.json"
     choice = _read(file)
     if choice is None:
-        choice = _found()
+        choice = _measured_here()
         if file is not None and processes.first():
             _keep(file, choice)
     return processes.from_first(choice)
 
 
 @functools.cache
-def _found() -> Choice:
+def _measured_here() -> Choice:
     if not (names := bfloat16_features()):
         return Choice("float32", "the CPU has no bfloat16 instructions")
     with torch.inference_mode():
@@ -84,8 +84,8 @@ def _found() -> Choice:
 
 def bfloat16_features() -> list[str]:
     """Return the names of this CPU's bfloat16 instructions; empty where it has none."""
-    found = torch.cpu.get_capabilities()
-    return [name for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16") if found.get(name)]
+    capabilities = torch.cpu.get_capabilities()
+    return [name for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16") if capabilities.get(name)]
 
 
 def product_seconds(dtype: torch.dtype) -> float:
@@ -104,8 +104,15 @@ def product_seconds(dtype: torch.dtype) -> float:
 
 def _machine() -> str:
     """A hash of what decides how fast this CPU multiplies: the CPU, the version of torch, and the switches of both."""
-    found = torch.cpu.get_capabilities()
-    parts = [platform.machine(), found, torch.__version__, torch.backends.cpu.get_cpu_capability(), SHAPE, WORTH_IT]
+    capabilities = torch.cpu.get_capabilities()
+    parts = [
+        platform.machine(),
+        capabilities,
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        SHAPE,
+        WORTH_IT,
+    ]
     parts += [os.environ.get(name, "").upper() for name in _SWITCHES]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
@@ -114,8 +121,8 @@ def _read(file: Path | None) -> Choice | None:
     if file is None:
         return None
     try:
-        held = Choice(**json.loads(file.read_text(encoding="utf-8")))
-        return held if held.chosen in ("float32", "bfloat16") else None
+        choice = Choice(**json.loads(file.read_text(encoding="utf-8")))
+        return choice if choice.chosen in ("float32", "bfloat16") else None
     except (OSError, ValueError, TypeError):
         return None  # none yet, or a damaged one that is written again
 

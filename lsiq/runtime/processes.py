@@ -100,13 +100,13 @@ def _join(device: str, multirun: bool) -> None:
         raise ConfigError("-m: torchrun carries out one run with several processes; give sweeps a launcher instead")
     if cuda and device != "auto":
         raise ConfigError(f"device={device}: each of {world} processes has a GPU of its own; use device=auto or cpu")
-    here, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if cuda and here > found:
-        raise ConfigError(f"device={device}: {here} processes and {found} GPUs; use --nproc-per-node={found}")
+    local_size, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if cuda and local_size > gpus:
+        raise ConfigError(f"device={device}: {local_size} processes and {gpus} GPUs; use --nproc-per-node={gpus}")
     if cuda:
         torch.cuda.set_device(local)
     if os.environ.get("OMP_NUM_THREADS") == "1":  # what torchrun sets where nobody said how many
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=PrefixStore("group", _group.store),
@@ -133,9 +133,9 @@ def cause(error: BaseException) -> BaseException:
     if _group.size == 1 or isinstance(error, EchoError):
         return error
     message = str(error) if isinstance(error, LsiqError) else f"{type(error).__name__}: {error}"
-    found = _group.store.compare_set("failed", "", f"{_group.rank} {message}").decode()
-    failed, _, said = found.partition(" ")
-    return error if failed == str(_group.rank) else EchoError(said)
+    entry = _group.store.compare_set("failed", "", f"{_group.rank} {message}").decode()
+    failed, _, reason = entry.partition(" ")
+    return error if failed == str(_group.rank) else EchoError(reason)
 
 
 def from_first(value: T) -> T:
@@ -171,9 +171,9 @@ def wait() -> None:
 def share(count: int, process: int | None = None) -> slice:
     """Return which of `count` things in a row belong to a process, this one by default; they differ by one at most."""
     process = _group.rank if process is None else process
-    least, more = divmod(count, _group.size)
-    start = process * least + min(process, more)
-    return slice(start, start + least + (process < more))
+    least, extra = divmod(count, _group.size)
+    start = process * least + min(process, extra)
+    return slice(start, start + least + (process < extra))
 
 
 def add(tensor: Tensor) -> Tensor:
@@ -251,21 +251,23 @@ def divided(
     if _group.size == 1:
         return {item: work(item) for item in costs}
     owners = _spread(costs)
-    done = {item: work(item) for item in costs if owners[item] == _group.rank}
+    results = {item: work(item) for item in costs if owners[item] == _group.rank}
     import torch
     import torch.distributed as dist
 
     shapes = {
         item: kinds
-        for found in gather({item: [(t.shape, t.dtype) for t in result] for item, result in done.items()})
-        for item, kinds in found.items()
+        for shares in gather({item: [(t.shape, t.dtype) for t in result] for item, result in results.items()})
+        for item, kinds in shares.items()
     }
     for item in costs:
-        held = [t.contiguous() for t in done[item]] if item in done else []
-        done[item] = tuple(held or (torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes[item]))
-        for tensor in done[item]:
+        tensors = [t.contiguous() for t in results[item]] if item in results else []
+        results[item] = tuple(
+            tensors or (torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes[item])
+        )
+        for tensor in results[item]:
             dist.broadcast(tensor, owners[item])
-    return {item: done[item] for item in costs}
+    return {item: results[item] for item in costs}
 
 
 def _spread(costs: Mapping[str, float]) -> dict[str, int]:

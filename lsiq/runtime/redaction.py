@@ -34,7 +34,7 @@ _SHORTEST = 8
 
 def redacted(value: Any) -> Any:
     """Return plain data with every secret that this machine knows, and all that has a token's shape, blotted out."""
-    return _blot(value, sorted(set(_known()), key=len, reverse=True))
+    return _blot(value, sorted(set(_secrets()), key=len, reverse=True))
 
 
 def _blot(value: Any, secrets: list[str]) -> Any:
@@ -49,10 +49,10 @@ def _blot(value: Any, secrets: list[str]) -> Any:
     return value
 
 
-def _known() -> Iterator[str]:
+def _secrets() -> Iterator[str]:
     # A variable such as GOOGLE_APPLICATION_CREDENTIALS says where a secret lies.
-    named = (value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= _SHORTEST)
-    yield from (value for value in named if not os.path.exists(value))
+    candidates = (value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= _SHORTEST)
+    yield from (value for value in candidates if not os.path.exists(value))
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     try:
         token = Path(os.environ.get("HF_TOKEN_PATH", home / "token")).read_text(encoding="utf-8").strip()

@@ -57,7 +57,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Ten
             file.truncate(max(size, 1))
             if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
                 os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            held = mmap.mmap(file.fileno(), max(size, 1))
+            mapping = mmap.mmap(file.fileno(), max(size, 1))
     except OSError as error:
         raise OutputError(
             f"paths.streams=disk: {size / 2**30:.2f} GiB cannot be kept in {folder} ({error.strerror}); free space, "
@@ -65,13 +65,13 @@ def empty(shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Ten
         ) from error
     if size == 0:
         return torch.empty(*shape, dtype=dtype)
-    stream = torch.frombuffer(held, dtype=dtype).view(*shape)
-    _MAPS[stream.untyped_storage().data_ptr()] = held
+    stream = torch.frombuffer(mapping, dtype=dtype).view(*shape)
+    _MAPS[stream.untyped_storage().data_ptr()] = mapping
     return stream
 
 
 def release(*streams: Tensor) -> None:
     """Let go of the memory that holds pages of these streams, where they are files; what they hold stays."""
     for stream in streams:
-        if (held := _MAPS.get(stream.untyped_storage().data_ptr())) is not None:
-            held.madvise(mmap.MADV_DONTNEED)
+        if (mapping := _MAPS.get(stream.untyped_storage().data_ptr())) is not None:
+            mapping.madvise(mmap.MADV_DONTNEED)

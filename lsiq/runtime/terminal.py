@@ -70,20 +70,20 @@ class StageProgress:
 
     def __init__(self, progress: Progress, task: TaskID, name: str, total: int, brief: bool) -> None:
         self._progress, self._task, self._name, self._total, self._brief = progress, task, name, total, brief
-        self._done, self._start, self._said = 0, time.perf_counter(), time.perf_counter()
+        self._count, self._start, self._last_print = 0, time.perf_counter(), time.perf_counter()
 
     def advance(self, note: str = "") -> None:
         """One more step is done; `note` says what came of it."""
-        self._done += 1
+        self._count += 1
         peak = f"peak {gib(max(peak_bytes().values()))}"
         note = f"{note}  {peak}".strip()
         self._progress.update(self._task, advance=1, note=peak if self._brief else note)
         now = time.perf_counter()
         # Logs of batch jobs: the first and last step, and at most one line in ten seconds between.
-        if not (STORY.is_terminal or _BRIEF) and (self._done in (1, self._total) or now - self._said > 10):
-            self._said = now
-            left = (now - self._start) / self._done * (self._total - self._done)
-            STORY.print(f"{self._name} {self._done}/{self._total}  {note}  {left:.0f} s left", soft_wrap=True)
+        if not (STORY.is_terminal or _BRIEF) and (self._count in (1, self._total) or now - self._last_print > 10):
+            self._last_print = now
+            remaining = (now - self._start) / self._count * (self._total - self._count)
+            STORY.print(f"{self._name} {self._count}/{self._total}  {note}  {remaining:.0f} s left", soft_wrap=True)
 
 
 class _Shown(Progress):

@@ -51,15 +51,15 @@ def carry_out(
         recognise: returns the record of a job that is finished.
         launch: carries out jobs and returns when all of them have ended.
     """
-    found = {index: record for index, job in enumerate(jobs) if (record := recognise(job)) is not None}
-    if found:
-        say("\n".join(_line(record) for record in found.values()))
+    records = {index: record for index, job in enumerate(jobs) if (record := recognise(job)) is not None}
+    if records:
+        say("\n".join(_line(record) for record in records.values()))
         if len(jobs) > 1:
-            say(f"{len(found)} of {len(jobs)} jobs are finished")
-    left = [index for index in range(len(jobs)) if index not in found]
-    returned = dict(zip(left, launch([jobs[index] for index in left]), strict=True)) if left else {}
+            say(f"{len(records)} of {len(jobs)} jobs are finished")
+    remaining = [index for index in range(len(jobs)) if index not in records]
+    returned = dict(zip(remaining, launch([jobs[index] for index in remaining]), strict=True)) if remaining else {}
     return [
-        Outcome(job, found[index].objective) if index in found else _outcome(job, returned[index])
+        Outcome(job, records[index].objective) if index in records else _outcome(job, returned[index])
         for index, job in enumerate(jobs)
     ]
 

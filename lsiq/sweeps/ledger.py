@@ -103,11 +103,11 @@ class Ledger:
             record = read_record(Path(note["folder"]))
             if record is None or record.status != "finished":
                 return None
-            for key, known in record.inputs.items():
+            for key, expected in record.inputs.items():
                 if key == "method.run":
                     continue  # a run's id, which its record vouches for
-                found = self._model(note["model"]) if key == "model" else self._hash(key, note["files"][key])
-                if found != known:
+                digest = self._model(note["model"]) if key == "model" else self._hash(key, note["files"][key])
+                if digest != expected:
                     return None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -139,14 +139,14 @@ class Ledger:
 
 
 def _files(plain: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    named = {"calib.path": plain["calib"]["path"], "eval.path": plain["eval"]["path"]}
-    named |= {f"calib.paths.{name}": path for name, path in plain["calib"].get("paths", {}).items()}
-    named |= {
+    paths = {"calib.path": plain["calib"]["path"], "eval.path": plain["eval"]["path"]}
+    paths |= {f"calib.paths.{name}": path for name, path in plain["calib"].get("paths", {}).items()}
+    paths |= {
         f"eval.{group}.{name}": path
         for group in ("local", "tasks_local")
         for name, path in plain["eval"][group].items()
     }
-    return ((key, path) for key, path in named.items() if path is not None)
+    return ((key, path) for key, path in paths.items() if path is not None)
 
 
 def _hash_sources(hydra: HydraConf) -> str:

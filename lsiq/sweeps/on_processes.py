@@ -29,7 +29,7 @@ class LauncherSettings:
 
 
 def launch(
-    chosen: LauncherSettings,
+    settings: LauncherSettings,
     jobs: Sequence[Sequence[str]],
     first: int,
     hydra_context: HydraContext,
@@ -56,7 +56,7 @@ def launch(
             "hydra/launcher=processes: what it needs is not installed; pip install 'lsiq[joblib]'"
         ) from error
 
-    n_jobs = chosen.n_jobs
+    n_jobs = settings.n_jobs
     # All jobs at once, so that joblib knows how many there are when it says how long the others will take.
     launcher = JoblibLauncher(n_jobs=n_jobs, pre_dispatch="all", verbose=REPORTS)
     launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)

@@ -34,7 +34,7 @@ class LauncherSettings:
 
 
 def launch(
-    chosen: LauncherSettings,
+    settings: LauncherSettings,
     jobs: Sequence[Sequence[str]],
     first: int,
     hydra_context: HydraContext,
@@ -57,19 +57,19 @@ def launch(
     except ModuleNotFoundError as error:
         raise ConfigError("hydra/launcher=ray: Ray is not installed; pip install 'lsiq[ray]'") from error
 
-    own: dict[str, Any] = {"include_dashboard": False} if chosen.address is None else {}
+    defaults: dict[str, Any] = {"include_dashboard": False} if settings.address is None else {}
     try:
-        ray.init(address=chosen.address or "local", **own | chosen.init)
+        ray.init(address=settings.address or "local", **defaults | settings.init)
     except (ConnectionError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(
-            f"hydra.launcher.address={chosen.address}: Ray cannot be started or joined ({error}); "
+            f"hydra.launcher.address={settings.address}: Ray cannot be started or joined ({error}); "
             "start a cluster with `ray start --head`, or leave the address out"
         ) from error
     try:
-        memory = None if chosen.memory_gib is None else int(chosen.memory_gib * 2**30)
-        wanted: dict[str, Any] = {"num_cpus": chosen.cpus, "num_gpus": chosen.gpus, "memory": memory}
-        task = ray.remote(max_retries=chosen.retries, **wanted)(_run)
-        shared: list[Any] = [ray.put(it) for it in (hydra_context, config, task_function, Singleton.get_state())]
+        memory = None if settings.memory_gib is None else int(settings.memory_gib * 2**30)
+        resources: dict[str, Any] = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "memory": memory}
+        task = ray.remote(max_retries=settings.retries, **resources)(_run)
+        shared: list[Any] = [ray.put(item) for item in (hydra_context, config, task_function, Singleton.get_state())]
         started = [task.remote(list(job), first + index, os.getcwd(), *shared) for index, job in enumerate(jobs)]
         return [_returned(ray, reference, job) for reference, job in zip(started, jobs, strict=True)]
     finally:

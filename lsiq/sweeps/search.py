@@ -66,7 +66,7 @@ def search(
     except ModuleNotFoundError as error:
         raise ConfigError("hydra/sweeper: a search needs Optuna; pip install 'lsiq[optuna]'") from error
     space = {override.get_key_element(): distribution(override) for override in swept if override.is_sweep_override()}
-    fixed = [_written(override) for override in swept if not override.is_sweep_override()]
+    fixed = [_override_text(override) for override in swept if not override.is_sweep_override()]
     if not space:
         raise ConfigError(
             "hydra.sweeper.params: nothing to search; give values such as seed=0,1 or "
@@ -94,10 +94,10 @@ def _try_all(
 
     outcomes: list[Outcome] = []
     failed = 0
-    while (left := config.trials - failed - len(study.get_trials(False, (TrialState.COMPLETE,)))) > 0:
+    while (remaining := config.trials - failed - len(study.get_trials(False, (TrialState.COMPLETE,)))) > 0:
         trials = []
-        for ahead in range(min(config.at_once, left)):
-            study.sampler = _sampler(config, config.trials - left + ahead)
+        for ahead in range(min(config.at_once, remaining)):
+            study.sampler = _sampler(config, config.trials - remaining + ahead)
             trials.append(study.ask(space))
         batch = carry_out([[*fixed, *_overrides(trial)] for trial in trials])
         for trial, outcome in zip(trials, batch, strict=True):
@@ -144,10 +144,10 @@ def distribution(override: Override) -> BaseDistribution:
     if isinstance(value, IntervalSweep):
         assert value.start is not None
         assert value.end is not None
-        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        integer = isinstance(value.start, int) and isinstance(value.end, int)
         log = "log" in value.tags
         try:
-            if whole:
+            if integer:
                 return IntDistribution(int(value.start), int(value.end), log=log)
             return FloatDistribution(float(value.start), float(value.end), log=log)
         except ValueError as error:
@@ -163,7 +163,7 @@ def _overrides(trial: Trial | FrozenTrial) -> list[str]:
     return [f"{key}={value}" for key, value in trial.params.items()]
 
 
-def _written(override: Override) -> str:
+def _override_text(override: Override) -> str:
     return override.input_line or f"{override.get_key_element()}={override.get_value_element_as_str()}"
 
 
@@ -181,9 +181,9 @@ def _digest(config: SearchSettings, space: Mapping[str, Any], fixed: Sequence[st
 def _report(study: Study, fixed: Sequence[str], file: Path) -> None:
     from optuna.trial import TrialState
 
-    done = study.get_trials(False, (TrialState.COMPLETE,))
-    say(f"{len(done)} trials in {file}")
-    if done:
+    trials = study.get_trials(False, (TrialState.COMPLETE,))
+    say(f"{len(trials)} trials in {file}")
+    if trials:
         best = study.best_trial
         say(f"best: {best.value:.4f} with {' '.join(_overrides(best))}")
         say(f"python run.py {' '.join([*fixed, *_overrides(best)])}")

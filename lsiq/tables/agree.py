@@ -56,17 +56,19 @@ def pairs(first: Iterable[Run], second: Iterable[Run]) -> list[Pair]:
     Raises:
         InputError: there are none.
     """
-    theirs = _configurations(second)
-    found = []
+    second_groups = _configurations(second)
+    result = []
     for name, groups in _configurations(first).items():
-        for (settings, losses), (other, others) in itertools.product(groups, theirs.get(name, [])):
-            if contradiction(settings, other) is None:
-                for metric in losses.keys() & others.keys():
-                    samples = (Sample(tuple(m[metric].values()), name[2] in SEEDLESS) for m in (losses, others))
-                    found.append(Pair(" ".join((*name, metric)), *samples))
-    if not found:
+        for (settings, losses), (second_settings, second_losses) in itertools.product(
+            groups, second_groups.get(name, [])
+        ):
+            if contradiction(settings, second_settings) is None:
+                for metric in losses.keys() & second_losses.keys():
+                    samples = (Sample(tuple(m[metric].values()), name[2] in SEEDLESS) for m in (losses, second_losses))
+                    result.append(Pair(" ".join((*name, metric)), *samples))
+    if not result:
         raise InputError("the files have no configuration in common; collect both from runs of the same sweep files")
-    return sorted(found, key=lambda pair: pair.name)
+    return sorted(result, key=lambda pair: pair.name)
 
 
 # By metric and seed, the logarithm of a perplexity.
@@ -75,37 +77,44 @@ _Losses = dict[str, dict[int, float]]
 
 def _configurations(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[tuple[dict[str, Any], _Losses]]]:
     """Return the losses by model, setting and method, for each of their configurations."""
-    found: dict[tuple[str, str, str], list[tuple[dict[str, Any], _Losses]]] = defaultdict(list)
+    by_name: dict[tuple[str, str, str], list[tuple[dict[str, Any], _Losses]]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.created):
         settings = {key: run.config.get(key) for key in ("calib", "method", "quant")}
-        groups = found[run.model, run.setting, run.method]
-        losses = next((held for known, held in groups if contradiction(known, settings) is None), None)
+        groups = by_name[run.model, run.setting, run.method]
+        losses = next(
+            (
+                group_losses
+                for group_settings, group_losses in groups
+                if contradiction(group_settings, settings) is None
+            ),
+            None,
+        )
         if losses is None:
             losses = defaultdict(dict)
             groups.append((settings, losses))
         for metric, value in run.metrics.items():
             if metric.startswith("ppl/"):
                 losses[metric][run.seed] = math.log(value)
-    return found
+    return by_name
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lsiq.tables.agree", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("first", type=Path, help="a file of compact records")
     parser.add_argument("second", type=Path, help="another, of the same runs carried out again")
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
-        found = pairs(*(read_runs(file) for file in (given.first, given.second)))
+        result = pairs(*(read_runs(file) for file in (args.first, args.second)))
     except OSError as error:
         sys.exit(f"error: {error.filename}: cannot be read ({error.strerror}); give a file of compact records")
     except LsiqError as error:
         sys.exit(f"error: {error}")
-    apart = [pair for pair in found if not pair.agrees]
-    for pair in apart:
+    disagreements = [pair for pair in result if not pair.agrees]
+    for pair in disagreements:
         difference = pair.second.mean - pair.first.mean
         print(f"{pair.name}: {difference:+.4f}, more than {pair.allowed:.4f}")
-    print(f"{len(found) - len(apart)} of {len(found)} losses agree")
-    sys.exit(bool(apart))
+    print(f"{len(result) - len(disagreements)} of {len(result)} losses agree")
+    sys.exit(bool(disagreements))
 
 
 if __name__ == "__main__":

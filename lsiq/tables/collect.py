@@ -31,7 +31,7 @@ def finished(folders: Sequence[Path], dirty: bool = False) -> tuple[list[tuple[P
     Raises:
         InputError: a folder holds no records.
     """
-    found, left = [], 0
+    records, skipped = [], 0
     for folder in folders:
         places = (
             [folder] if (folder / "record.json").is_file() else sorted(p.parent for p in folder.glob("*/record.json"))
@@ -41,10 +41,10 @@ def finished(folders: Sequence[Path], dirty: bool = False) -> tuple[list[tuple[P
         for place in places:
             record = read_record(place)
             if record is None or record.status != "finished" or (record.clean is False and not dirty):
-                left += 1
+                skipped += 1
             else:
-                found.append((place, record))
-    return found, left
+                records.append((place, record))
+    return records, skipped
 
 
 def collect(folders: Sequence[Path], output: Path, traces: Path | None = None, dirty: bool = False) -> tuple[int, int]:
@@ -53,27 +53,27 @@ def collect(folders: Sequence[Path], output: Path, traces: Path | None = None, d
     Returns:
         How many runs were added or replaced, and how many were left out.
     """
-    found, left = finished(folders, dirty)
-    runs = [compact(record) for _, record in found]
+    records, skipped = finished(folders, dirty)
+    runs = [compact(record) for _, record in records]
     new = {run.run_id for run in runs}
-    kept: list[Run] = [run for run in (read_runs(output) if output.exists() else []) if run.run_id not in new]
-    write_runs([*kept, *runs], output)
+    earlier: list[Run] = [run for run in (read_runs(output) if output.exists() else []) if run.run_id not in new]
+    write_runs([*earlier, *runs], output)
     if traces is not None:
-        for folder, record in found:
+        for folder, record in records:
             if any("loss_last" in row["metrics"] for row in record.blocks):
                 write_trace(trace(record, folder), traces)
-    return len(runs), left
+    return len(runs), skipped
 
 
 def strangers(runs: Sequence[Run]) -> Counter[str]:
     """Count the runs that are not the study's (the papers', for hub models), by the first setting that differs."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for run in runs:
         protocols = (STUDY, AUGMENTED) if run.model in BUNDLED else (PAPERS,)
         why = [protocol.contradiction(run) for protocol in protocols]
         if None not in why:
-            found[str(why[0])] += 1
-    return found
+            counts[str(why[0])] += 1
+    return counts
 
 
 def main() -> None:
@@ -84,13 +84,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the file of compact records")
     parser.add_argument("--traces", type=Path, help="a folder for trajectories and histograms of the learned runs")
     parser.add_argument("--dirty", action="store_true", help="take runs of a changed checkout as well")
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
-        added, left = collect(given.folders, given.output, given.traces, given.dirty)
+        run_count, skipped = collect(args.folders, args.output, args.traces, args.dirty)
     except LsiqError as error:
         sys.exit(f"error: {error}")
-    print(f"{given.output}: {added} runs; left out: {left} unfinished or of a changed checkout")
-    for setting, count in sorted(strangers(read_runs(given.output)).items()):
+    print(f"{args.output}: {run_count} runs; left out: {skipped} unfinished or of a changed checkout")
+    for setting, count in sorted(strangers(read_runs(args.output)).items()):
         print(f"{count} of its runs are not the study's: another {setting}")
 
 

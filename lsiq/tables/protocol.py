@@ -56,8 +56,8 @@ class Protocol:
             return "model"
         if (unknown := next((key for key in self.stated if run.get(key) is None), None)) is not None:
             return unknown
-        wanted = {"calib": expected["calib"], "method": recipe_for(expected["method"], run.config.get("quant"))}
-        return contradiction(run.config, wanted, "", self.varied)
+        stated = {"calib": expected["calib"], "method": recipe_for(expected["method"], run.config.get("quant"))}
+        return contradiction(run.config, stated, "", self.varied)
 
     def same_float(self, run: Run) -> bool:
         """Whether the run began with the same float model: of the same type, and as it was trained."""
@@ -111,8 +111,8 @@ FINE_TUNING = Protocol(("sweep=finetune",), "python run.py sweep=finetune")
 
 def method_overrides(name: str) -> list[str]:
     """Return what the command line says for a method's name in records; `awq+gptq` is awq with gptq in its `then`."""
-    first, *rest = name.split("+")
-    return [f"method={first}", *(f"method@method{'.then' * depth}={link}" for depth, link in enumerate(rest, 1))]
+    first, *links = name.split("+")
+    return [f"method={first}", *(f"method@method{'.then' * depth}={link}" for depth, link in enumerate(links, 1))]
 
 
 @cache
@@ -130,30 +130,36 @@ def _composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
     return without_nulls(listed_parts(composed))
 
 
-def _same_precision(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+def _same_precision(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """Whether a training through the model ran in the precision that is asked for; auto asks for none.
 
     In a record whose auto was left as it is, it meant the model's own.
     """
-    had, wanted = found.get("precision"), expected.get("precision")
-    if had is None or wanted in (None, "auto"):
+    actual_precision, expected_precision = actual.get("precision"), expected.get("precision")
+    if actual_precision is None or expected_precision in (None, "auto"):
         return True
-    return wanted == ("model" if had == "auto" else had)
+    return expected_precision == ("model" if actual_precision == "auto" else actual_precision)
 
 
-def contradiction(found: Any, expected: Any, key: str = "", varied: tuple[str, ...] = ()) -> str | None:
+def contradiction(actual: Any, expected: Any, key: str = "", varied: tuple[str, ...] = ()) -> str | None:
     """The first setting below `key` that makes another method of it, or None."""
     free = key in varied or key in _SAME or key.rpartition(".")[2] in _SAME
-    if free or found is None or expected in (None, "???"):
+    if free or actual is None or expected in (None, "???"):
         return None
     inner: Iterable[tuple[Any, Any, Any]]
-    if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        if expected.get("_target_") == _THROUGH_THE_MODEL and not _same_precision(found, expected):
+    if isinstance(actual, Mapping) and isinstance(expected, Mapping):
+        if expected.get("_target_") == _THROUGH_THE_MODEL and not _same_precision(actual, expected):
             return f"{key}.precision"
-        inner = ((name, found[name], expected[name]) for name in found if name in expected)
-    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        inner = ((index, one, other) for index, (one, other) in enumerate(zip(found, expected, strict=True)))
+        inner = ((name, actual[name], expected[name]) for name in actual if name in expected)
+    elif isinstance(actual, list) and isinstance(expected, list) and len(actual) == len(expected):
+        inner = (
+            (index, actual_item, expected_item)
+            for index, (actual_item, expected_item) in enumerate(zip(actual, expected, strict=True))
+        )
     else:
-        return None if found == expected else key
-    each = (contradiction(one, other, f"{key}.{name}".lstrip("."), varied) for name, one, other in inner)
-    return next((name for name in each if name is not None), None)
+        return None if actual == expected else key
+    conflicts = (
+        contradiction(actual_item, expected_item, f"{key}.{name}".lstrip("."), varied)
+        for name, actual_item, expected_item in inner
+    )
+    return next((name for name in conflicts if name is not None), None)

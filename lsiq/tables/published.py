@@ -48,28 +48,26 @@ class Literature:
             rank: of a low-rank method; None takes the smallest that was printed.
         """
         name = ALIASES.get(f"{method}@mxint" if setting.endswith("-mxint") else method, method)
-        found = [
+        rows = [
             row
             for row in self.perplexities
             if (row["model"], row["setting"], row["method"], row["dataset"]) == (model, setting, name, dataset)
             and row["seqlen"] == str(seqlen)
             and (rank is None or row["rank"] == str(rank))
         ]
-        return _best(found, "value")
+        return _best(rows, "value")
 
     def accuracy(self, model: str, setting: str, method: str, task: str, metric: str = "acc") -> Published | None:
         """Return the accuracy in percent that stands in the most trustworthy place, or None."""
-        wanted = (model, setting, method, task, metric)
-        found = [
-            r for r in self.accuracies if (r["model"], r["setting"], r["method"], r["task"], r["metric"]) == wanted
-        ]
-        return _best(found, "value")
+        key = (model, setting, method, task, metric)
+        rows = [r for r in self.accuracies if (r["model"], r["setting"], r["method"], r["task"], r["metric"]) == key]
+        return _best(rows, "value")
 
     def methods(self, settings: Iterable[str], dataset: str) -> list[str]:
         """Methods with a perplexity in one of the settings, in the order of the file."""
-        wanted = set(settings)
-        found = [r["method"] for r in self.perplexities if r["setting"] in wanted and r["dataset"] == dataset]
-        return list(dict.fromkeys(found))
+        names = set(settings)
+        methods = [r["method"] for r in self.perplexities if r["setting"] in names and r["dataset"] == dataset]
+        return list(dict.fromkeys(methods))
 
 
 def _rows(file: Path) -> list[dict[str, str]]:

@@ -35,10 +35,10 @@ def execute(notebook: Path) -> Any:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    found = nbformat.read(notebook, as_version=4)
+    content = nbformat.read(notebook, as_version=4)
     quiet = ["--IPKernelApp.log_level=40"]  # each kernel warns that its local ports are not encrypted
     place = {"metadata": {"path": str(notebook.parent)}}
-    client = NotebookClient(found, timeout=_SECONDS, resources=place, extra_arguments=quiet)
+    client = NotebookClient(content, timeout=_SECONDS, resources=place, extra_arguments=quiet)
     try:
         return client.execute()
     except CellExecutionError as error:
@@ -53,7 +53,7 @@ def page(name: str, notebook: Any) -> dict[str, str | bytes]:
         if cell.cell_type == "markdown":
             parts.append(cell.source.strip())
             continue
-        for data, facts in _shown(cell):
+        for data, facts in _outputs(cell):
             if "text/latex" in data:
                 files[f"latex/{facts['name']}.tex"] = data["text/latex"]
             if "image/svg+xml" in data:
@@ -67,7 +67,7 @@ def page(name: str, notebook: Any) -> dict[str, str | bytes]:
     return files
 
 
-def _shown(cell: Any) -> Iterator[tuple[Mapping[str, str], Mapping[str, str]]]:
+def _outputs(cell: Any) -> Iterator[tuple[Mapping[str, str], Mapping[str, str]]]:
     """Tables and figures among a cell's outputs, with their names."""
     for output in cell.outputs:
         if output.output_type in ("display_data", "execute_result") and "lsiq" in output.metadata:
@@ -105,8 +105,8 @@ def in_readme(readme: str, main: str) -> str:
         raise InputError(f"README.md: the lines {begin} and {end} are missing; put them where the table goes")
     table = [line for line in main.splitlines() if line.startswith("|")]
     rows = [line for line in table[2:] if line.startswith(f"| {README_SETTING} |")]
-    before, _, rest = readme.partition(begin)
-    return "\n".join([f"{before}{begin}\n", *table[:2], *rows, f"\n{end}{rest.partition(end)[2]}"])
+    before, _, after = readme.partition(begin)
+    return "\n".join([f"{before}{begin}\n", *table[:2], *rows, f"\n{end}{after.partition(end)[2]}"])
 
 
 def notebooks() -> list[Path]:
@@ -120,16 +120,16 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "tables", help="the folder of pages")
     parser.add_argument("--png", action="store_true", help="write figures as PNG as well")
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
         files = render(notebooks())
-        write(files, given.out, given.png)
-        if given.out.resolve() == (ROOT / "docs" / "tables").resolve():
+        write(files, args.out, args.png)
+        if args.out.resolve() == (ROOT / "docs" / "tables").resolve():
             readme = ROOT / "README.md"
             readme.write_text(in_readme(readme.read_text(encoding="utf-8"), str(files["main.md"])), encoding="utf-8")
     except LsiqError as error:
         sys.exit(f"error: {error}")
-    print(f"{given.out}: {sum(name.endswith('.md') for name in files)} pages, {len(files)} files")
+    print(f"{args.out}: {sum(name.endswith('.md') for name in files)} pages, {len(files)} files")
 
 
 if __name__ == "__main__":

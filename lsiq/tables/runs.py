@@ -61,8 +61,8 @@ class Run:
     @property
     def dtype(self) -> str | None:
         """What the model was held in, as far as the settings say; auto on a CPU is float32."""
-        asked = self.get("model.dtype")
-        return "float32" if asked == "auto" and self.machine.get("device") == "cpu" else asked
+        dtype = self.get("model.dtype")
+        return "float32" if dtype == "auto" and self.machine.get("device") == "cpu" else dtype
 
     def get(self, key: str) -> Any:
         """Return the setting with a dotted name, such as `method.training.epochs` or `method.parts.expansion.width`.
@@ -89,8 +89,8 @@ def _item(items: Sequence[Any], name: str) -> Any:
 def compact(record: Record) -> Run:
     """Return what tables need of a finished run's record."""
     model, setting, method, *_ = record.run_id.rsplit("_", 4)
-    kept = {group: {key: record.config[group].get(key) for key in keys} for group, keys in _KEPT.items()}
-    config = without_nulls({**kept, "method": _with_precision(record.config["method"], record.training_precision)})
+    groups = {group: {key: record.config[group].get(key) for key in keys} for group, keys in _KEPT.items()}
+    config = without_nulls({**groups, "method": _with_precision(record.config["method"], record.training_precision)})
     metrics = {
         key: float(f"{value:.6g}")
         for key, value in record.metrics.items()
@@ -126,11 +126,11 @@ def _with_precision(value: Any, choice: Mapping[str, str]) -> Any:
         return [_with_precision(inner, choice) for inner in value]
     if not isinstance(value, Mapping):
         return value
-    found = {key: _with_precision(inner, choice) for key, inner in value.items()}
-    training = found.get("training")
+    settings = {key: _with_precision(inner, choice) for key, inner in value.items()}
+    training = settings.get("training")
     if choice and isinstance(training, Mapping) and training.get("precision") == "auto":
-        found["training"] = {**training, "precision": choice["chosen"]}
-    return found
+        settings["training"] = {**training, "precision": choice["chosen"]}
+    return settings
 
 
 def without_nulls(value: Any) -> Any:
@@ -146,20 +146,20 @@ def read_runs(file: Path) -> list[Run]:
     Raises:
         InputError: a line is none.
     """
-    names, found = {field.name for field in fields(Run)}, []
+    names, runs = {field.name for field in fields(Run)}, []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             values = json.loads(line)
-            wrong = names.symmetric_difference({"weights_from", *values})
+            mismatch = names.symmetric_difference({"weights_from", *values})
         except (ValueError, TypeError) as error:
             raise InputError(f"{file}:{number}: not JSON ({error}); collect the records again") from error
-        if wrong:
+        if mismatch:
             raise InputError(
-                f"{file}:{number}: not a compact record ({', '.join(sorted(wrong)[:3])} unknown or missing); "
+                f"{file}:{number}: not a compact record ({', '.join(sorted(mismatch)[:3])} unknown or missing); "
                 "write it with python -m lsiq.tables.collect"
             )
-        found.append(Run(**_named_as_now(values)))
-    return found
+        runs.append(Run(**_named_as_now(values)))
+    return runs
 
 
 def _named_as_now(values: dict[str, Any]) -> dict[str, Any]:
@@ -180,6 +180,6 @@ def write_runs(runs: Iterable[Run], file: Path) -> None:
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     values = (asdict(run) for run in ordered)
-    kept = ({key: value for key, value in run.items() if key != "weights_from" or value} for run in values)
-    lines = (json.dumps(run, separators=(",", ":"), allow_nan=False) for run in kept)
+    rows = ({key: value for key, value in run.items() if key != "weights_from" or value} for run in values)
+    lines = (json.dumps(run, separators=(",", ":"), allow_nan=False) for run in rows)
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -65,7 +65,7 @@ class Runs:
             where: values of settings by dotted name, for those that the protocol leaves free.
             metric: what they must have measured.
         """
-        found = {
+        by_seed = {
             run.seed: run
             for run in self.runs
             if (run.model, run.setting, run.method) == (model, setting, method)
@@ -73,7 +73,7 @@ class Runs:
             and (metric is None or _measured(run, metric) is not None)
             and self.follows(run, protocol)
         }
-        return [found[seed] for seed in sorted(found)]
+        return [by_seed[seed] for seed in sorted(by_seed)]
 
     def follows(self, run: Run, protocol: Protocol) -> bool:
         """Whether the run belongs to the protocol; asked often, answered once."""
@@ -105,10 +105,10 @@ class Runs:
         if method == "rtn" and not values:
             beside = [run for run in self.runs if (run.model, run.setting) == (model, setting)]
             values = [_measured(run, metric, "rtn/") for run in beside if protocol.same_float(run)]
-        known = [value for value in values if value is not None]
-        if not known:
+        numbers = [value for value in values if value is not None]
+        if not numbers:
             return None
-        return Sample(tuple(known[-1:] if exact else known), exact, self.notes(model))
+        return Sample(tuple(numbers[-1:] if exact else numbers), exact, self.notes(model))
 
     def notes(self, model: str) -> tuple[str, ...]:
         """What must be said wherever numbers of a model stand."""
@@ -120,16 +120,16 @@ class Runs:
     ) -> float | None:
         """Return the mean of something that each run of a job has, or None."""
         values = [of(run) for run in self.find(protocol, model, setting, method)]
-        known = [value for value in values if value is not None]
-        return statistics.fmean(known) if known else None
+        numbers = [value for value in values if value is not None]
+        return statistics.fmean(numbers) if numbers else None
 
 
 def _measured(run: Run, metric: str, of: str = "") -> float | None:
     """The metric of the run, of the float model (`float/`) or of rounding to nearest (`rtn/`); acc/mean6 is LQER's."""
     if metric != "acc/mean6":
         return run.metrics.get(of + metric)
-    found = [run.metrics.get(f"{of}acc/{task}") for task in LQER_TASKS]
-    return None if None in found else statistics.fmean(value for value in found if value is not None)
+    values = [run.metrics.get(f"{of}acc/{task}") for task in LQER_TASKS]
+    return None if None in values else statistics.fmean(value for value in values if value is not None)
 
 
 def load(folder: Path = ROOT / "analysis") -> tuple[Runs, Literature]:

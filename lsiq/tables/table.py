@@ -36,14 +36,14 @@ class Cell:
     """One place of a table.
 
     Attributes:
-        ours: what this project measured.
+        sample: what this project measured.
         published: what a paper printed.
         wanted: whether a command exists that measures it.
         bold: whether it is the best by more than the spread.
         text: words in place of numbers.
     """
 
-    ours: Sample | None = None
+    sample: Sample | None = None
     published: Published | None = None
     wanted: bool = False
     bold: bool = False
@@ -53,19 +53,19 @@ class Cell:
         """Return the cell's text; `beside` puts the published number behind ours, empty ones included."""
         if self.text is not None:
             return self.text
-        ours = DASH if self.wanted else ""
-        if self.ours is not None:
+        measured = DASH if self.wanted else ""
+        if self.sample is not None:
             plus = r" $\pm$ " if tex else " ± "
-            ours = number(self.ours.mean)
-            if not self.ours.exact:
-                spread = self.ours.spread
-                ours += " (1 seed)" if spread is None else plus + number(spread)
+            measured = number(self.sample.mean)
+            if not self.sample.exact:
+                spread = self.sample.spread
+                measured += " (1 seed)" if spread is None else plus + number(spread)
             if self.bold:
-                ours = rf"\textbf{{{ours}}}" if tex else f"**{ours}**"
+                measured = rf"\textbf{{{measured}}}" if tex else f"**{measured}**"
         if not beside:
-            return ours
-        other = DASH if self.published is None else self.published.marked
-        return f"{ours or '·'} / {other}" if ours or self.published else ""
+            return measured
+        published = DASH if self.published is None else self.published.marked
+        return f"{measured or '·'} / {published}" if measured or self.published else ""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Table:
     @property
     def notes(self) -> list[str]:
         """What must be said beside the numbers, once each."""
-        samples = (cell.ours for row in self.rows for cell in row.cells if cell.ours is not None)
+        samples = (cell.sample for row in self.rows for cell in row.cells if cell.sample is not None)
         return list(dict.fromkeys(note for sample in samples for note in sample.notes))
 
     def latex(self) -> str:
@@ -138,7 +138,7 @@ class Table:
 
     @property
     def empty(self) -> int:
-        return sum(cell.wanted and cell.ours is None for row in self.rows for cell in row.cells)
+        return sum(cell.wanted and cell.sample is None for row in self.rows for cell in row.cells)
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
         return {"text/markdown": self.markdown(), "text/latex": self.latex()}, {"lsiq": {"name": self.name}}
@@ -150,25 +150,25 @@ def best_in_bold(rows: Sequence[Row], lower: bool = True) -> tuple[Row, ...]:
     The gap to every other must exceed the larger of the two standard deviations; that of a single seed is not known, so
     nothing is in bold beside it. Rows that do not compete (more bits than the others) are left as they are.
     """
-    done = list(rows)
+    marked = list(rows)
     for column in range(len(rows[0].cells) if rows else 0):
         for group in dict.fromkeys(row.group for row in rows):
             entries = [
                 (sample.mean if lower else -sample.mean, index, math.inf if sample.spread is None else sample.spread)
                 for index, row in enumerate(rows)
-                if row.group == group and row.competes and (sample := row.cells[column].ours) is not None
+                if row.group == group and row.competes and (sample := row.cells[column].sample) is not None
             ]
             entries.sort()
             if len(entries) > 1 and _leads(entries):
-                cells = list(done[entries[0][1]].cells)
+                cells = list(marked[entries[0][1]].cells)
                 cells[column] = replace(cells[column], bold=True)
-                done[entries[0][1]] = replace(done[entries[0][1]], cells=tuple(cells))
-    return tuple(done)
+                marked[entries[0][1]] = replace(marked[entries[0][1]], cells=tuple(cells))
+    return tuple(marked)
 
 
 def _leads(entries: Sequence[tuple[float, int, float]]) -> bool:
     best, _, spread = entries[0]
-    return all(value - best > max(spread, other) for value, _, other in entries[1:])
+    return all(value - best > max(spread, other_spread) for value, _, other_spread in entries[1:])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -48,9 +48,9 @@ def trace(record: Record, folder: Path) -> Trace:
     model, setting, method, *_ = record.run_id.rsplit("_", 4)
     blocks = sorted(rows.block.unique())
     linears = list(dict.fromkeys(rows.linear))
-    shown = rows[rows.block.isin({blocks[0], blocks[len(blocks) // 2], blocks[-1]})]
-    shown = shown[shown.linear.isin({linears[0], linears[-1]})]
-    epochs, last = rows[rows.epoch >= 0], shown[shown.epoch < 0]
+    selection = rows[rows.block.isin({blocks[0], blocks[len(blocks) // 2], blocks[-1]})]
+    selection = selection[selection.linear.isin({linears[0], linears[-1]})]
+    epochs, last = rows[rows.epoch >= 0], selection[selection.epoch < 0]
     losses = [
         [_short(v) for v in group.drop_duplicates("epoch").sort_values("epoch").loss]
         for _, group in epochs.groupby("block")
@@ -64,7 +64,7 @@ def trace(record: Record, folder: Path) -> Trace:
         record.calibration["samples"],
         losses,
         [_histogram(row) for _, row in last.iterrows()],
-        _increments(shown[shown.epoch >= 0]),
+        _increments(selection[selection.epoch >= 0]),
     )
 
 
@@ -90,11 +90,11 @@ def _short(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def write_trace(found: Trace, folder: Path) -> Path:
+def write_trace(content: Trace, folder: Path) -> Path:
     """Write the trace into a file of its own, named after the run."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{found.run_id}.json"
-    path.write_text(json.dumps(asdict(found), separators=(",", ":")) + "\n", encoding="utf-8")
+    path = folder / f"{content.run_id}.json"
+    path.write_text(json.dumps(asdict(content), separators=(",", ":")) + "\n", encoding="utf-8")
     return path
 
 

@@ -33,8 +33,8 @@ class BackgroundTracker:
 
     def __init__(self, backend: Backend, settings: TrackerSettings, folder: Path, anew: bool) -> None:
         self._backend, self._settings, self._anew = backend, settings, anew
-        self._told = folder / settings.kind
-        self._count = self._told / "rows"
+        self._folder = folder / settings.kind
+        self._count = self._folder / "rows"
         self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._broken = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"tracker {settings.kind}", daemon=True)
@@ -72,8 +72,8 @@ class BackgroundTracker:
 
     def _open(self) -> None:
         if self._anew:
-            shutil.rmtree(self._told, ignore_errors=True)
-        self._told.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         resumed = self._count.exists()
         self._step = int(self._count.read_text()) if resumed else 0
         self._count.write_text(str(self._step))  # fails where nothing can be written, before the backend has a say
@@ -99,7 +99,7 @@ class BackgroundTracker:
         except Exception as error:  # whatever a tracker does, the run goes on  # noqa: BLE001
             self._give_up(f"failed ({type(error).__name__}: {' '.join(str(error).split())})")
 
-    def _give_up(self, what: str) -> None:
+    def _give_up(self, reason: str) -> None:
         if not self._broken.is_set():  # one line is enough
             self._broken.set()
-            warn(f"tracker={self._settings.kind} {what}; the run goes on without it")
+            warn(f"tracker={self._settings.kind} {reason}; the run goes on without it")

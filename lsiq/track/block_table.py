@@ -33,7 +33,7 @@ class BlockTable:
                 epoch = f"epoch {values[f'{part}/epoch'] + 1:g}"
                 self._now = (f"{values[f'{part}/block']:g}", self._course, "", epoch)
 
-    def done(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
         """Add a finished block, as the record has it."""
         loss, error = self._course, row["error"]
         self._rows.append((str(row["index"]), loss, number(error), f"{row['seconds']:.1f} s"))

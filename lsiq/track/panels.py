@@ -47,18 +47,18 @@ class Table:
 Panel: TypeAlias = Lines | Histograms | Table
 
 
-def spread(count: int, chosen: int) -> list[int]:
-    """Return at most `chosen` of the indices below `count`: the first, the last, and evenly spread ones between."""
-    if chosen >= count:
+def spread(count: int, most: int) -> list[int]:
+    """Return at most `most` of the indices below `count`: the first, the last, and evenly spread ones between."""
+    if most >= count:
         return list(range(count))
-    if chosen < 2:
-        return list(range(chosen))
-    return [round(place * (count - 1) / (chosen - 1)) for place in range(chosen)]
+    if most < 2:
+        return list(range(most))
+    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
 
 
 def markdown(table: Table) -> str:
     """Return a table as Markdown shows it."""
-    lines = [list(table.columns), *([shown(cell).replace("|", "\\|") for cell in row] for row in table.rows)]
+    lines = [list(table.columns), *([cell_text(cell).replace("|", "\\|") for cell in row] for row in table.rows)]
     marks = ["---:" if right else "---" for right in right_aligned(table)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], marks, *lines[1:]))
 
@@ -68,7 +68,7 @@ def right_aligned(table: Table) -> list[bool]:
     return [any(isinstance(row[place], (int, float)) for row in table.rows) for place in range(len(table.columns))]
 
 
-def shown(cell: Cell) -> str:
+def cell_text(cell: Cell) -> str:
     """Return a cell as text; numbers with five digits."""
     if cell is None:
         return "—"

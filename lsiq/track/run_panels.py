@@ -19,7 +19,7 @@ Row: TypeAlias = Mapping[str, Any]
 LINES = 8
 
 
-def trajectory_panels(rows: Sequence[Row], own: int) -> Iterator[Panel]:
+def trajectory_panels(rows: Sequence[Row], limit: int) -> Iterator[Panel]:
     """Yield the panels of a run's trajectory; their number does not grow with the model.
 
     Args:
@@ -27,9 +27,9 @@ def trajectory_panels(rows: Sequence[Row], own: int) -> Iterator[Panel]:
         own: how many linears get panels of their own.
     """
     last = [row for row in rows if row["epoch"] < 0]
-    chosen = own_layers(last, own)
+    layers = panel_layers(last, limit)
     if epochs := [row for row in rows if row["epoch"] >= 0]:
-        yield from _learning(epochs, chosen)
+        yield from _learning(epochs, layers)
     for column, title in (
         ("error_before", "output error, rounded to nearest"),
         ("error_after", "output error"),
@@ -38,7 +38,7 @@ def trajectory_panels(rows: Sequence[Row], own: int) -> Iterator[Panel]:
         lines = {row["linear"]: [_number(r[column]) for r in last if r["linear"] == row["linear"]] for row in last}
         if any(value is not None for line in lines.values() for value in line):
             yield Lines(f"layers/{title}", "block", sorted({row["block"] for row in last}), lines)
-    for row in chosen:
+    for row in layers:
         before, reach = row["histogram_before"], row["histogram_range"]
         edges = [reach * (2 * place / len(before) - 1) for place in range(len(before) + 1)]
         yield Histograms(f"weights/{_layer(row)}", edges, before, row["histogram_after"])
@@ -50,38 +50,38 @@ def trajectory_panels(rows: Sequence[Row], own: int) -> Iterator[Panel]:
     yield Table("tables/layers", columns, cells)
 
 
-def own_layers(last: Sequence[Row], own: int) -> list[Row]:
+def panel_layers(last: Sequence[Row], limit: int) -> list[Row]:
     """Return the linears with panels of their own: from the first block's first diagonally to the last block's last.
 
     Args:
         last: one row per linear, in the order of the network.
     """
     blocks = [list(rows) for _, rows in itertools.groupby(last, lambda row: row["block"])]
-    found = {}
-    for place in range(own if blocks else 0):
-        at = place / max(own - 1, 1)
+    by_layer = {}
+    for place in range(limit if blocks else 0):
+        at = place / max(limit - 1, 1)
         rows = blocks[round(at * (len(blocks) - 1))]
         row = rows[round(at * (len(rows) - 1))]
-        found[_layer(row)] = row
-    return list(found.values())
+        by_layer[_layer(row)] = row
+    return list(by_layer.values())
 
 
-def _learning(epochs: Sequence[Row], chosen: Sequence[Row]) -> Iterator[Lines]:
+def _learning(epochs: Sequence[Row], layers: Sequence[Row]) -> Iterator[Lines]:
     """Losses by block, gradient norms by linear, and the singular values of each chosen linear, over the epochs."""
     losses: dict[str, dict[int, float]] = {}
     for row in epochs:
         losses.setdefault(f"block {row['block']}", {})[row["epoch"]] = row["loss"]
     names = list(losses)
     yield _family("learning/loss", {names[index]: losses[names[index]] for index in spread(len(names), LINES)})
-    found = {_layer(row): [epoch for epoch in epochs if _layer(epoch) == _layer(row)] for row in chosen}
-    norms = {name: {row["epoch"]: row["gradient_norm"] for row in rows} for name, rows in found.items() if rows}
+    by_layer = {_layer(row): [epoch for epoch in epochs if _layer(epoch) == _layer(row)] for row in layers}
+    norms = {name: {row["epoch"]: row["gradient_norm"] for row in rows} for name, rows in by_layer.items() if rows}
     if norms:
         yield _family("learning/gradient norm", norms)
-    for name, rows in found.items():
+    for name, rows in by_layer.items():
         values = {row["epoch"]: row["values"] for row in rows if "values" in row}
         if values:
-            kept = spread(len(next(iter(values.values()))), LINES)
-            lines = {f"value {place}": {epoch: row[place] for epoch, row in values.items()} for place in kept}
+            places = spread(len(next(iter(values.values()))), LINES)
+            lines = {f"value {place}": {epoch: row[place] for epoch, row in values.items()} for place in places}
             yield _family(f"singular values/{name}", lines)
 
 
@@ -97,8 +97,8 @@ def _layer(row: Row) -> str:
 def record_panels(record: Record) -> Iterator[Table]:
     """Yield the tables of a record: perplexities, tasks, blocks, time and memory."""
     yield perplexities(record)
-    if (found := accuracies(record)).rows:
-        yield found
+    if (table := accuracies(record)).rows:
+        yield table
     if record.blocks:
         columns = ["block", "error", "loss first", "loss last", "seconds", "bits"]
         yield Table("tables/blocks", columns, [_block(row) for row in record.blocks])
@@ -116,8 +116,8 @@ def perplexities(record: Record) -> Table:
     rows: list[Sequence[Cell]] = []
     for key in keys:
         for prefix in variants(record):
-            found = [record.metrics.get(f"{prefix}{name}/{key}") for name in ("ppl", "excess", "kl", "top1")]
-            rows.append([key, prefix.rstrip("/") or record.method, *found])
+            values = [record.metrics.get(f"{prefix}{name}/{key}") for name in ("ppl", "excess", "kl", "top1")]
+            rows.append([key, prefix.rstrip("/") or record.method, *values])
     return Table("tables/perplexity", ["corpus", "model", "perplexity", "excess", "kl", "top-1 agreement"], rows)
 
 

@@ -36,8 +36,8 @@ class Wandb:
 
     def open(self, resumed: bool) -> None:
         mode = self._settings.mode
-        if mode == "auto" and (asked := os.environ.get("WANDB_MODE")):
-            mode = asked
+        if mode == "auto" and (environment_mode := os.environ.get("WANDB_MODE")):
+            mode = environment_mode
         self._start(self._choose_mode() if mode == "auto" else mode, resumed)
         self._run.define_metric("block/*", step_metric="block/index")
         for name in COUNTERS:
@@ -98,12 +98,12 @@ class Wandb:
         import wandb
 
         if isinstance(panel, Lines):
-            found = [
+            lines = [
                 [(x, y) for x, y in zip(panel.x, line, strict=True) if y is not None] for line in panel.lines.values()
             ]
-            shown: Any = wandb.plot.line_series(
-                xs=[[x for x, _ in line] for line in found],
-                ys=[[y for _, y in line] for line in found],
+            chart: Any = wandb.plot.line_series(
+                xs=[[x for x, _ in line] for line in lines],
+                ys=[[y for _, y in line] for line in lines],
                 keys=list(panel.lines),
                 title=panel.name,
                 xname=panel.axis,
@@ -116,9 +116,9 @@ class Wandb:
             self._run.log({f"{panel.name}/before": before, f"{panel.name}/after": after}, step=step)
             return
         else:
-            shown = wandb.Table(columns=list(panel.columns), data=[list(row) for row in panel.rows])
+            chart = wandb.Table(columns=list(panel.columns), data=[list(row) for row in panel.rows])
         with self._staging():
-            self._run.log({panel.name: shown}, step=step)
+            self._run.log({panel.name: chart}, step=step)
 
     def finish(self, record: Record) -> None:
         costs = {f"seconds/{stage}": seconds for stage, seconds in record.seconds.items()}

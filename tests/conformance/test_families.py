@@ -1,4 +1,4 @@
-"""Every family: its blocks in turn are the plain model, and what is folded or turned leaves it so."""
+"""Every family: its blocks in turn are the plain model, and what is folded or rotated leaves it so."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_planted_outliers_leave_the_model_as_it_was(folder: Path) -> None:
     assert torch.allclose(logits(planted, tokens), logits(model, tokens), atol=1e-4)  # measured: at most 5e-6
 
 
-def turned(model: Model, places: list[str]) -> Model:
+def rotated(model: Model, places: list[str]) -> Model:
     return Rotate(places=places, then=RTN()).prepare_model(model, None, 2, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
 
 
@@ -139,13 +139,13 @@ def test_a_turned_residual_stream_leaves_the_model_as_it_was_or_is_refused(folde
     model, tokens = load_small(folder), some_tokens()
     if folder.name in (OLMO, *SANDWICH):
         with pytest.raises(InputError, match="post-norm" if folder.name == OLMO else "sandwich norms"):
-            turned(model, ["residual"])
+            rotated(model, ["residual"])
     else:
-        found = logits(turned(model, ["residual"]), tokens)
+        found = logits(rotated(model, ["residual"]), tokens)
         assert torch.allclose(found, logits(model, tokens), atol=1e-4)  # measured: at most 4e-6
 
 
-@pytest.mark.parametrize("host", ["value", "all", "duquant", "smoothed", "turned-smoothed"])
+@pytest.mark.parametrize("host", ["value", "all", "duquant", "smoothed", "rotated-smoothed"])
 def test_a_host_hands_on_a_block_with_the_same_float_function(folder: Path, host: str) -> None:
     block, hidden = block_and_stream(load_small(folder), 1)
     seen = Seen()

@@ -150,7 +150,7 @@ CONFIG_ERRORS = {
     ),
     "whole-method-inside": (
         ["method=rotate", "method@method.then=e2e", "method.then.run=x"],
-        ["method.then=e2e: cannot stand there", "the method that quantises the turned block"],
+        ["method.then=e2e: cannot stand there", "the method that quantises the rotated block"],
     ),
     "steps-of-norms": (
         ["method=dense", "method.parts.0.unit=step", "method.parts.0.tensors=all"],

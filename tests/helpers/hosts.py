@@ -68,7 +68,7 @@ def hosts(then: Method) -> dict[str, Method]:
     made["all"] = Rotate(places=["value", "norm", "output", "down", "query_key"], then=then)
     made["duquant"] = DuQuant(block=32, steps=8, then=then)
     made["smoothed-duquant"] = SmoothQuant(then=DuQuant(block=32, steps=8, then=then))
-    made["turned-twice"] = Rotate(places=["norm", "down"], then=DuQuant(block=32, steps=8, then=then))
+    made["rotated-twice"] = Rotate(places=["norm", "down"], then=DuQuant(block=32, steps=8, then=then))
     made["smoothed"] = SmoothQuant(places=["norm", "value", "down"], then=then)
-    made["turned-smoothed"] = Rotate(places=["norm", "value"], then=SmoothQuant(then=then))
+    made["rotated-smoothed"] = Rotate(places=["norm", "value"], then=SmoothQuant(then=then))
     return made

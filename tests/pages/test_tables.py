@@ -186,7 +186,7 @@ def test_augmented_text_makes_rows_of_their_own_which_do_not_compete(committed: 
     assert table.rows[:2] == plain.rows
     assert table.rows[2].labels == ("w2a16g128", "lsi-corner, augmented", "2.14")
     assert not any(cell.bold for cell in table.rows[2].cells)
-    ours = [row.cells[0].ours for row in table.rows[1:]]
+    ours = [row.cells[0].sample for row in table.rows[1:]]
     assert ours[0] is not None
     assert ours[1] is not None
     assert ours[1].mean == pytest.approx(0.9 * ours[0].mean)

@@ -25,7 +25,7 @@ from lsiq.runtime import terminal
 from lsiq.track.background_tracker import BackgroundTracker
 from lsiq.track.block_table import block_table
 from lsiq.track.panels import Lines, Table, markdown, spread
-from lsiq.track.run_panels import own_layers, record_panels, trajectory_panels
+from lsiq.track.run_panels import panel_layers, record_panels, trajectory_panels
 from lsiq.track.settings import TrackerSettings
 from lsiq.track.tensorboard import TensorBoard
 from lsiq.track.wandb import COUNTERS
@@ -181,7 +181,7 @@ def test_the_number_of_panels_does_not_grow_with_the_model() -> None:
         assert len(small) == len(large) == len(set(large)) == 5 + 3 * own + (own > 0)
     lines = [panel.lines for panel in trajectory_panels(rows(80), 4) if isinstance(panel, Lines)]
     assert max(len(family) for family in lines) == 8
-    chosen = own_layers([row for row in rows(80) if row["epoch"] < 0], 4)
+    chosen = panel_layers([row for row in rows(80) if row["epoch"] < 0], 4)
     assert [(row["block"], row["linear"]) for row in chosen] == [(0, "q"), (26, "v"), (53, "gate"), (79, "down")]
     assert spread(80, 3) == [0, 40, 79]
 
@@ -415,10 +415,10 @@ def test_the_block_table_follows_training_and_keeps_the_last_blocks(capsys: pyte
         for epoch, loss in enumerate((0.5, 0.25)):
             table.log({"learn/epoch": epoch, "learn/loss": loss, "learn/block": 0})
         assert shown() == [["0", "0.5000 → 0.2500", "", "epoch 2"]]
-        table.done({"index": 0, "error": 0.2, "seconds": 1.5})
+        table.add({"index": 0, "error": 0.2, "seconds": 1.5})
         assert shown() == [["0", "0.5000 → 0.2500", "0.2000", "1.5 s"]]
         for index in range(1, 10):
-            table.done({"index": index, "error": None, "seconds": 1.0})
+            table.add({"index": index, "error": None, "seconds": 1.0})
         assert [row[0] for row in shown()] == [str(index) for index in range(2, 10)]
         assert shown()[-1] == ["9", "", "—", "1.0 s"]
     lines = capsys.readouterr().err.splitlines()

@@ -315,7 +315,7 @@ def test_a_tensor_that_the_architecture_lacks_is_refused(
     record = run(small_run(families["llama"], *QUICK))
     store = BlockStore(tmp_path / "runs" / record.run_id / "blocks")
     strange = replace(store.read(1), floats={"mlp.up_proj.bias": torch.ones(160)})
-    store.write(1, strange, before=store.kept(2)[0].digest)
+    store.write(1, strange, before=store.finished_blocks(2)[0].digest)
     with pytest.raises(InputError, match=r"mlp\.up_proj\.bias, which LlamaDecoderLayer of transformers does not have"):
         run(small_run(families["llama"], *QUICK, "export=plain"))
 

@@ -148,9 +148,9 @@ def test_planted_outliers_have_references_of_their_own(checkpoint: Path, small_r
 def test_blocks_that_need_rotations_or_a_prefix_are_not_exported(
     checkpoints: dict[str, Path], small_run: SmallRun
 ) -> None:
-    turned = run(small_run(checkpoints["llama"], "method=rotate", "method.places=[down]"))
+    rotated = run(small_run(checkpoints["llama"], "method=rotate", "method.places=[down]"))
     residual = run(small_run(checkpoints["llama"], "method=rotate", "method.places=[residual]"))
-    for parent, message in ((turned, "inputs are turned"), (residual, "a turned residual stream or a prefix")):
+    for parent, message in ((rotated, "inputs are rotated"), (residual, "a rotated residual stream or a prefix")):
         tune = ["method=lsi-finetune", f"method.run={parent.run_id}", "method.training.epochs=0"]
         with pytest.raises(InputError, match=message):
             run(small_run(checkpoints["llama"], *tune, "export=plain", "export.verify=false"))

@@ -224,8 +224,8 @@ def test_the_streams_are_not_run_through_again(model: Path, small_run: SmallRun,
     assert stored.tensors["floats"].shape == stored.tensors["quantised"].shape == (4, 32, 96)
     # With other streams in their place the second block comes out otherwise: they are what it is made from.
     first = run(small_run(model, *arguments, f"paths.runs={tmp_path / 'other'}"))
-    turned = {name: tensor.roll(1, -1) for name, tensor in stored.tensors.items()}
-    write_tensors(streams, turned, stored.metadata)
+    rotated = {name: tensor.roll(1, -1) for name, tensor in stored.tensors.items()}
+    write_tensors(streams, rotated, stored.metadata)
     again = run(small_run(model, *arguments))
     assert again.blocks[0]["error"] == first.blocks[0]["error"]
     assert again.blocks[1]["error"] != first.blocks[1]["error"]

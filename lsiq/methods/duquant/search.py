@@ -13,7 +13,7 @@ def find_rotation(x: Tensor, block: int, steps: int, permutations: int, generato
     """Return a rotation that makes the largest |entries| of `x (tokens, n)` small.
 
     Args:
-        block: channels turned together at most; the largest divisor of `n` up to this is taken.
+        block: channels rotated together at most; the largest divisor of `n` up to this is taken.
         steps: of each greedy search.
         permutations: how often a zigzag permutation and a further rotation follow the first rotation.
     """
@@ -21,8 +21,8 @@ def find_rotation(x: Tensor, block: int, steps: int, permutations: int, generato
     width = max((size for size in range(2, min(block, n) + 1) if n % size == 0), default=n)
     order = torch.arange(n, device=x.device)
     stages: list[RotationStage] = []
-    for turn in range(permutations + 1):
-        if turn:
+    for step in range(permutations + 1):
+        if step:
             order = zigzag(x.abs().amax(0), width)
         blocks = greedy_blocks(x[:, order].unflatten(1, (-1, width)), steps, generator)
         stage = RotationStage(order, x.new_ones(n), blocks)
@@ -52,12 +52,12 @@ def greedy_blocks(x: Tensor, steps: int, generator: torch.Generator) -> Tensor:
     current = x.transpose(0, 1).contiguous()  # (K, tokens, width)
     product = torch.eye(width, device=x.device, dtype=x.dtype).repeat(count, 1, 1)
     best, least = product.clone(), current.abs().amax((1, 2))
-    drawn = random_orthogonal(width - 1, generator)
+    rotation = random_orthogonal(width - 1, generator)
     for _ in range(steps):
         # One drawn rotation, its rows shuffled and their signs changed for each step: as random for this purpose, and a
         # factorisation per step would cost more than all the rest.
         signs = torch.randint(0, 2, (width - 1, 1), generator=generator) * 2 - 1
-        shuffled = drawn[torch.randperm(width - 1, generator=generator)] * signs
+        shuffled = rotation[torch.randperm(width - 1, generator=generator)] * signs
         peak = current.abs().amax(1).argmax(1)  # (K,)
         step = _swapped(even_rotation(shuffled).to(x), peak)
         current, product = current @ step, product @ step
@@ -68,19 +68,21 @@ def greedy_blocks(x: Tensor, steps: int, generator: torch.Generator) -> Tensor:
     return best
 
 
-def even_rotation(rest: Tensor) -> Tensor:
+def even_rotation(inner: Tensor) -> Tensor:
     """Return a rotation `(width, width)` whose first row has entries of one size.
 
     Args:
-        rest: `(width - 1, width - 1)` in float64, orthogonal: how the other channels are turned before they take part.
+        inner: `(width - 1, width - 1)` in float64, orthogonal: how the other channels are rotated first.
     """
-    width = len(rest) + 1
-    others = torch.eye(width, dtype=torch.float64)
-    others[1:, 1:] = rest
+    width = len(inner) + 1
+    extended = torch.eye(width, dtype=torch.float64)
+    extended[1:, 1:] = inner
     normal = torch.full((width,), -(width**-0.5), dtype=torch.float64)
     normal[0] += 1
     normal /= normal.norm()
-    return others - 2 * torch.outer(others @ normal, normal)  # the reflection that takes the first axis to the even one
+    return extended - 2 * torch.outer(
+        extended @ normal, normal
+    )  # the reflection that takes the first axis to the even one
 
 
 def _swapped(rotation: Tensor, peak: Tensor) -> Tensor:

@@ -43,15 +43,15 @@ class DuQuant(Traits):
     of one for the whole search by shuffling its rows and their signs.
     """
 
-    block: int = Field(128, ge=2, description="channels turned together: the largest divisor of a width up to this")
+    block: int = Field(128, ge=2, description="channels rotated together: the largest divisor of a width up to this")
     steps: int = Field(256, ge=1, description="steps of the greedy search, at least 1")
     permutations: int = Field(1, ge=0, le=8, description="times that a permutation and a rotation follow, 0 to 8")
     places: list[Literal["norm", "output", "down"]] = Field(
         ["norm", "output", "down"],
         min_length=1,
-        description="a list of norm, output and down: whose inputs are turned",
+        description="a list of norm, output and down: whose inputs are rotated",
     )
-    then: Method = Field(description="the method that quantises the turned block")
+    then: Method = Field(description="the method that quantises the rotated block")
 
     def __post_init__(self) -> None:
         refuse_rounded_ahead(self.then)

@@ -99,7 +99,7 @@ class FineTune(Traits):
         return replace(self, run=folder, start=None)
 
     def prepare_model(self, model: Model, tokens: Tensor | None, batch: int, generator: torch.Generator) -> Model:
-        """Return the model as that run prepared it: turned, or after its prefix."""
+        """Return the model as that run prepared it: rotated, or after its prefix."""
         from pathlib import Path
 
         from lsiq.results.store import BlockStore

@@ -34,18 +34,18 @@ class TunedBlock:
     """
 
     def __init__(
-        self, settings: FineTune, block: Block, found: BlockResult, quant: QuantSettings, context: Context
+        self, settings: FineTune, block: Block, initial: BlockResult, quant: QuantSettings, context: Context
     ) -> None:
         device = next(iter(block.weights.values())).device
-        self.found, self.quant, self.part = found, quant, settings.part
-        self.latents = {name: w.to(device) for name, w in found.latents.items()} if settings.latents else {}
-        block = block.turning(found)
+        self.initial, self.quant, self.part = initial, quant, settings.part
+        self.latents = {name: w.to(device) for name, w in initial.latents.items()} if settings.latents else {}
+        block = block.with_rotations_of(initial)
         self.grids = {
             name: replace(w, codes=w.codes.to(device), scale=w.scale.to(device), zero=w.zero.to(device))
-            for name, w in found.weights.items()
+            for name, w in initial.weights.items()
         }
         self.checkpoint = {name: w for name, w in block.weights.items() if name not in self.grids}
-        floats = {**self.checkpoint, **{name: w.to(device) for name, w in found.floats.items()}}
+        floats = {**self.checkpoint, **{name: w.to(device) for name, w in initial.floats.items()}}
         self.state = PartState({})
         if self.part is not None:
             self.state = self.part.start(replace(block, weights={**floats, **self._decoded()}), quant, context)
@@ -91,19 +91,19 @@ class TunedBlock:
                 )
                 for name, grid in weights.items()
             }
-        flips = [(weights[n].codes.cpu() != self.found.weights[n].codes).float().mean().item() for n in weights]
+        flips = [(weights[n].codes.cpu() != self.initial.weights[n].codes).float().mean().item() for n in weights]
         floats = {
             name: draft.weights[name].detach()
             for name, before in self.checkpoint.items()
-            if name in self.found.floats or not torch.equal(draft.weights[name], before)
+            if name in self.initial.floats or not torch.equal(draft.weights[name], before)
         }
-        kept = {
+        state = {
             f"{self.part.name}:{name}": parameter.detach()
             for name, parameter in self.state.parameters.items()
             if self.part is not None and name not in self.state.bulky
         }
         metrics = {"flip_rate": sum(flips) / max(len(flips), 1), **metrics}
-        return BlockResult(weights, floats, metrics, kept, rotations=self.found.rotations)
+        return BlockResult(weights, floats, metrics, state, rotations=self.initial.rotations)
 
     def _decoded(self) -> dict[str, Tensor]:
         """What increments are added to: the weights that the codes stand for, or those that were rounded to them."""

@@ -52,9 +52,9 @@ def tune(settings: FineTune, quant: QuantSettings, context: Context) -> Method:
     assert context.ahead is not None
     store = BlockStore(Path(settings.run) / "blocks")
     results = [store.read(index) for index in range(context.ahead.depth)]
-    for index, found in enumerate(results):
-        _check(found, context.ahead.block(index), quant.in_block(index), settings.run)
-        if settings.latents and set(found.latents) != set(found.weights):
+    for index, initial in enumerate(results):
+        _check(initial, context.ahead.block(index), quant.in_block(index), settings.run)
+        if settings.latents and set(initial.latents) != set(initial.weights):
             raise InputError(
                 f"method.latents=true: {settings.run} keeps no weights as they were before rounding; make it with a "
                 "learned method and method.latents=true, or use method.latents=false"
@@ -67,14 +67,14 @@ def tune(settings: FineTune, quant: QuantSettings, context: Context) -> Method:
     return Finished(settings.name, tuner.results)
 
 
-def _check(found: BlockResult, block: Block, quant: QuantSettings, run: str) -> None:
+def _check(initial: BlockResult, block: Block, quant: QuantSettings, run: str) -> None:
     """The run must be of this model and this format, for its grids are kept, and all of it in codes."""
-    if found.branches:
+    if initial.branches:
         raise InputError(
             f"method.run={run}: has low-rank side branches, which are not trained here; give a run without them"
         )
     for name in block.linears:
-        weight = found.weights.get(name)
+        weight = initial.weights.get(name)
         if weight is None or weight.codes.shape != block.weights[name].shape:
             raise InputError(f"method.run={run}: its blocks do not fit this model; give a run of the same model")
         if weight.format != quant.of(name):
@@ -94,7 +94,7 @@ class _Tuner:
         self.settings, self.quant, self.context = settings, quant, context
         self.results = list(results)
         self.hidden, self.reached = context.inputs, 0  # what the quantised model feeds the block `reached`
-        self.own = processes.share(context.samples)
+        self.sequences = processes.share(context.samples)
         block = self._block(0)
         self.device = next(iter(block.weights.values())).device
         self.dtype = settings.training.in_precision(block, context.cache).dtype
@@ -116,14 +116,14 @@ class _Tuner:
             )
             for index in range(group[-1] + 1, len(self.results))
         ]
-        chain = [*(one.forward for one in tuned), *behind]
-        optimizer = torch.optim.AdamW([group for one in tuned for group in one.groups], weight_decay=0.0)
+        chain = [*(block.forward for block in tuned), *behind]
+        optimizer = torch.optim.AdamW([group for block in tuned for group in block.groups], weight_decay=0.0)
         losses = self._epochs(group[0], chain, optimizer)
         metrics = {"seconds": time.perf_counter() - start}
         if losses:
             metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
-        for index, one in zip(group, tuned, strict=True):
-            self.results[index] = one.result(metrics)
+        for index, block in zip(group, tuned, strict=True):
+            self.results[index] = block.result(metrics)
 
     def _epochs(self, first: int, chain: Sequence[BlockFunction], optimizer: torch.optim.Optimizer) -> list[float]:
         """Train through `chain`, the blocks from `first` on; return the epochs' mean losses."""
@@ -134,10 +134,10 @@ class _Tuner:
         losses: list[float] = []
         for epoch in range(training.epochs):
             sums = []
-            for chosen in torch.randperm(samples, generator=generator).split(training.batch):
+            for indices in torch.randperm(samples, generator=generator).split(training.batch):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * training.rate_factor(steps / total)
-                sums.append(self.micro.fitting(lambda chosen=chosen: self._gradients(chain, chosen, optimizer)))
+                sums.append(self.micro.fitting(lambda indices=indices: self._gradients(chain, indices, optimizer)))
                 processes.add_gradients(p for group in optimizer.param_groups for p in group["params"])
                 optimizer.step()
                 steps += 1
@@ -149,36 +149,36 @@ class _Tuner:
             self.context.log({"finetune/loss": losses[-1], "finetune/block": first, "finetune/epoch": epoch})
         return losses
 
-    def _gradients(self, chain: Sequence[BlockFunction], chosen: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    def _gradients(self, chain: Sequence[BlockFunction], samples: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         """Leave the gradients of a batch in the parameters, and return its loss."""
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for part in self.micro.parts(len(chosen)):
-            loss = self._loss(chain, chosen[part]) * ((part.stop - part.start) / len(chosen))
+        for part in self.micro.parts(len(samples)):
+            loss = self._loss(chain, samples[part]) * ((part.stop - part.start) / len(samples))
             loss.backward()
             total += loss.detach()
         return total
 
-    def _loss(self, chain: Sequence[BlockFunction], chosen: Tensor) -> Tensor:
+    def _loss(self, chain: Sequence[BlockFunction], samples: Tensor) -> Tensor:
         """The loss of a batch; of several processes each returns its part of it."""
         assert self.context.tokens is not None
         assert self.context.ahead is not None
         logits_of = self.context.ahead.logits
-        hidden, weight = fetch(self.hidden, chosen, self.context.samples)
+        hidden, weight = fetch(self.hidden, samples, self.context.samples)
         hidden = hidden.to(self.device, self.dtype)
         for function in chain:
             hidden = function(hidden)
         hidden = hidden.to(self.hidden.dtype)
         if self.reference is None:
-            tokens = fetch(self.context.tokens[self.own], chosen, self.context.samples)[0]
+            tokens = fetch(self.context.tokens[self.sequences], samples, self.context.samples)[0]
             targets = tokens[:, 1:].to(self.device)
             loss = torch.nn.functional.cross_entropy(logits_of(hidden[:, :-1]).flatten(0, 1), targets.flatten())
             return loss * weight
         with torch.no_grad():
-            reference = fetch(self.reference, chosen, self.context.samples)[0].to(self.device)
+            reference = fetch(self.reference, samples, self.context.samples)[0].to(self.device)
             expected = logits_of(reference).flatten(0, 1).log_softmax(-1)
-        found = logits_of(hidden).flatten(0, 1).log_softmax(-1)
-        return torch.nn.functional.kl_div(found, expected, reduction="batchmean", log_target=True) * weight
+        log_probabilities = logits_of(hidden).flatten(0, 1).log_softmax(-1)
+        return torch.nn.functional.kl_div(log_probabilities, expected, reduction="batchmean", log_target=True) * weight
 
     def _block(self, index: int) -> Block:
         assert self.context.ahead is not None

@@ -106,8 +106,8 @@ def round_with_feedback(
                 scale[:, at], zero[:, at] = fmt.fit(*fmt.extremes(current))
         belongs = order[start:stop] // group
         grid = (scale[:, belongs, 0].t().to(factor.dtype), zero[:, belongs, 0].t().to(factor.dtype))
-        found, errors = _round_columns(columns[start:stop], factor[start:stop, start:stop], grid, fmt)
-        codes[start:stop] = found
+        block_codes, errors = _round_columns(columns[start:stop], factor[start:stop, start:stop], grid, fmt)
+        codes[start:stop] = block_codes
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
         start = stop
     original = torch.empty_like(codes)

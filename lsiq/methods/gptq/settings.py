@@ -72,29 +72,29 @@ class GPTQ(Traits):
         return frozenset({"inputs"})
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
-        done: dict[str, QuantizedTensor] = {}
+        tensors: dict[str, QuantizedTensor] = {}
         stages = [[f"{name}.weight" for name in stage] for stage in block.spec.stages]
-        stages = [kept for stage in stages if (kept := [name for name in stage if name in block.linears])]
+        stages = [names for stage in stages if (names := [name for name in stage if name in block.linears])]
         first = [names[0].removesuffix(".weight") for names in stages]  # linears of a stage share their input
         grams = {} if self.true_sequential else self._grams(block, {}, first, quant, context)
         lost = 0.0
         for shown, names in zip(first, stages, strict=True):
             if self.true_sequential:
-                grams = self._grams(block, done, [shown], quant, context)
+                grams = self._grams(block, tensors, [shown], quant, context)
             rounded, error = self._round_stage(block, names, grams[shown], quant)
-            done |= rounded
+            tensors |= rounded
             lost += error / len(stages)
-        return BlockResult(done, metrics={"output_error": lost})
+        return BlockResult(tensors, metrics={"output_error": lost})
 
     def _grams(
         self,
         block: Block,
-        done: dict[str, QuantizedTensor],
+        tensors: dict[str, QuantizedTensor],
         linears: list[str],
         quant: QuantSettings,
         context: Context,
     ) -> dict[str, Tensor]:
-        """`XᵀX / tokens` of the inputs of `linears`, with what is `done` of the block in place."""
+        """`XᵀX / tokens` of the inputs of `linears`, with the quantised `tensors` in place."""
         import torch
 
         from lsiq.calib.gram import input_grams
@@ -102,7 +102,7 @@ class GPTQ(Traits):
 
         assert context.inputs is not None
         product = torch.float64 if self.precision == "float64" else torch.float32
-        weights = {name: tensor.decode() for name, tensor in done.items()}
+        weights = {name: tensor.decode() for name, tensor in tensors.items()}
         with measured_stage("statistics"):
             return input_grams(block, weights, context.inputs, context.batch, linears, quant.running, product)
 
@@ -130,15 +130,15 @@ class GPTQ(Traits):
         where = f"block {block.index}, {names[0].removesuffix('.weight')}"
         with measured_stage("factorise"):
             curvature = factorise(gram, self.act_order, self.damping, self.precision, where)
-        done: dict[str, QuantizedTensor] = {}
+        tensors: dict[str, QuantizedTensor] = {}
         lost = power = 0.0
-        for fmt, own in alike.items():
-            stacked = torch.cat([block.weights[name] for name in own])
+        for fmt, same in alike.items():
+            stacked = torch.cat([block.weights[name] for name in same])
             with measured_stage("round"):
-                found = round_with_feedback(stacked, curvature, fmt, self.static_groups, self.block_size)
-            rows = [len(block.weights[name]) for name in own]
-            parts = zip(own, found.codes.split(rows), found.scale.split(rows), found.zero.split(rows), strict=True)
-            done |= {name: QuantizedTensor(codes, scale, zero, fmt) for name, codes, scale, zero in parts}
+                tensor = round_with_feedback(stacked, curvature, fmt, self.static_groups, self.block_size)
+            rows = [len(block.weights[name]) for name in same]
+            parts = zip(same, tensor.codes.split(rows), tensor.scale.split(rows), tensor.zero.split(rows), strict=True)
+            tensors |= {name: QuantizedTensor(codes, scale, zero, fmt) for name, codes, scale, zero in parts}
             power += output_error(stacked, torch.zeros_like(stacked), gram)
-            lost += output_error(stacked, found.decode(), gram)
-        return done, lost / max(power, 1e-30)
+            lost += output_error(stacked, tensor.decode(), gram)
+        return tensors, lost / max(power, 1e-30)

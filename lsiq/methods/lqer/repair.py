@@ -30,12 +30,12 @@ def repair(
 
     The share is the mean over linears of `‖(E - up · down) T‖² / ‖E T‖²`, factors as they are stored.
     """
-    block = block.turning(result)
+    block = block.with_rotations_of(result)
     floats = {name: result.reference.get(name, block.weights[name]) for name in block.linears}
     with measured_stage("statistics"):
         costs = input_costs(settings, {**result.floats, **floats}, block, quant, context)
     fmt = settings.factor_format(quant)
-    branches, left = {}, 0.0
+    branches, error_left = {}, 0.0
     for name in block.linears:
         decoded = result.weights[name].decode().to(floats[name].device)
         error, cost = (floats[name] - decoded).double(), costs[name]
@@ -48,8 +48,8 @@ def repair(
             raise NumericalError(
                 f"block {block.index}, {name}: its factors leave the range of float16; use factors=mxint8"
             )
-        left += (_energy(remaining, cost) / max(_energy(error, cost), 1e-300)) / len(block.linears)
-    return branches, {"error_left": left}
+        error_left += (_energy(remaining, cost) / max(_energy(error, cost), 1e-300)) / len(block.linears)
+    return branches, {"error_left": error_left}
 
 
 def input_costs(
@@ -67,14 +67,14 @@ def input_costs(
     """
     heads = [linears[0] for linears in block.spec.stages]  # linears of a stage share their input
     if settings.scale == "none":
-        found = {name: block.weights[f"{name}.weight"].new_ones(1, dtype=torch.float64) for name in heads}
+        costs = {name: block.weights[f"{name}.weight"].new_ones(1, dtype=torch.float64) for name in heads}
     else:
         assert context.inputs is not None  # the method asks for them
         if settings.scale == "covariance":
-            found = input_grams(block, weights, context.inputs, context.batch, heads, quant.running)
+            costs = input_grams(block, weights, context.inputs, context.batch, heads, quant.running)
         else:
-            found = _diagonals(settings, weights, block, quant, context, heads)
-    return {f"{name}.weight": found[linears[0]] for linears in block.spec.stages for name in linears}
+            costs = _diagonals(settings, weights, block, quant, context, heads)
+    return {f"{name}.weight": costs[linears[0]] for linears in block.spec.stages for name in linears}
 
 
 def _diagonals(
@@ -87,22 +87,22 @@ def _diagonals(
 ) -> dict[str, Tensor]:
     assert context.inputs is not None
     samples, tokens = context.samples, context.inputs.shape[1]
-    found: dict[str, Tensor] = {}
+    diagonals: dict[str, Tensor] = {}
 
     def update(name: str, x: Tensor) -> None:
         x = quant.activation.fake(x)
         if settings.scale == "magnitude":
             largest = x.abs().view(-1, tokens, x.shape[1]).mean(1, dtype=torch.float64).amax(0).square()
-            found[name] = largest.maximum(found[name]) if name in found else largest
+            diagonals[name] = largest.maximum(diagonals[name]) if name in diagonals else largest
         else:
             squares = x.square().sum(0, dtype=torch.float64) / (tokens * samples)
-            found[name] = squares + found[name] if name in found else squares
+            diagonals[name] = squares + diagonals[name] if name in diagonals else squares
 
     visit_inputs(block, weights, context.inputs, context.batch, heads, update, quant.running)
     reduce = processes.largest if settings.scale == "magnitude" else processes.add
-    for name, statistic in found.items():
+    for name, statistic in diagonals.items():
         check_finite(reduce(statistic), block, name)
-    return found
+    return diagonals
 
 
 def project(error: Tensor, cost: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -126,8 +126,8 @@ def _left_vectors(error: Tensor, cost: Tensor, rank: int) -> Tensor:
     if error.shape[0] <= error.shape[1]:
         weighted = error @ cost if cost.dim() == 2 else error * cost
         return _first_eigenvectors(weighted @ error.t(), rank)
-    turned = error @ _root(cost) if cost.dim() == 2 else error * cost.sqrt()
-    return torch.linalg.qr(turned @ _first_eigenvectors(turned.t() @ turned, rank)).Q
+    cost_weighted = error @ _root(cost) if cost.dim() == 2 else error * cost.sqrt()
+    return torch.linalg.qr(cost_weighted @ _first_eigenvectors(cost_weighted.t() @ cost_weighted, rank)).Q
 
 
 def _first_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:

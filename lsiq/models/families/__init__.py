@@ -48,7 +48,7 @@ def find_spec(model_type: str, where: str) -> ModelSpec:
 
 def families() -> dict[str, ModelSpec]:
     """Return what is known of each family, by `config.model_type`: every `ModelSpec` here and of plug-ins."""
-    own = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
-    values = (value for module in (*own, *plugins.modules()) for value in vars(module).values())
-    known = (value for value in values if isinstance(value, ModelSpec))
-    return {spec.model_type: spec for spec in known}
+    bundled = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    values = (value for module in (*bundled, *plugins.modules()) for value in vars(module).values())
+    specs = (value for value in values if isinstance(value, ModelSpec))
+    return {spec.model_type: spec for spec in specs}

@@ -30,7 +30,7 @@ GEMMA2 = replace(
         Group("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "norm", offset=1.0),
         Group("mlp.up_proj", ("mlp.down_proj",), "linear"),
     ),
-    unturnable=(
+    unrotatable=(
         "its blocks also normalise, channel by channel, what they write to the residual stream (sandwich norms), which "
         "no rotation passes; leave residual out of the places"
     ),

@@ -1,6 +1,6 @@
 """Granite (dense): LLaMA's block, with fixed factors on embeddings, attention scores, residual branches and logits.
 
-The factor of a residual branch is a number, so a turned residual stream and folded scales pass it. The layers of
+The factor of a residual branch is a number, so a rotated residual stream and folded scales pass it. The layers of
 transformers apply it and that of the scores; embeddings are multiplied before the first block.
 """
 

@@ -69,7 +69,7 @@ def parts(runs: Runs) -> Table:
     for method in PARTS:
         cells = tuple(Cell(runs.sample(STUDY, MODEL, SETTING, method, key), wanted=True) for key in keys)
         rows.append(Row((method,), cells))
-        if any(cell.ours is None for cell in cells):
+        if any(cell.sample is None for cell in cells):
             missing.append(method)
     return Table(
         "ablation-parts",
@@ -96,8 +96,8 @@ def ablation(runs: Runs, axis: Axis) -> Table:
 def along(runs: Runs, axis: Axis, metric: str) -> list[tuple[Any, Sequence[float]]]:
     """Return the values of the axis that its first method was measured at, each with a number per seed."""
     protocol, method = free(axis.key), axis.methods[0]
-    found = ((v, runs.sample(protocol, MODEL, SETTING, method, metric, {axis.key: v})) for v in axis.values)
-    return [(value, sample.values) for value, sample in found if sample is not None]
+    samples = ((v, runs.sample(protocol, MODEL, SETTING, method, metric, {axis.key: v})) for v in axis.values)
+    return [(value, sample.values) for value, sample in samples if sample is not None]
 
 
 def free(key: str) -> Protocol:
@@ -112,10 +112,12 @@ def batches(runs: Runs) -> Table:
     rows, missing = list[Row](), list[int]()
     for size in BATCHES:
         for metric in METRICS:
-            found = (runs.sample(protocol, MODEL, SETTING, "lsi-corner", metric, {batch: size, rate: r}) for r in RATES)
-            cells = tuple(Cell(sample, wanted=True) for sample in found)
+            samples = (
+                runs.sample(protocol, MODEL, SETTING, "lsi-corner", metric, {batch: size, rate: r}) for r in RATES
+            )
+            cells = tuple(Cell(sample, wanted=True) for sample in samples)
             rows.append(Row((str(size), *_corpora([metric])), cells))
-            missing += [size] * any(cell.ours is None for cell in cells)
+            missing += [size] * any(cell.sample is None for cell in cells)
     listed = ",".join(str(size) for size in dict.fromkeys(missing))
     return Table(
         "ablation-batch",
@@ -148,7 +150,7 @@ def axis_table(
         for metric in metrics:
             cells = [Cell(runs.sample(protocol, MODEL, setting, method, metric, {key: v}), wanted=True) for v in values]
             rows.append(Row((method, *_corpora([metric])), tuple(cells)))
-            missing |= {value for value, cell in zip(values, cells, strict=True) if cell.ours is None}
+            missing |= {value for value, cell in zip(values, cells, strict=True) if cell.sample is None}
         if bits:
             rows.append(Row((method, "bits"), tuple(_bits(runs, protocol, setting, method, {key: v}) for v in values)))
     listed = ",".join(str(value) for value in values if value in missing)
@@ -163,8 +165,8 @@ def axis_table(
 
 
 def _bits(runs: Runs, protocol: Protocol, setting: str, method: str, where: Mapping[str, Any]) -> Cell:
-    found = [run.average_bits for run in runs.find(protocol, MODEL, setting, method, where)]
-    return Cell(text=f"{found[0]:.2f}" if found and found[0] is not None else "")
+    bits = [run.average_bits for run in runs.find(protocol, MODEL, setting, method, where)]
+    return Cell(text=f"{bits[0]:.2f}" if bits and bits[0] is not None else "")
 
 
 def _corpora(metrics: Sequence[str]) -> list[str]:

@@ -22,16 +22,16 @@ def bundled_accuracy(runs: Runs, settings: Sequence[str]) -> Table:
     for setting in ("fp16", *settings):
         methods = ["fp16"] if setting == "fp16" else study_methods([setting])
         bits = {method: average_bits(runs, setting, method) for method in methods}
-        known = [value for value in bits.values() if value is not None]
+        values = [value for value in bits.values() if value is not None]
         for method in methods:
             cells = tuple(Cell(runs.sample(STUDY, m, setting, method, metric), wanted=True) for m in BUNDLED)
             spent = bits[method]
-            rows.append(Row((setting, method), cells, setting, spent is None or spent <= EQUAL_BITS * min(known)))
+            rows.append(Row((setting, method), cells, setting, spent is None or spent <= EQUAL_BITS * min(values)))
     jobs = [
         (model, row.labels[0], row.labels[1])
         for row in rows
         for model, cell in zip(BUNDLED, row.cells, strict=True)
-        if cell.ours is None and row.labels[1] != "fp16"
+        if cell.sample is None and row.labels[1] != "fp16"
     ]
     return Table(
         "zero-shot-bundled",
@@ -55,13 +55,13 @@ def hub_accuracy(runs: Runs, literature: Literature, settings: Sequence[str]) ->
             )
             for model in LQER_MODELS
         )
-        if any(cell.ours or cell.published for cell in cells):
+        if any(cell.sample or cell.published for cell in cells):
             rows.append(Row((setting, method), cells, setting))
     jobs = [
         (model, row.labels[0], row.labels[1])
         for row in rows
         for model, cell in zip(LQER_MODELS, row.cells, strict=True)
-        if cell.ours is None and row.labels[1] != "fp16"
+        if cell.sample is None and row.labels[1] != "fp16"
     ]
     caption = "Mean accuracy over LQER's six tasks, percent: ours / published"
     return _hub_table("zero-shot-lqer", caption, rows, LQER_MODELS, jobs)
@@ -85,7 +85,7 @@ def hub_tasks(runs: Runs, literature: Literature, model: str, jobs: Sequence[tup
         )
         for setting, method in jobs
     ]
-    empty = [row.labels for row in rows if row.labels[1] != "fp16" and any(cell.ours is None for cell in row.cells)]
+    empty = [row.labels for row in rows if row.labels[1] != "fp16" and any(cell.sample is None for cell in row.cells)]
     missing = [(model, setting, method) for setting, method in empty]
     caption = f"{model}, accuracy by task, percent: ours / published"
     return _hub_table(f"zero-shot-{model}", caption, rows, columns, missing)
@@ -104,7 +104,7 @@ def fine_tuning(runs: Runs) -> Table:
             [Row((model, "rtn"), tuple(before), model), Row((model, "rtn, tuned on stories"), tuple(after), model)]
         )
         rows += pair
-        if any(cell.ours is None for row in pair for cell in row.cells):
+        if any(cell.sample is None for row in pair for cell in row.cells):
             jobs.append(model)
     return Table(
         "fine-tuning-bundled",

@@ -21,9 +21,9 @@ def excess_by_method(runs: Runs, settings: Sequence[str], name: str = "excess-by
     canvas, axes = panels(1, len(BUNDLED), 3.4, sharey=True)
     entries = _entries(runs, settings)
     for axis, model in zip(axes, BUNDLED, strict=True):
-        for place, (named, protocol, method) in enumerate(entries):
+        for place, (label, protocol, method) in enumerate(entries):
             shift = (place - (len(entries) - 1) / 2) * 0.8 / max(len(entries), 1)
-            options = looks(method, protocol is AUGMENTED) | {"label": named}
+            options = looks(method, protocol is AUGMENTED) | {"label": label}
             for index, setting in enumerate(settings):
                 sample = runs.sample(protocol, model, setting, method, EXCESS)
                 if sample is None:
@@ -41,19 +41,19 @@ def excess_by_method(runs: Runs, settings: Sequence[str], name: str = "excess-by
             axis.axvline(border - 0.5, color="#e5e5e5", linewidth=0.6)
         axis.set_title(model)
     axes[0].set_ylabel(LABEL)
-    legend_below(canvas, axes, [named for named, *_ in entries])
+    legend_below(canvas, axes, [label for label, *_ in entries])
     return Figure(name, "Excess loss over the float model by method, mean and standard deviation over seeds", canvas)
 
 
 def _entries(runs: Runs, settings: Sequence[str]) -> list[tuple[str, Protocol, str]]:
     """The methods that were measured, with the name and protocol of each; those with augmented text come twice."""
-    found: list[tuple[str, Protocol, str]] = []
+    entries: list[tuple[str, Protocol, str]] = []
     for method in study_methods(settings):
         if any(runs.sample(STUDY, model, setting, method, EXCESS) for model in BUNDLED for setting in settings):
-            found.append((method, STUDY, method))
+            entries.append((method, STUDY, method))
         if had_more_text(runs, settings, method):
-            found.append((method + MORE_TEXT, AUGMENTED, method))
-    return found
+            entries.append((method + MORE_TEXT, AUGMENTED, method))
+    return entries
 
 
 def quality_against_bits(runs: Runs, settings: Sequence[str]) -> Figure:
@@ -79,8 +79,8 @@ def _trade(name: str, caption: str, label: str, runs: Runs, settings: Sequence[s
     entries = _entries(runs, settings)
     for axis, model in zip(axes, BUNDLED, strict=True):
         points = []
-        for named, protocol, method in entries:
-            options = looks(method, protocol is AUGMENTED) | {"label": named}
+        for title, protocol, method in entries:
+            options = looks(method, protocol is AUGMENTED) | {"label": title}
             for setting in settings:
                 sample = runs.sample(protocol, model, setting, method, EXCESS)
                 cost = runs.mean(protocol, model, setting, method, of)
@@ -102,14 +102,14 @@ def _trade(name: str, caption: str, label: str, runs: Runs, settings: Sequence[s
             plain_numbers(axis, "x")
         axis.set_xlabel(label)
     axes[0].set_ylabel(LABEL)
-    legend_below(canvas, axes, [named for named, *_ in entries])
+    legend_below(canvas, axes, [title for title, *_ in entries])
     listed = settings[0] if len(settings) == 1 else ", ".join(settings)
     return Figure(name, f"{caption} ({listed}); the grey line joins what nothing beats in both", canvas)
 
 
 def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    found: list[tuple[float, float]] = []
+    frontier: list[tuple[float, float]] = []
     for cost, loss in sorted(points):
-        if not found or loss < found[-1][1]:
-            found.append((cost, loss))
-    return found
+        if not frontier or loss < frontier[-1][1]:
+            frontier.append((cost, loss))
+    return frontier

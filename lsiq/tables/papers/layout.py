@@ -57,9 +57,9 @@ def study_jobs() -> frozenset[Job]:
 
 def study_methods(settings: Iterable[str]) -> list[str]:
     """The study's methods at any of the settings, in the order of rows."""
-    wanted = set(settings)
-    found = {method for _, setting, method in study_jobs() if setting in wanted}
-    return sorted(found, key=rank)
+    names = set(settings)
+    methods = {method for _, setting, method in study_jobs() if setting in names}
+    return sorted(methods, key=rank)
 
 
 def rank(method: str) -> tuple[int, str]:

@@ -21,21 +21,21 @@ from lsiq.tables.traces import Trace
 
 def weight_distribution(traces: Sequence[Trace]) -> Figure:
     """Draw how many weights lie where, in the float model and after training and rounding."""
-    found = _longest(traces)
+    trace = _longest(traces)
     caption = "Weights of the float model and after training and rounding"
-    if found is None:
+    if trace is None:
         canvas, (axis,) = panels(1, 1, 2.0)
         empty(axis, "python run.py method=lsi-corner")
         return Figure("weight-distribution", caption, canvas)
-    linears = list(dict.fromkeys(entry["linear"] for entry in found.histograms))
-    canvas, axes = panels(len(linears), len(found.histograms) // len(linears), 2.1)
-    ordered = [entry for linear in linears for entry in found.histograms if entry["linear"] == linear]
+    linears = list(dict.fromkeys(entry["linear"] for entry in trace.histograms))
+    canvas, axes = panels(len(linears), len(trace.histograms) // len(linears), 2.1)
+    ordered = [entry for linear in linears for entry in trace.histograms if entry["linear"] == linear]
     for axis, entry in zip(axes, ordered, strict=True):
         edges = np.linspace(-entry["range"], entry["range"], len(entry["before"]) + 1)
         total = sum(entry["before"])
         before, after = (np.array(entry[key]) / total for key in ("before", "after"))
         axis.stairs(before, edges, fill=True, color="#c8c8c8", label="float")
-        axis.stairs(after, edges, color=BLUE, linewidth=1.2, label=f"{found.method}, rounded")
+        axis.stairs(after, edges, color=BLUE, linewidth=1.2, label=f"{trace.method}, rounded")
         axis.set_yscale("log")
         axis.set_ylim(0.5 / total, 1)
         axis.set_title(f"block {entry['block']}, {entry['linear'].rpartition('.')[2]}")
@@ -43,7 +43,7 @@ def weight_distribution(traces: Sequence[Trace]) -> Figure:
     for axis in axes[:: len(axes) // len(linears)]:
         axis.set_ylabel("share of weights")
     legend_below(canvas, axes)
-    return Figure("weight-distribution", f"{caption}: {_named(found)}", canvas)
+    return Figure("weight-distribution", f"{caption}: {_label(trace)}", canvas)
 
 
 def training_details(runs: Runs, traces: Sequence[Trace]) -> Figure:
@@ -55,10 +55,10 @@ def training_details(runs: Runs, traces: Sequence[Trace]) -> Figure:
         (axes[0], epochs, "epochs"),
         (axes[1], samples, "calibration sequences (of 512 tokens)"),
     ):
-        drawn = [
+        plots = [
             _along(place, runs, axis, corpus, colour) for corpus, colour in (("bundled", BLUE), ("wikitext2", RED))
         ]
-        if not any(drawn):
+        if not any(plots):
             empty(place, f"python run.py sweep={axis.sweep}")
             continue
         place.set_xlabel(label)
@@ -68,8 +68,8 @@ def training_details(runs: Runs, traces: Sequence[Trace]) -> Figure:
     if learned:
         longest = max(learned, key=_training)
         _losses_by_block(axes[2], longest)
-        same = {t.samples: t for t in learned if len(t.losses[0]) == len(longest.losses[0])}
-        _losses_by_samples(axes[3], [same[count] for count in sorted(same)])
+        by_samples = {t.samples: t for t in learned if len(t.losses[0]) == len(longest.losses[0])}
+        _losses_by_samples(axes[3], [by_samples[count] for count in sorted(by_samples)])
     else:
         for place in axes[2:]:
             empty(place, "python run.py sweep=ablation-epochs")
@@ -112,15 +112,15 @@ def _losses_by_samples(axis: Axes, traces: Sequence[Trace]) -> None:
 
 def singular_values(traces: Sequence[Trace]) -> Figure:
     """Draw what was added to singular values over the epochs: a line per value, the largest dark."""
-    found = _longest(traces)
+    trace = _longest(traces)
     caption = "What training adds to singular values"
-    if found is None:
+    if trace is None:
         canvas, (axis,) = panels(1, 1, 2.0)
         empty(axis, "python run.py method=lsi-corner")
         return Figure("singular-values", caption, canvas)
-    linears = list(dict.fromkeys(entry["linear"] for entry in found.increments))
-    canvas, axes = panels(len(linears), len(found.increments) // len(linears), 2.1, sharex=True)
-    ordered = [entry for linear in linears for entry in found.increments if entry["linear"] == linear]
+    linears = list(dict.fromkeys(entry["linear"] for entry in trace.increments))
+    canvas, axes = panels(len(linears), len(trace.increments) // len(linears), 2.1, sharex=True)
+    ordered = [entry for linear in linears for entry in trace.increments if entry["linear"] == linear]
     for axis, entry in zip(axes, ordered, strict=True):
         steps = np.vstack([np.zeros(len(entry["epochs"][0])), np.array(entry["epochs"])])
         colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, steps.shape[1]))
@@ -135,14 +135,14 @@ def singular_values(traces: Sequence[Trace]) -> Figure:
     shades = ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.9, 64)))
     bar = canvas.colorbar(ScalarMappable(cmap=shades), ax=axes, ticks=[0, 1], shrink=0.6)
     bar.ax.set_yticklabels(["largest\nvalue", "smallest"])
-    return Figure("singular-values", f"{caption}: {_named(found)}", canvas)
+    return Figure("singular-values", f"{caption}: {_label(trace)}", canvas)
 
 
 def error_by_layer(runs: Runs, setting: str, methods: Sequence[str]) -> Figure:
     """Draw the relative error of each block's output, by method."""
     canvas, axes = panels(1, len(BUNDLED), 2.8, sharey=True)
     for axis, model in zip(axes, BUNDLED, strict=True):
-        drawn = False
+        has_lines = False
         for method in methods:
             rows = [run.errors for run in runs.find(STUDY, model, setting, method)]
             rows = [row for row in rows if row and None not in row]
@@ -153,9 +153,9 @@ def error_by_layer(runs: Runs, setting: str, methods: Sequence[str]) -> Figure:
                 axis.errorbar(
                     blocks, errors.mean(0), spread, color=colour, marker=marker, capsize=2, linewidth=1, label=method
                 )
-                drawn = True
+                has_lines = True
         axis.set_title(f"{model}, {setting}")
-        if not drawn:
+        if not has_lines:
             empty(axis, f"python run.py sweep=study model={model} quant={setting}")
             continue
         plain_numbers(axis)
@@ -176,5 +176,5 @@ def _training(trace: Trace) -> tuple[int, int, str]:
     return len(trace.losses[0]), trace.samples, trace.run_id
 
 
-def _named(trace: Trace) -> str:
+def _label(trace: Trace) -> str:
     return f"{trace.model} {trace.setting} {trace.method}, {trace.samples} sequences, seed {trace.seed}"

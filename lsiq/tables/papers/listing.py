@@ -25,7 +25,7 @@ def costs(literature: Literature) -> Table:
 
 
 def _listing(name: str, caption: str, rows: Sequence[dict[str, str]], columns: tuple[str, ...], value: str) -> Table:
-    found = (
+    table_rows = (
         Row(tuple(row[column] for column in columns), (Cell(text=row[value] + MARKS[row["trust"]]),)) for row in rows
     )
-    return Table(name, caption, (*columns, value), tuple(found), folded=True)
+    return Table(name, caption, (*columns, value), tuple(table_rows), folded=True)

@@ -33,7 +33,9 @@ def two_bits(runs: Runs, literature: Literature) -> Table:
             for model in models
         )
         rows.append(Row((str(rank),), cells, str(rank)))
-    missing = [str(rank) for rank, row in zip(ranks, rows, strict=True) if any(cell.ours is None for cell in row.cells)]
+    missing = [
+        str(rank) for rank, row in zip(ranks, rows, strict=True) if any(cell.sample is None for cell in row.cells)
+    ]
     commands = [
         f"{PAPERS.command} model={','.join(models)} quant=w2a8-mxint method=l2qer method.rank={','.join(missing)} "
         f"{PAPERS.after}"
@@ -85,9 +87,12 @@ def costs(runs: Runs, settings: Sequence[tuple[str, str]]) -> Table:
             area = runs.mean(STUDY, model, setting, method, lambda run: run.relative_area)
             cells += [_number(bits), _number(area)]
         rows.append(Row((setting, method), tuple(cells)))
-    heads = ("setting", "method", *(f"{model}, {what}" for model in BUNDLED for what in ("bits", "area")))
+    heads = ("setting", "method", *(f"{model}, {unit}" for model in BUNDLED for unit in ("bits", "area")))
     missing = [
-        (model, *row.labels) for row in rows for place, model in enumerate(BUNDLED) if row.cells[2 * place].ours is None
+        (model, *row.labels)
+        for row in rows
+        for place, model in enumerate(BUNDLED)
+        if row.cells[2 * place].sample is None
     ]
     caption = "Average bits per weight, and circuit area relative to float16 where it can be estimated"
     return Table("lqer-costs", caption, heads, tuple(rows), number=decimals(3), commands=STUDY.commands(missing))

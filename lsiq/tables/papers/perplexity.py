@@ -36,14 +36,14 @@ def bundled_perplexity(
         gaps: whether rows without a number stay, with the commands that measure them.
     """
     columns = _measured_columns(runs, measure)
-    chosen = list(methods) or ["fp16", *study_methods(settings)]
+    names = list(methods) or ["fp16", *study_methods(settings)]
     rows: list[Row] = []
-    if chosen[0] == "fp16":
+    if names[0] == "fp16":
         cells = _samples(runs, STUDY, columns, "fp16", "fp16", measure)
         rows.append(Row(("float", "fp16", "16"), cells, "fp16", False))
     for setting in settings:
-        rows += _setting_rows(runs, columns, setting, chosen[chosen[0] == "fp16" :], measure)
-    rows = [row for row in rows if gaps or any(cell.ours for cell in row.cells)]
+        rows += _setting_rows(runs, columns, setting, names[names[0] == "fp16" :], measure)
+    rows = [row for row in rows if gaps or any(cell.sample for cell in row.cells)]
     heads = ("setting", "method", "bits", *(f"{model}, {CORPORA[corpus.split('@')[0]]}" for model, corpus in columns))
     digits = 2 if measure == "ppl" else 3
     return Table(
@@ -66,11 +66,11 @@ def _setting_rows(
     for method, spent in bits.items():
         cells = _samples(runs, STUDY, columns, setting, method, measure)
         competes = spent is None or spent <= EQUAL_BITS * fewest
-        rows.append(Row((setting, method, _written(spent)), cells, setting, competes))
+        rows.append(Row((setting, method, _bits_text(spent)), cells, setting, competes))
         if had_more_text(runs, [setting], method):
             cells = _samples(runs, AUGMENTED, columns, setting, method, measure)
             spent = average_bits(runs, setting, method, AUGMENTED)
-            rows.append(Row((setting, method + MORE_TEXT, _written(spent)), cells, setting, competes=False))
+            rows.append(Row((setting, method + MORE_TEXT, _bits_text(spent)), cells, setting, competes=False))
     return rows
 
 
@@ -81,9 +81,9 @@ def had_more_text(runs: Runs, settings: Iterable[str], method: str) -> bool:
 
 def average_bits(runs: Runs, setting: str, method: str, protocol: Protocol = STUDY) -> float | None:
     """Return the bits per weight that the method spends, the mean over the bundled models; None where unknown."""
-    found = [runs.mean(protocol, model, setting, method, lambda run: run.average_bits) for model in BUNDLED]
-    known = [value for value in found if value is not None]
-    return statistics.fmean(known) if known else None
+    means = [runs.mean(protocol, model, setting, method, lambda run: run.average_bits) for model in BUNDLED]
+    values = [value for value in means if value is not None]
+    return statistics.fmean(values) if values else None
 
 
 def hub_perplexities(
@@ -103,13 +103,13 @@ def hub_perplexities(
     """
     tables = []
     for family, models in FAMILIES.items():
-        named = False
+        has_jobs = False
         for corpus in corpora:
             rows = _hub_rows(runs, literature, models, settings, corpus, always)
-            if not any(cell.published or cell.ours for row in rows[1:] for cell in row.cells):
+            if not any(cell.published or cell.sample for row in rows[1:] for cell in row.cells):
                 continue
-            jobs = [] if named else _hub_jobs(rows, models)
-            named = True
+            jobs = [] if has_jobs else _hub_jobs(rows, models)
+            has_jobs = True
             tables.append(
                 Table(
                     f"{name}-{corpus}-{family.split()[0].lower()}",
@@ -142,7 +142,7 @@ def _hub_rows(
             )
             for model in models
         )
-        if method in ("fp16", *always) or any(cell.ours or cell.published for cell in cells):
+        if method in ("fp16", *always) or any(cell.sample or cell.published for cell in cells):
             rows.append(Row((setting, method), cells, setting))
     return rows
 
@@ -153,29 +153,31 @@ def _hub_jobs(rows: Sequence[Row], models: Sequence[str]) -> list[Job]:
         (model, row.labels[0], row.labels[1])
         for row in rows
         for model, cell in zip(models, row.cells, strict=True)
-        if cell.wanted and cell.ours is None and row.labels[1] != "fp16"
+        if cell.wanted and cell.sample is None and row.labels[1] != "fp16"
     ]
 
 
 def _measured_columns(runs: Runs, measure: str) -> list[tuple[str, str]]:
     """Model and corpus with its length, as far as any run of the study measured them; bundled text always."""
-    found = {"bundled@512"}
+    keys = {"bundled@512"}
     for run in runs.runs:
         if run.model in BUNDLED and runs.follows(run, STUDY):
-            found |= {key.partition("/")[2] for key in run.metrics if key.startswith(f"{measure}/")}
+            keys |= {key.partition("/")[2] for key in run.metrics if key.startswith(f"{measure}/")}
     order = list(CORPORA)
-    kept = sorted((key for key in found if key.split("@")[0] in order), key=lambda key: order.index(key.split("@")[0]))
-    return [(model, key) for model in BUNDLED for key in kept]
+    ordered = sorted(
+        (key for key in keys if key.split("@")[0] in order), key=lambda key: order.index(key.split("@")[0])
+    )
+    return [(model, key) for model in BUNDLED for key in ordered]
 
 
 def _samples(
     runs: Runs, protocol: Protocol, columns: Sequence[tuple[str, str]], setting: str, method: str, measure: str
 ) -> tuple[Cell, ...]:
-    found = (runs.sample(protocol, model, setting, method, f"{measure}/{corpus}") for model, corpus in columns)
-    return tuple(Cell(sample, wanted=True) for sample in found)
+    samples = (runs.sample(protocol, model, setting, method, f"{measure}/{corpus}") for model, corpus in columns)
+    return tuple(Cell(sample, wanted=True) for sample in samples)
 
 
-def _written(bits: float | None) -> str:
+def _bits_text(bits: float | None) -> str:
     return "" if bits is None else f"{bits:.2f}"
 
 
@@ -190,6 +192,6 @@ def _missing(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> list[Jo
         (model, row.labels[0], row.labels[1]): None
         for row in rows
         for (model, _), cell in zip(columns, row.cells, strict=True)
-        if cell.ours is None and row.labels[1] != "fp16"
+        if cell.sample is None and row.labels[1] != "fp16"
     }
     return list(jobs)

@@ -196,8 +196,8 @@ def test_a_mixture_draws_each_share_from_its_corpus(chat_model: Path, talks: Pat
     assert drawn is not None
     assert sorted(drawn.tolist()) == sorted(row for part in apart if part is not None for row in part.tolist())
     assert drawn.tolist() != [row for part in apart if part is not None for row in part.tolist()]
-    turned = mixture(mix={"stories": 1, "file": 3}, paths={"file": str(talks)}, template=True)
-    again, other = calibration_tokens(turned, model, 0), calibration_tokens(calib, model, 1)
+    templated = mixture(mix={"stories": 1, "file": 3}, paths={"file": str(talks)}, template=True)
+    again, other = calibration_tokens(templated, model, 0), calibration_tokens(calib, model, 1)
     assert again is not None
     assert other is not None
     assert token_hash(again) == token_hash(drawn) != token_hash(other)

@@ -100,7 +100,7 @@ def test_later_blocks_can_be_trained_along(checkpoint: Path) -> None:
     window = look_ahead(parts, training, block, W2, context)
     (companion,) = window.companions
     assert companion.block.index == second.index
-    assert any(parameter.requires_grad for _, parameter in companion.named())
+    assert any(parameter.requires_grad for _, parameter in companion.named_parameters())
     learned = learn(parts, training, block, W2, context)
     fixed = schedule_of(epochs=8, ahead=LookAhead(blocks=1, later="rtn"))
     against = learn(parts, fixed, block, W2, replace(context, generator=fresh()))

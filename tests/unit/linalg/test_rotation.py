@@ -28,8 +28,8 @@ def test_hadamard_matrices_are_orthogonal_and_even(order: int) -> None:
 def test_a_factored_rotation_spreads_a_channel_over_all_and_keeps_products(width: int) -> None:
     rotation = factored_hadamard(width, seeded())
     x = torch.randn(3, width, generator=seeded(1))
-    turned = rotation.apply(x)
-    assert torch.allclose(turned @ turned.t(), x @ x.t(), atol=1e-5 * width)  # measured: 5e-7 · width
+    rotated = rotation.apply(x)
+    assert torch.allclose(rotated @ rotated.t(), x @ x.t(), atol=1e-5 * width)  # measured: 5e-7 · width
     spike = rotation.apply(torch.eye(1, width))
     even = 1.0 if split(width)[0] != 43 else 4.0  # a random rotation of the factor 43; measured: 3.3
     assert spike.abs().max() * width**0.5 <= even + 1e-4
@@ -37,12 +37,12 @@ def test_a_factored_rotation_spreads_a_channel_over_all_and_keeps_products(width
 
 
 def test_a_rotation_that_keeps_the_mean_is_still_nearly_even() -> None:
-    turn = mean_keeping(random_hadamard(384, seeded()))
+    rotation = mean_keeping(random_hadamard(384, seeded()))
     ones = torch.ones(384, dtype=torch.float64)
-    assert torch.allclose(turn @ turn.t(), torch.eye(384, dtype=torch.float64), atol=1e-12)  # measured: 3e-15
-    assert torch.allclose(ones @ turn, ones, atol=1e-12)  # measured: 2.4e-14
-    assert torch.allclose(turn @ ones, ones, atol=1e-12)  # measured: 1.9e-14
-    assert turn.abs().max() * 384**0.5 < 5  # measured: 3.4
+    assert torch.allclose(rotation @ rotation.t(), torch.eye(384, dtype=torch.float64), atol=1e-12)  # measured: 3e-15
+    assert torch.allclose(ones @ rotation, ones, atol=1e-12)  # measured: 2.4e-14
+    assert torch.allclose(rotation @ ones, ones, atol=1e-12)  # measured: 1.9e-14
+    assert rotation.abs().max() * 384**0.5 < 5  # measured: 3.4
 
 
 def test_a_rotation_survives_its_tensors_and_follows_another() -> None:
@@ -66,8 +66,8 @@ def test_a_step_of_the_greedy_search_spreads_the_peak_evenly() -> None:
     assert torch.allclose(step[0], torch.full((16,), 0.25), atol=1e-6)  # measured: 0.0
     x = torch.zeros(1, 1, 16)
     x[0, 0, 5] = 8.0
-    turned = x.transpose(0, 1) @ greedy_blocks(x, 1, seeded())
-    assert torch.allclose(turned.abs(), torch.full((1, 1, 16), 2.0), atol=1e-5)  # measured: 0.0
+    rotated = x.transpose(0, 1) @ greedy_blocks(x, 1, seeded())
+    assert torch.allclose(rotated.abs(), torch.full((1, 1, 16), 2.0), atol=1e-5)  # measured: 0.0
 
 
 def test_a_found_rotation_is_orthogonal_and_a_permutation_lets_it_go_further() -> None:

@@ -54,9 +54,9 @@ def test_a_host_hands_on_a_block_with_the_same_float_function(host: str, checkpo
 @pytest.mark.parametrize("shape", [{"model_type": "qwen3", "head_dim": 32}, {"model_type": "qwen2"}], ids=str)
 def test_rotations_are_exact_with_normalised_queries_and_biases(shape: dict[str, object], tmp_path: Path) -> None:
     model = load_small(save_model(SHAPES["llama"] | shape, tmp_path / "model"))
-    turned = replace(model, residual=residual_rotation(96, False, seeded()))
+    rotated = replace(model, residual=residual_rotation(96, False, seeded()))
     # Measured: at most 6.3e-6.
-    assert torch.allclose(logits(turned, some_tokens()), logits(model, some_tokens()), atol=1e-4)
+    assert torch.allclose(logits(rotated, some_tokens()), logits(model, some_tokens()), atol=1e-4)
     block, hidden = first_block(model)
     seen = Seen()
     quantised(Rotate(then=seen), block, hidden)
@@ -66,14 +66,14 @@ def test_rotations_are_exact_with_normalised_queries_and_biases(shape: dict[str,
 
 def test_a_turned_residual_stream_leaves_the_model_as_it_was(checkpoint: Path) -> None:
     model = load_small(checkpoint)
-    turned = Rotate(then=RTN()).prepare_model(model, None, 2, seeded())
-    assert turned.residual is not None
-    found, expected = logits(turned, some_tokens()), logits(model, some_tokens())
+    rotated = Rotate(then=RTN()).prepare_model(model, None, 2, seeded())
+    assert rotated.residual is not None
+    found, expected = logits(rotated, some_tokens()), logits(model, some_tokens())
     assert torch.allclose(found, expected, atol=1e-4)  # measured: 2.6e-6 (llama), 4.7e-6 (opt)
-    block, _ = first_block(turned)
+    block, _ = first_block(rotated)
     norm = next(group.producer for group in block.spec.groups if group.kind == "norm")
     assert torch.equal(block.weights[f"{norm}.weight"], torch.ones(96))
-    assert not torch.allclose(first_block(turned)[1], first_block(model)[1], atol=0.1)
+    assert not torch.allclose(first_block(rotated)[1], first_block(model)[1], atol=0.1)
 
 
 def test_smoothing_every_place_undoes_planted_outliers(checkpoint: Path) -> None:
@@ -86,9 +86,9 @@ def test_smoothing_every_place_undoes_planted_outliers(checkpoint: Path) -> None
     assert block_error(norms, *first_block(planted)) > 2 * plain  # measured: 11 and 15 times
 
 
-def test_a_model_that_normalises_after_its_layers_is_not_turned(tmp_path: Path) -> None:
+def test_a_model_that_normalises_after_its_layers_is_not_rotated(tmp_path: Path) -> None:
     model = load_small(save_model(SHAPES["opt"] | {"do_layer_norm_before": False}, tmp_path / "model"))
-    with pytest.raises(InputError, match="residual stream cannot be turned"):
+    with pytest.raises(InputError, match="residual stream cannot be rotated"):
         Rotate(then=RTN()).prepare_model(model, None, 2, seeded())
     block, hidden = first_block(model)
     seen = Seen()
@@ -100,10 +100,10 @@ def test_a_model_that_normalises_after_its_layers_is_not_turned(tmp_path: Path) 
 def test_scales_are_not_folded_across_an_online_rotation(checkpoint: Path) -> None:
     block, _ = first_block(load_small(checkpoint))
     first = block.spec.stages[0][0]
-    turned = block.turned({first: factored_hadamard(96, seeded())})
+    rotated = block.rotated({first: factored_hadamard(96, seeded())})
     assert first in {name for group in block.groups for name in group.consumers}
-    assert first not in {name for group in turned.groups for name in group.consumers}
-    assert len(turned.groups) == len(block.groups) - 1
+    assert first not in {name for group in rotated.groups for name in group.consumers}
+    assert len(rotated.groups) == len(block.groups) - 1
 
 
 def test_statistics_are_those_of_turned_inputs(checkpoint: Path) -> None:
@@ -111,10 +111,10 @@ def test_statistics_are_those_of_turned_inputs(checkpoint: Path) -> None:
     _, last = block.spec.writers
     rotation = factored_hadamard(160, seeded())
     plain = input_grams(block, {}, hidden, 2, [last], Activation())[last]
-    turned = input_grams(block.turned({last: rotation}), {}, hidden, 2, [last], Activation())[last]
+    rotated = input_grams(block.rotated({last: rotation}), {}, hidden, 2, [last], Activation())[last]
     q = rotation.apply(torch.eye(160)).double()
     # Measured: 1e-7 of the largest.
-    assert torch.allclose(turned, q.t() @ plain @ q, atol=1e-5 * plain.abs().max().item())
+    assert torch.allclose(rotated, q.t() @ plain @ q, atol=1e-5 * plain.abs().max().item())
 
 
 def test_a_prefix_is_the_plain_model_on_longer_sequences(checkpoint: Path) -> None:
@@ -125,8 +125,8 @@ def test_a_prefix_is_the_plain_model_on_longer_sequences(checkpoint: Path) -> No
         expected = plain(torch.cat([prefix.expand(2, -1), tokens], 1), use_cache=False).logits[:, 3:]
     after = model.with_prefix(prefix)
     assert torch.allclose(logits(after, tokens), expected, atol=1e-4)  # measured: 2.4e-6
-    turned = Rotate(then=RTN()).prepare_model(after, None, 2, seeded())
-    assert torch.allclose(logits(turned, tokens), expected, atol=1e-4)  # measured: 5.0e-6
+    rotated = Rotate(then=RTN()).prepare_model(after, None, 2, seeded())
+    assert torch.allclose(logits(rotated, tokens), expected, atol=1e-4)  # measured: 5.0e-6
     assert not torch.allclose(logits(model, tokens), expected, atol=0.1)
 
 
@@ -217,13 +217,13 @@ def test_planted_outliers_leave_the_model_as_it_was(checkpoint: Path) -> None:
 def test_planted_outliers_hurt_rounding_and_rotations_help(name: str) -> None:
     plain = load_small(bundled_model(name))
     model = replace(plain, planting=PlantedOutliers(4, 30.0))
-    turned = Rotate(then=RTN()).prepare_model(model, None, 2, seeded())
+    rotated = Rotate(then=RTN()).prepare_model(model, None, 2, seeded())
     duquant = SmoothQuant(then=DuQuant(steps=32, then=RTN()))
     # Measured, tiny-llama and tiny-opt: 0.046 and 0.006 unplanted; planted 0.68 and 0.28 rounded, 0.20 and 0.065
-    # smoothed, 0.078 and 0.011 turned, 0.080 and 0.012 smoothed and turned in blocks.
+    # smoothed, 0.078 and 0.011 rotated, 0.080 and 0.012 smoothed and rotated in blocks.
     planted = block_error(RTN(), *first_block(model))
     assert planted > 5 * block_error(RTN(), *first_block(plain))
-    assert block_error(Rotate(places=["value", "down", "query_key"], then=RTN()), *first_block(turned)) < planted / 4
+    assert block_error(Rotate(places=["value", "down", "query_key"], then=RTN()), *first_block(rotated)) < planted / 4
     assert block_error(duquant, *first_block(model)) < planted / 4
 
 

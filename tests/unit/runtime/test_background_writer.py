@@ -171,13 +171,13 @@ def test_streams_on_their_way_hold_up_no_block(tmp_path: Path) -> None:
         for index in (1, 2):
             before = store.write(index, result(float(index)), before)
             store.write_streams(Streams(1 + index, [0.1], STREAM, STREAM + 1), before)  # left out
-        assert len(store.kept(3)) == 3
+        assert len(store.finished_blocks(3)) == 3
         assert not (tmp_path / "streams.safetensors").exists()
         gate.set()
         store.wait()
-    found = store.read_streams(store.kept(3))
+    found = store.read_streams(store.finished_blocks(3))
     assert found is not None
-    assert found.done == 1
+    assert found.position == 1
 
 
 def test_small_streams_of_a_large_block_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_small_streams_of_a_large_block_are_not_waited_for(tmp_path: Path, monke
         store.write_streams(Streams(1, [0.1], STREAM, STREAM + 1), before)
         gate.set()
         store.wait()
-    assert read_tensors(tmp_path / "streams.safetensors").metadata["before"] == store.kept(1)[0].digest
+    assert read_tensors(tmp_path / "streams.safetensors").metadata["before"] == store.finished_blocks(1)[0].digest
 
 
 def test_who_is_interrupted_while_waiting_for_a_block_can_wait_again(tmp_path: Path) -> None:
