@@ -15,6 +15,7 @@ from lsiq.evals.settings import EvalSettings
 from lsiq.experiment.composed import named_config, recipe_family
 from lsiq.export.base import Exporter, refuse_method
 from lsiq.formats.key_value import refuse_padded
+from lsiq.formats.mixed import OUTSIDE
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.methods.finetune import FineTune
@@ -67,6 +68,10 @@ class RunConfig:
                 f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are powers of two and "
                 "cannot be trained; use method.scales=null or an integer format"
             )
+        if (
+            rounded := [rule.match for rule in self.quant.rules if rule.match in OUTSIDE and rule.format.bits < 16]
+        ) and (reason := self._why_outside_stays()):
+            raise ValueError(f"quant.rules: {rounded[0]} cannot be rounded {reason}; leave that rule out")
         refuse_padded(self.quant.kv, self.eval.tasks)
         calib = self.calib
         if calib.corpus is None and not calib.written and self.method.needs and self.quant.name != "fp16":
@@ -74,6 +79,16 @@ class RunConfig:
                 f"calib.corpus=null: method {self.method.name} needs calibration tokens; "
                 "choose calib=bundled, calib=written or calib=file"
             )
+
+    def _why_outside_stays(self) -> str | None:
+        """Why embeddings and head have to stay as they are, or None."""
+        if self.export is not None:
+            return f"where export={self.export.name} is asked for, which keeps embeddings and head as they are"
+        if self.eval.tasks:
+            return "where tasks are measured, whose answers are scored with the float head"
+        if isinstance(self.method, WholeMethod):
+            return f"by method={self.method.name}, which compares outputs of the float head"
+        return None
 
 
 def with_formats(config: RunConfig, quant: QuantSettings) -> RunConfig:

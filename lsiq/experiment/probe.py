@@ -198,7 +198,7 @@ def probe_evaluation(
 ) -> EvaluationCost:
     """Measure random windows on the float model, on round-to-nearest and on the stored blocks, as the run would."""
     tokens = random_windows(model.config.vocab_size, windows, config.eval.seqlen, config.seed)
-    variants = variants_to_measure(config, prepared, store)
+    variants = variants_to_measure(config, model, prepared, store)
     times: list[float] = []
     reset_peak()
     start = time.perf_counter()

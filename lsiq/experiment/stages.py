@@ -27,6 +27,7 @@ from lsiq.experiment.quantize import QuantizeStage
 from lsiq.experiment.stamp import check_inputs, stamp
 from lsiq.export.source import Source
 from lsiq.models.loading import Model, load
+from lsiq.pipeline.prepare import restored
 from lsiq.results.record import Record, write_record
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes
@@ -98,7 +99,7 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
         try:
             if record.quantised:
                 say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")
-                prepared = store.read_model(model)
+                prepared = restored(model, config.quant, store)
             else:
                 prepared = QuantizeStage(config, texts.calibration, record, tracker, folder).run(model, store)
             record.timed(

@@ -228,25 +228,27 @@ def _load_groups(folder: Path) -> nn.Module:
     transformers 5.23 unpacks all linears as the first group says where it is to de-quantise, and fails on asymmetric
     weights where it is not, so compressed-tensors is asked for the linears one by one.
     """
+    import json
+
     import torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = AutoConfig.from_pretrained(folder)
-    stated = QuantizationConfig.model_validate(shape.quantization_config)
-    del shape.quantization_config
-    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    tensors = {
-        name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()
-    }
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stated = QuantizationConfig.model_validate(settings.pop("quantization_config"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    files = sorted(folder.glob("*.safetensors"))
+    tensors: dict[str, Any] = {name: tensor for file in files for name, tensor in load_file(file).items()}
     for group in stated.config_groups.values():
+        if isinstance(group, list):
+            raise ValueError(f"a group of settings is expected, not {group}")
         compressor = BaseCompressor.get_value_from_registry(group.format or stated.format)
         for target in group.targets:
-            parts = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{target}.weight_")}
-            own = {name.removeprefix(f"{target}."): tensor for name, tensor in parts.items()}
-            tensors[f"{target}.weight"] = compressor.decompress(own, group)["weight"]
+            names = [name for name in tensors if name.startswith(f"{target}.weight_")]
+            parts = {name.removeprefix(f"{target}."): tensors.pop(name) for name in names}
+            tensors[f"{target}.weight"] = compressor.decompress(parts, group)["weight"]
     unknown = model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
     model.tie_weights()
     if unknown.unexpected_keys:

@@ -122,16 +122,19 @@ class _Loop:
         tokens = torch.zeros(1, 1, dtype=torch.long)
         if self.tokens is not None:
             tokens = self.tokens[processes.share(len(self.tokens))]
-        hidden, kwargs = self.model.embed(tokens, self.batch)
+        quantised, kwargs = self.model.embed(tokens, self.batch)
+        hidden = quantised
+        if self.model.float_skeleton is not None:
+            hidden, _ = self.model.as_float.embed(tokens, self.batch)
         self.resident = fits(STREAMS * hidden.nbytes, self.model.device)
         if self.resident:
-            hidden = hidden.to(self.model.device)
+            hidden, quantised = hidden.to(self.model.device), quantised.to(self.model.device)
         self.position = 0
         self.before: Digest = ""
         self.errors: list[float | None] = []
         self.blocks = _Blocks(self.model, kwargs, self.quant)
         self.floats = FloatStream(self.blocks, hidden, self.batch)
-        self.quantised = None if self.tokens is None else hidden
+        self.quantised = None if self.tokens is None else quantised
 
     def take_up(self) -> Iterator[BlockReport]:
         """Go to where an earlier try came, and yield the reports of its blocks up to there."""
