@@ -25,6 +25,7 @@ from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
 from lsiq.export.base import Logits, installed
 from lsiq.results.record import Record
+from lsiq.runtime.hydra_release import version_base
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FORMATS = ("compressed-tensors", "gptq", "gguf", "plain")
@@ -63,7 +64,7 @@ def row(overrides: list[str]) -> str:
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **version_base()):
         return compose("config", overrides=overrides)
 
 

@@ -38,6 +38,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not asked and whole and cores > 1 and not config.option.usepdb and not config.option.collectonly:
         config.option.numprocesses = min(cores, MOST_WORKERS)
+        config.option.dist = "loadgroup"  # what one costly fixture is made for stays in one process
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +48,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: save_model(shape, root / family) for family, shape in SHAPES.items()}
 
 
-@pytest.fixture(params=sorted(SHAPES))
+@pytest.fixture(params=["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Path:
-    """The checkpoint of each family in turn."""
+    """The checkpoint of each family in turn; what families do otherwise is in tests/conformance/test_families.py."""
     return checkpoints[request.param]
 
 
@@ -67,7 +68,7 @@ def small_run(text_file: Path, tmp_path: Path) -> Callable[..., DictConfig]:
 
     def make(checkpoint: Path, *overrides: str) -> DictConfig:
         method = [] if any(override.startswith("method=") for override in overrides) else ["method=rtn"]
-        return compose_run(
+        cfg = compose_run(
             *method,
             f"model.path={checkpoint}",
             "calib=file",
@@ -80,8 +81,10 @@ def small_run(text_file: Path, tmp_path: Path) -> Callable[..., DictConfig]:
             "eval.seqlen=64",
             "quant.weight.group=32",
             "tracker=none",
-            f"paths.runs={tmp_path / 'runs'}",
             *overrides,
         )
+        if not any(override.startswith("paths.runs=") for override in overrides):
+            cfg.paths.runs = str(tmp_path / "runs")
+        return cfg
 
     return make

@@ -15,10 +15,11 @@ from lsiq.data.tokens import token_hash
 from lsiq.experiment.calibrate import calibration_tokens
 from lsiq.experiment.config import parse
 from lsiq.models.loading import load
+from lsiq.runtime.hydra_release import version_base
 
 name, samples, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 conf = Path(__file__).resolve().parents[2] / "conf"
-with initialize_config_dir(str(conf), version_base="1.3"):
+with initialize_config_dir(str(conf), **version_base()):
     config = parse(compose("config", overrides=[f"model={name}", "method=gptq", f"calib.samples={samples}"]))
 AutoModelForCausalLM.from_pretrained(bundled_model(name), dtype=torch.float32).save_pretrained(folder)
 AutoTokenizer.from_pretrained(bundled_model(name)).save_pretrained(folder)

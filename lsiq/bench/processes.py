@@ -26,6 +26,7 @@ from lsiq.pipeline.block_loop import quantize
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes as distributed
 from lsiq.runtime.device import find_device
+from lsiq.runtime.hydra_release import version_base
 from lsiq.runtime.memory import peak_bytes, reset_peak
 
 _CONF = Path(__file__).parent.parent.parent / "conf"
@@ -88,7 +89,7 @@ def settings(options: argparse.Namespace, job: str) -> RunConfig:
         *("model=llama-2-7b", "model.weights=random", f"model.architecture={shape}", f"model.seqlen={options.seqlen}"),
         *("calib=random", f"calib.batch={options.batch}", "eval=none", "tracker=none", "quant=w4a16g128"),
     ]
-    with initialize_config_dir(str(_CONF), version_base="1.3"):
+    with initialize_config_dir(str(_CONF), **version_base()):
         return parse(compose("config", overrides=[*fixed, *job.split()]))
 
 

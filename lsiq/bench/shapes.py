@@ -41,5 +41,7 @@ def formats(bits: int, group: int | None, activation: int = 16) -> QuantSettings
 
 
 def course(epochs: int, batch: int, precision: str, kernels: str, **settings: Any) -> Training:
-    defaults = {"epochs": epochs, "batch": batch, "precision": precision, "kernels": kernels, "decay": "cosine"}
-    return fill(Training, {**defaults, **settings})
+    lsi = {"decay": "cosine", "signed": [], "keep": "last"}
+    return fill(
+        Training, {"epochs": epochs, "batch": batch, "precision": precision, "kernels": kernels, **lsi, **settings}
+    )

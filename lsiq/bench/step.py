@@ -39,7 +39,7 @@ from lsiq.settings import fill
 SAMPLES, DEPTH = 8, 3
 # Rates and corner that a step costs the same with, whatever they are.
 RATE, DIAGONAL = {"lr": 1e-3}, {"lr": 1e-3, "corner": 0}
-LSI, LET, CLIP = fill(Singular, DIAGONAL), fill(Equivalent, {}), fill(Clip, RATE)
+LSI, LET, CLIP = fill(Singular, DIAGONAL), fill(Equivalent, {"weight_only_families": None}), fill(Clip, RATE)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import StaticCache
 
+from lsiq.models.entrance import CACHE
 from lsiq.models.loading import Model
 from lsiq.runtime.terminal import show_progress
 
@@ -44,7 +45,7 @@ def write_sequences(model: Model, count: int, seqlen: int, seed: int) -> Tensor:
         for last in parts:
             cache, tokens = StaticCache(config=model.config, max_cache_len=seqlen), []
             for _ in range(seqlen):
-                inputs = {"input_ids": last, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+                inputs = {"input_ids": last, CACHE: cache, "use_cache": True, "logits_to_keep": 1}
                 logits = functional_call(model.skeleton, weights, (), inputs).logits[:, -1].float()
                 logits[:, special] = -torch.inf
                 last = torch.multinomial(logits.softmax(-1), 1, generator=generator)

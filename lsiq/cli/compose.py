@@ -10,6 +10,7 @@ from lsiq.cli.hydra_guard import guarded
 from lsiq.cli.messages import choices, explain_hydra
 from lsiq.errors import ConfigError
 from lsiq.runtime.folders import conf_folder, user_folder
+from lsiq.runtime.hydra_release import version_base
 from lsiq.runtime.plugins import find_in
 
 
@@ -29,7 +30,7 @@ def compose(*overrides: str) -> DictConfig:
     folder = user_folder()
     path = [] if folder is None else [f"hydra.searchpath=[file://{folder.resolve()}]"]
     try:
-        with guarded(), hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        with guarded(), hydra.initialize_config_dir(str(conf_folder()), **version_base()):
             return hydra.compose("config", overrides=[*path, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_hydra(error, choices(conf_folder()))) from error

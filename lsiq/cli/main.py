@@ -1,7 +1,7 @@
 """The program: `lsiq` where the package is installed, `python run.py` in a checkout.
 
 lsiq model=tiny-llama method=lsi        one run; -m for several (lsiq --help lists groups and settings)
-lsiq report …                           lists, shows and compares finished runs
+lsiq report …                           lists, shows and compares finished runs; --html writes a page
 lsiq compare RUN RUN …                  the same as: lsiq report compare RUN RUN …
 lsiq tables [collect|agree] …           draws tables and figures from records
 """
@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from lsiq.cli.messages import one_line, reporting
 from lsiq.experiment.run import run
 from lsiq.runtime.folders import conf_folder, user_folder
+from lsiq.runtime.hydra_release import version_base
 from lsiq.runtime.plugins import find_in
 from lsiq.runtime.processes import together
 from lsiq.runtime.signals import terminable
@@ -38,7 +39,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-@hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
+@hydra.main(config_path=str(conf_folder()), config_name="config", **version_base())
 def carry_out(cfg: DictConfig) -> float | None:
     """Carry out the job that hydra composed; return what a search minimises."""
     hydra_config = HydraConfig.get()

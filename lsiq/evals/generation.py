@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from lsiq.errors import InputError, ResourceError
 from lsiq.evals.block_pass import FunctionOf
 from lsiq.evals.windows import Variant
+from lsiq.models.entrance import CACHE
 from lsiq.models.loading import Model
 from lsiq.models.prefix import after_prefix
 from lsiq.runtime import processes
@@ -229,12 +230,12 @@ class Writer:
             input_ids=tokens[:, None],
             attention_mask=state.mask,
             position_ids=state.mask.sum(1, keepdim=True) - 1,
-            past_key_values=state.cache,
+            **{CACHE: state.cache},
         )
         state.logits = self._through(hidden, kwargs, state)
 
     def _through(self, hidden: Tensor, kwargs: Mapping[str, Any], state: _State) -> Tensor:
-        arguments = {**kwargs, "past_key_values": state.cache}
+        arguments = {**kwargs, CACHE: state.cache}
         hidden = self.model.rotated(hidden)
         for function in self.functions:
             hidden = function(hidden, arguments)

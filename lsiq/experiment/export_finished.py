@@ -13,7 +13,8 @@ from lsiq.errors import ConfigError, InputError
 from lsiq.experiment.composed import plain_config
 from lsiq.experiment.config import RunConfig, parse
 from lsiq.models.folder import find_folder, fingerprint
-from lsiq.results.record import Record, read_record
+from lsiq.results.find import find_run
+from lsiq.results.record import Record
 from lsiq.runtime.locks import run_lock
 
 # What may stand beside `from=`: everything else is the run's own.
@@ -36,7 +37,8 @@ def export_finished(cfg: DictConfig, overrides: Sequence[str]) -> Record:
     settings = plain_config(cfg)
     if settings.get("export") is None:
         raise ConfigError(f"from={run}: nothing to do with it; give export=compressed-tensors, gguf, gptq or plain")
-    record, folder = _find_run(run, settings["paths"]["runs"])
+    runs = Path(settings["paths"]["runs"])
+    record, _ = find_run(runs, run, "from", "quantised")
     plain: dict[str, Any] = {
         **record.config,
         **{key: settings[key] for key in ("export", "paths", "device", "tracker")},
@@ -55,7 +57,7 @@ def export_finished(cfg: DictConfig, overrides: Sequence[str]) -> Record:
     from lsiq.experiment.export import export_run  # torch and transformers: only now that there is work for them
 
     with run_lock(config.paths, record.run_id):
-        record, folder = _find_run(run, settings["paths"]["runs"])  # as another process may have left it meanwhile
+        record, folder = find_run(runs, run, "from", "quantised")  # as another process may have left it meanwhile
         export_run(config, checkpoint, folder, record)
     return record
 
@@ -68,15 +70,6 @@ def _check_overrides(run: str, overrides: Sequence[str]) -> None:
                 f"{override}: from={run} takes its settings from that run; "
                 f"beside it only {', '.join(_FREE[1:])} can be given"
             )
-
-
-def _find_run(run: str, runs: str) -> tuple[Record, Path]:
-    for folder in (Path(runs) / run, Path(run)):
-        if (record := read_record(folder)) is not None:
-            if not record.quantised and record.status != "finished":
-                raise InputError(f"from={run}: that run is {record.status} and left no blocks; run it to its end first")
-            return record, folder
-    raise InputError(f"from={run}: no record there; give a run id below paths.runs={runs} or a run's folder")
 
 
 def exports_left(config: RunConfig, record: Record) -> bool:

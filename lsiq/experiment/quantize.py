@@ -90,7 +90,7 @@ class QuantizeStage:
                 for report in loop:
                     reports.append(report)
                     record.blocks.append(block_row(report, before))
-                    record.seconds[name] = earlier + time.perf_counter() - start
+                    record.took(name, earlier + time.perf_counter() - start)
                     write_record(record, self.folder)
                     self._tell(record.blocks[-1])
                     table.add(record.blocks[-1])
@@ -130,7 +130,7 @@ def prepare_model(
     """
     start = time.perf_counter()
     prepared = prepare(method, config.quant, model, tokens, config.calib.batch, config.seed, store)
-    record.seconds["prepare"] = record.seconds.get("prepare", 0.0) + time.perf_counter() - start
+    record.took("prepare", record.seconds.get("prepare", 0.0) + time.perf_counter() - start)
     record.prefix = [] if prepared.prefix is None else prepared.prefix.tokens.tolist()
     check_lengths(model, config, len(record.prefix))
     return prepared

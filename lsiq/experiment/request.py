@@ -16,6 +16,7 @@ from lsiq.experiment.identity import identify_inputs, run_id
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder
 from lsiq.models.widths import check_groups
+from lsiq.results.find import find_run
 from lsiq.results.record import Record, read_record
 from lsiq.runtime.redaction import redacted
 
@@ -56,15 +57,7 @@ def find_parent(config: RunConfig) -> RunConfig:
     if not isinstance(config.method, FineTune) or config.method.run is None:
         return config
     run = config.method.run
-    for folder in (Path(config.paths.runs) / run, Path(run)):
-        record = read_record(folder)
-        if record is None:
-            continue
-        if record.status != "finished" or not (folder / "blocks").is_dir():
-            raise InputError(
-                f"method.run={run}: that run is {record.status} or left no blocks; run it to its end first"
-            )
-        return replace(config, method=config.method.after(str(folder)))
-    raise InputError(
-        f"method.run={run}: no record there; give a run id below paths.runs={config.paths.runs} or a folder"
-    )
+    _, folder = find_run(Path(config.paths.runs), run, "method.run", "finished")
+    if not (folder / "blocks").is_dir():
+        raise InputError(f"method.run={run}: {folder} holds no blocks any more; run it again with force=true")
+    return replace(config, method=config.method.after(str(folder)))

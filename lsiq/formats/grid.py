@@ -96,7 +96,8 @@ class Grid(ABC):
         """Return the ends `(out, groups, 1)` to clamp groups to, so that the grid fitted to them is `fit(lo, hi)`.
 
         Args:
-            lo, hi: inside the extremes of the groups.
+            lo: the lower ends, inside the extremes of the groups.
+            hi: the upper ends.
         """
 
     def fake(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ class TrainingSchedule:
         description="the learning rates' course: constant, linear or cosine (both to 0)"
     )
     precision: Literal["auto", "model", "float32", "bfloat16", "float16"] = Field(
-        "model",
         description="of the block while it is trained: auto (what the machine multiplies fastest; the record says what "
         "that was), model (the model's), float32, bfloat16 or float16",
     )
@@ -97,15 +96,13 @@ class Training(TrainingSchedule):
         ["singular", "expansion", "random"], description="names of the parts that a staged schedule starts late"
     )
     wait: int = Field(0, ge=0, description="epochs before the late parts of a staged schedule move")
-    signed: list[str] = Field(
-        [], description="names of the parts that take signed-gradient steps; the others take AdamW's"
-    )
+    signed: list[str] = Field(description="names of the parts that take signed-gradient steps; the others take AdamW's")
     ahead: LookAhead = Field(
         LookAhead(blocks=0, weights=None, later="float"), description="how far the loss looks past the block"
     )
     aug_loss: bool = Field(False, description="true adds the loss against the float block on the quantised stream")
     keep: Literal["last", "best"] = Field(
-        "last", description="last iterate, or best by calibration loss after an epoch, start included"
+        description="last iterate, or best by calibration loss after an epoch, start included"
     )
     retries: int = Field(3, ge=0, description="tries at half the rates after a loss that is not finite")
     seconds: float | None = Field(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.methods.base import Method, Traits, chain, quantize_prepared
+from lsiq.methods.base import Method, chain
 from lsiq.methods.rtn import RTN
+from lsiq.methods.wrapper import Transform, Wrapper
 from lsiq.models.context import Context, Need
-from lsiq.models.result import BlockResult
 from lsiq.runtime.processes import share
 from lsiq.settings import settings
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class AWQ(Traits):
+class AWQ(Wrapper):
     """Activation-aware scales and clipping before the rounding of `then`.
 
     For each group of channels `x` between a producer and the linears that read them (norm → q, k, v; v → o;
@@ -55,6 +54,7 @@ class AWQ(Traits):
     clip_steps: int = Field(20, ge=1, description="clipping ranges tried, at least 1")
     shrink: float = Field(0.5, gt=0, lt=1, description="how far the range may shrink, between 0 and 1")
     then: Method = Field(default_factory=RTN, description="the method that rounds: a _target_ with its settings")
+    label, reads = "awq", frozenset[Need]({"inputs"})
 
     def __post_init__(self) -> None:
         if self.clip and any(method.adds_branches for method in chain(self.then)):
@@ -63,23 +63,7 @@ class AWQ(Traits):
                 "(method=lqer method@method.then=awq) or set method.clip=false"
             )
 
-    @property
-    def name(self) -> str:
-        return "awq" if self.then.name == "rtn" else f"awq+{self.then.name}"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        own: frozenset[Need] = frozenset({"inputs"})
-        return own | self.then.needs
-
-    def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
-        folded, clipped, metrics = self.prepare(block, quant, context)
-        result = quantize_prepared(self.then, block, folded, quant, context, clipped)
-        return replace(result, metrics=metrics | dict(result.metrics))
-
-    def prepare(
-        self, block: Block, quant: QuantSettings, context: Context
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    def transform(self, block: Block, quant: QuantSettings, context: Context) -> Transform:
         """Return the tensors that scaling changes, the linears that clipping changes, and each group's exponent.
 
         Raises:
@@ -100,7 +84,7 @@ class AWQ(Traits):
                 folded, metrics = self._scale(block, quant, context, statistics)
             with measured_stage("clipping"):
                 clipped = self._clip(block, quant, folded, statistics) if self.clip else {}
-        return folded, clipped, metrics
+        return Transform(folded, clipped, metrics=metrics)
 
     def _scale(
         self, block: Block, quant: QuantSettings, context: Context, statistics: dict[str, InputStatistics]

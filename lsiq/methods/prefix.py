@@ -7,22 +7,20 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.methods.base import Method, Traits
-from lsiq.models.context import Context, Need
-from lsiq.models.result import BlockResult
+from lsiq.methods.base import Method
+from lsiq.methods.wrapper import Wrapper
+from lsiq.models.context import Need
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lsiq.formats.quant import QuantSettings
-    from lsiq.models.block import Block
     from lsiq.models.loading import Model
 
 
 @settings
-class Prefix(Traits):
+class Prefix(Wrapper):
     """Put the tokens with giant activations in the key-value cache before every sequence, in float.
 
     A token is an outlier where the largest |input| of some block's last linear is above `threshold` times the median
@@ -47,23 +45,11 @@ class Prefix(Traits):
         None, min_length=1, description="token ids to use instead of searching, or null to search"
     )
     then: Method = Field(description="the method that quantises the model after the prefix")
+    label, reads, at_inference = "prefix", frozenset[Need]({"inputs"}), "a prefix in its key-value cache"
 
     def __post_init__(self) -> None:
         if self.tokens is None and not self.count and not self.bos:
             raise ValueError("count=0: without bos no token is left for the prefix; set bos=true or count=1 or more")
-
-    @property
-    def name(self) -> str:
-        return "prefix" if self.then.name == "rtn" else f"prefix+{self.then.name}"
-
-    @property
-    def at_inference(self) -> str:
-        """What has to be done while the quantised model runs."""
-        return "a prefix in its key-value cache"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.then.needs | frozenset[Need]({"inputs"})
 
     def prepare_model(self, model: Model, tokens: Tensor | None, batch: int, generator: torch.Generator) -> Model:
         """Return the model after its prefix.
@@ -84,9 +70,6 @@ class Prefix(Traits):
                 f"method.tokens: {unknown[0]} is not a token of the model; there are 0 to {vocabulary - 1}"
             )
         return model.with_prefix(torch.tensor(prefix))
-
-    def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
-        return self.then.quantize_block(block, quant, context)
 
     def _search(self, model: Model, tokens: Tensor, batch: int) -> list[int]:
         from lsiq.calib.outlier_tokens import outlier_tokens

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.methods.base import Method, Traits, quantize_prepared
+from lsiq.methods.base import Method
 from lsiq.methods.learned import refuse_rounded_ahead
-from lsiq.models.context import Context, Need
-from lsiq.models.result import BlockResult
+from lsiq.methods.wrapper import Transform, Wrapper
+from lsiq.models.context import Context
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Place = Literal["residual", "norm", "value", "output", "down", "query_key"]
 
 
 @settings
-class Rotate(Traits):
+class Rotate(Wrapper):
     """Random Hadamard rotations at some places; `then` quantises the rotated block. The float function stays the same.
 
     | place | what is rotated | where |
@@ -55,6 +55,7 @@ class Rotate(Traits):
         description="a list of residual, norm, value, output, down and query_key",
     )
     then: Method = Field(description="the method that quantises the rotated block")
+    label = "rotate"
 
     def __post_init__(self) -> None:
         if len(set(self.places)) < len(self.places):
@@ -63,17 +64,9 @@ class Rotate(Traits):
             refuse_rounded_ahead(self.then)
 
     @property
-    def name(self) -> str:
-        return "rotate" if self.then.name == "rtn" else f"rotate+{self.then.name}"
-
-    @property
     def at_inference(self) -> str | None:
         """What has to be done while the quantised model runs; None where everything is folded."""
         return None if self.places == ["value"] else "rotations"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.then.needs
 
     def prepare_model(self, model: Model, tokens: Tensor | None, batch: int, generator: torch.Generator) -> Model:
         """Return the model with its residual stream rotated, if that is among the places.
@@ -86,23 +79,21 @@ class Rotate(Traits):
         del tokens, batch
         if "residual" not in self.places:
             return model
-        if (reason := model.spec.why_not_turnable(model.config)) is not None:
+        if (reason := model.spec.why_not_rotatable(model.config)) is not None:
             raise InputError(f"method.places={self.places}: the residual stream cannot be rotated, for {reason}")
         rotation = residual_rotation(model.config.hidden_size, model.spec.norm_subtracts_mean, generator)
         rotation = rotation.to(model.device)
         return replace(model, residual=rotation if model.residual is None else model.residual @ rotation)
 
-    def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
+    def transform(self, block: Block, quant: QuantSettings, context: Context) -> Transform:
         from lsiq.linalg.rotation import factored_hadamard
-        from lsiq.models.online import online_share
 
-        changed = self._fold_value(block, context) if "value" in self.places else {}
+        folded = self._fold_value(block, context) if "value" in self.places else {}
         widths = {name: block.weights[f"{name}.weight"].shape[1] for name in block.spec.inputs(self.places)}
         if "query_key" in self.places:
             widths["query_key"] = block.head_dim
         rotations = {place: factored_hadamard(width, context.generator) for place, width in widths.items()}
-        result = quantize_prepared(self.then, block, changed, quant, context, rotations=rotations)
-        return replace(result, metrics={**result.metrics, "online_share": online_share(block, result.rotations)})
+        return Transform(folded, rotations=rotations)
 
     def _fold_value(self, block: Block, context: Context) -> dict[str, Tensor]:
         from lsiq.linalg.hadamard import random_hadamard

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import InputError
-from lsiq.methods.base import Method, Traits, quantize_prepared
+from lsiq.methods.base import Method
+from lsiq.methods.wrapper import Transform, Wrapper
 from lsiq.models.context import Context, Need
 from lsiq.models.folding import fold_scale
-from lsiq.models.result import BlockResult
 from lsiq.parts.equivalent import smoothing_scale
 from lsiq.settings import settings
 
@@ -27,7 +27,7 @@ Place = Literal["norm", "value", "down"]
 
 
 @settings
-class SmoothQuant(Traits):
+class SmoothQuant(Wrapper):
     """Scale `s_j = max|x_j|^α / max|W_:j|^(1-α)` per channel, folded into the norms; `then` quantises what comes out.
 
     The weights' maximum is taken over all linears that read the channel. The paper folds into norms only; `value`
@@ -40,16 +40,9 @@ class SmoothQuant(Traits):
     places: list[Place] = Field(["norm"], min_length=1, description="a list of norm, value and down")
     alpha: float = Field(0.5, ge=0, le=1, description="how much of the range moves into the weights, 0 to 1")
     then: Method = Field(description="the method that quantises the smoothed block")
+    label, reads = "smoothquant", frozenset[Need]({"inputs"})
 
-    @property
-    def name(self) -> str:
-        return "smoothquant" if self.then.name == "rtn" else f"smoothquant+{self.then.name}"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.then.needs | frozenset[Need]({"inputs"})
-
-    def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
+    def transform(self, block: Block, quant: QuantSettings, context: Context) -> Transform:
         from lsiq.calib.input_statistics import extremes
         from lsiq.models.folding import channels_of, gather
 
@@ -65,7 +58,7 @@ class SmoothQuant(Traits):
             reach = gather(ranges[group.consumers[0]].abs().amax(0), channels, block.head_dim)
             scale = smoothing_scale(now, group.consumers, reach, self.alpha)
             changed |= fold_scale(now.weights, group, scale, block.head_dim)
-        return quantize_prepared(self.then, block, changed, quant, context)
+        return Transform(changed)
 
     def _groups(self, block: Block) -> list[Group]:
         place_of: dict[str, Place] = {"norm": "norm", "value": "value", "linear": "down"}

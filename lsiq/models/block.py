@@ -14,7 +14,7 @@ from lsiq.formats.activation import Activation
 from lsiq.formats.base import ActivationFormat
 from lsiq.linalg.rotation import QUERY_KEY, Rotation
 from lsiq.models.attention import activations
-from lsiq.models.entrance import for_kind
+from lsiq.models.entrance import CACHE, for_kind
 from lsiq.models.prefix import BlockPrefix, KeysReached, PrefixCache, Recorder
 from lsiq.models.result import result_weights
 from lsiq.models.side_branches import Factors, side_branches
@@ -251,7 +251,7 @@ def _prefix_cache(
 ) -> PrefixCache:
     """Make keys and values of the prefix with the block's weights; its activations are not rounded."""
     try:
-        call(prefix.hidden.to(dtype), {**prefix.kwargs, "past_key_values": Recorder()}, None)
+        call(prefix.hidden.to(dtype), {**prefix.kwargs, CACHE: Recorder()}, None)
     except KeysReached as reached:
         return PrefixCache(reached.keys, reached.values)
     raise AssertionError("the block ran without reaching its cache")

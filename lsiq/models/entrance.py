@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+# The argument of a model and of its blocks that holds keys and values of earlier tokens: transformers 5.24 renamed it.
+CACHE = "cache" if tuple(map(int, version("transformers").split(".")[:2])) >= (5, 24) else "past_key_values"
 # What a block is given besides its arguments, and what is no part of its function.
-_CACHE = ("past_key_values", "use_cache")
+_CACHE = (CACHE, "use_cache")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import InputError
-from lsiq.models.entrance import for_kind, join_kinds, split_kinds
+from lsiq.models.entrance import CACHE, for_kind, join_kinds, split_kinds
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class KeysReached(Exception):  # noqa: N818 (not an error: it ends a forward pas
 class Recorder:
     """In place of a cache of transformers: ends the layer's forward pass with its keys and values."""
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        del layer
+    def update(self, keys: Tensor, values: Tensor, layer: int, **of_the_layer: Any) -> tuple[Tensor, Tensor]:
+        del layer, of_the_layer
         raise KeysReached(keys, values)
 
 
@@ -66,15 +66,15 @@ class PrefixCache:
 
     def begin(self, kwargs: Mapping[str, Any], batch: int, layer: int) -> Mapping[str, Any]:
         """Return a block's keyword arguments with this cache, or with their own, which the prefix then begins."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if cache is None:
-            return {**kwargs, "past_key_values": self}
+            return {**kwargs, CACHE: self}
         if not cache.get_seq_length(layer):
             cache.update(*(part.expand(batch, -1, -1, -1) for part in (self.keys, self.values)), layer)
         return kwargs
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        del layer
+    def update(self, keys: Tensor, values: Tensor, layer: int, **of_the_layer: Any) -> tuple[Tensor, Tensor]:
+        del layer, of_the_layer
         batch = keys.shape[0]
         return (
             torch.cat([self.keys.expand(batch, -1, -1, -1), keys], 2),

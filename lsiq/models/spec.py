@@ -98,7 +98,7 @@ class ModelSpec:
             )
         return None
 
-    def why_not_turnable(self, config: Any) -> str | None:
+    def why_not_rotatable(self, config: Any) -> str | None:
         """Why the residual stream of this model cannot be rotated, or None where it can."""
         return self.unrotatable or self.why_not_foldable(config)
 

@@ -61,7 +61,7 @@ class Equivalent(PartTraits):
         "all", description="all consumers' weights or only the first one's, for the starting scale"
     )
     weight_only_families: list[str] | None = Field(
-        None, description="model types that take this part when activations stay in float; null means all"
+        description="model types that take this part when activations stay in float; null means all"
     )
 
     @property

@@ -80,8 +80,10 @@ def _intervals(first: Path, second: Path, letter: str, level: float) -> Table:
     for difference in compare(first, second, level):
         interval = f"{difference.low:+.5f} … {difference.high:+.5f}"
         verdict = difference.verdict.replace("B is", f"{letter} is")
-        rows.append([difference.key, f"{difference.mean:+.5f}", interval, difference.pairs, verdict])
-    return Table(f"{letter} - A", ["measure", "difference", f"{level:.0%} interval", "pairs", "verdict"], rows)
+        rows.append([difference.key, f"{difference.mean:+.5f}", interval, difference.pairs, difference.blocks, verdict])
+    return Table(
+        f"{letter} - A", ["measure", "difference", f"{level:.0%} interval", "pairs", "in blocks", "verdict"], rows
+    )
 
 
 def what_got_worse(first: Run, second: Run, most: int) -> Iterator[Table | str]:

@@ -1,4 +1,4 @@
-"""Finding runs, and what of their records is looked at."""
+"""Lists of runs, and what of their records is looked at."""
 
 from __future__ import annotations
 
@@ -12,25 +12,6 @@ from lsiq.track.panels import Cell, Table
 
 # Metrics that tables show without being asked; records hold more.
 SHOWN = ("ppl", "excess", "kl", "top1", "acc", "acc_norm", "last_word_ppl")
-
-
-def find_run(runs: Path, named: str) -> tuple[Record, Path]:
-    """Return the run that is meant by its id, a part of its id that no other has, or its folder.
-
-    Raises:
-        InputError: there is none, or there are several.
-    """
-    place = next((folder for folder in (runs / named, Path(named)) if (folder / "record.json").is_file()), None)
-    if place is None:
-        matches = [file.parent for file in sorted(runs.glob("*/record.json")) if named in file.parent.name]
-        if len(matches) != 1:
-            several = f"{len(matches)} runs are called so, such as {matches[0].name}" if matches else "no such run"
-            raise InputError(f"{named}: {several}; python -m lsiq.report list --runs {runs} shows them")
-        place = matches[0]
-    record = read_record(place)
-    if record is None:
-        raise InputError(f"{place / 'record.json'}: not a record that this version can read; run it again")
-    return record, place
 
 
 def read_runs(runs: Path, where: Sequence[str] = ()) -> list[Record]:

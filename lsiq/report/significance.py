@@ -1,6 +1,4 @@
-"""Whether one run is better than another, or the difference is noise.
-
-    python -m lsiq.report.significance RUN_A RUN_B          # run ids below runs/, or folders
+"""Whether one run is better than another, or the difference is noise: the intervals of `lsiq compare`.
 
 Both runs must have read the same windows (and answered the same items): then each window is a pair, and what makes
 some windows hard for both cancels. Windows that follow one another come from one article and err alike, so an interval
@@ -10,8 +8,6 @@ the loss does.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lsiq.errors import InputError, LsiqError
-from lsiq.results.record import Record, read_record
+from lsiq.errors import InputError
+from lsiq.results.find import find_run
+from lsiq.results.record import Record
 
 RESAMPLES = 10_000
 # Fewer pairs say nothing about their own spread.
@@ -38,7 +35,7 @@ class Difference:
         mean: of the differences.
         low, high: the interval.
         pairs: how many there are.
-        drawn: in how many blocks of consecutive pairs they were drawn for the interval.
+        blocks: of consecutive pairs, as which they are drawn again for the interval.
         lower_is_better: of the measure.
     """
 
@@ -48,7 +45,7 @@ class Difference:
     high: float
     pairs: int
     lower_is_better: bool
-    drawn: int = 0
+    blocks: int = 0
 
     @property
     def verdict(self) -> str:
@@ -98,19 +95,11 @@ def compare(a: Path, b: Path, level: float = 0.95) -> list[Difference]:
     Raises:
         InputError: a run is missing or unfinished, nothing was measured by both, or not on the same tokens and items.
     """
-    first, second = _finished(a), _finished(b)
+    first, second = (find_run(folder.parent, str(folder), state="finished")[0] for folder in (a, b))
     differences = [*_windows(a, b, first, second, level), *_items(a, b, first, second, level)]
     if not differences:
         raise InputError(f"{first.run_id} and {second.run_id} measured nothing in common; evaluate both on one corpus")
     return differences
-
-
-def _finished(folder: Path) -> Record:
-    record = read_record(folder)
-    if record is None or record.status != "finished":
-        state = "holds no record" if record is None else f"is {record.status}"
-        raise InputError(f"{folder}: {state}; give the id or folder of a finished run")
-    return record
 
 
 def _windows(a: Path, b: Path, first: Record, second: Record, level: float) -> Iterator[Difference]:
@@ -164,45 +153,3 @@ def _difference(
     samples = block_means(differences, block)
     interval = bootstrap_interval(samples, level)
     return Difference(key, float(differences.mean()), *interval, len(a), lower_is_better, len(samples))
-
-
-def show(a: str, b: str, differences: list[Difference], level: float) -> None:
-    """Print the differences as a table."""
-    from rich.table import Table
-
-    from lsiq.runtime.terminal import OUT
-
-    table = Table(title=f"A = {a}\nB = {b}", title_justify="left")
-    for column in ("measure", "B - A", f"{level:.0%} interval", "pairs", "in blocks", ""):
-        table.add_column(column, justify="left" if column in ("measure", "") else "right", no_wrap=True)
-    for row in differences:
-        interval = f"{row.low:+.5f} … {row.high:+.5f}"
-        table.add_row(row.key, f"{row.mean:+.5f}", interval, str(row.pairs), str(row.drawn), row.verdict)
-    OUT.print(table)
-
-
-def _folder(runs: str, run: str) -> Path:
-    below = Path(runs) / run
-    return below if below.is_dir() else Path(run)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lsiq.report.significance", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("a", metavar="RUN_A", help="a run id, or the folder of a run")
-    parser.add_argument("b", metavar="RUN_B", help="the run to compare with it")
-    parser.add_argument("--runs", default="runs", help="the folder of runs (default: runs)")
-    parser.add_argument("--level", type=float, default=0.95, help="of the interval (default: 0.95)")
-    args = parser.parse_args()
-    try:
-        if not 0 < args.level < 1:
-            raise InputError(f"--level={args.level}: a share between 0 and 1 is expected, such as 0.95")
-        a, b = (_folder(args.runs, run) for run in (args.a, args.b))
-        show(args.a, args.b, compare(a, b, args.level), args.level)
-    except LsiqError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

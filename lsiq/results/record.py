@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -18,6 +19,7 @@ from lsiq import __version__
 from lsiq.errors import OutputError
 from lsiq.runtime import processes
 from lsiq.runtime.files import write_text
+from lsiq.runtime.memory import peak_bytes
 from lsiq.runtime.redaction import redacted
 
 T = TypeVar("T")
@@ -57,6 +59,7 @@ class Record:
         cost: bits, bytes, multiply-accumulates and circuit area; see `lsiq.pipeline.cost.model_cost`.
         seconds: wall time by stage and in all.
         peak_bytes: of host and device memory.
+        stage_peaks: the same by stage, from the start of the run until the end of the stage.
         blocks: one entry per block.
         training_precision: what `precision=auto` stood for and why; empty where nothing was left to the machine.
         versions, commit, clean, command, machine: where the numbers come from; `clean` is None outside a checkout.
@@ -83,6 +86,7 @@ class Record:
     cost: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    stage_peaks: dict[str, dict[str, int]] = field(default_factory=dict)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     training_precision: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -96,12 +100,16 @@ class Record:
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def timed(self, stage: str, action: Callable[[], T]) -> T:
-        """Carry out `action`, add its wall time to the `seconds` of a stage, and return what it returns."""
+        """Carry out `action`, note its wall time and the peak memory so far under a stage, return what it returns."""
         start = time.perf_counter()
         try:
             return action()
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self.took(stage, self.seconds.get(stage, 0.0) + time.perf_counter() - start)
+
+    def took(self, stage: str, seconds: float) -> None:
+        """Note the wall time of a stage until now, and the peak memory until now."""
+        self.seconds[stage], self.stage_peaks[stage] = seconds, peak_bytes()
 
     @property
     def model(self) -> str:
@@ -165,6 +173,12 @@ def read_record(folder: Path) -> Record | None:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that numbers depend on."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """What is installed does not change while a process runs, and to look it up is a tenth of a small run."""
     by_package = {"python": platform.python_version(), "lsiq": __version__}
     for package in _PACKAGES:
         try:

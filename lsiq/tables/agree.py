@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lsiq.errors import InputError, LsiqError
+from lsiq.report.compact import Run, read_runs
 from lsiq.tables.protocol import contradiction
-from lsiq.tables.runs import Run, read_runs
 from lsiq.tables.study import SEEDLESS, Sample
 
 # Two machines add up in different orders: so much, as a share of the perplexity, is no disagreement of itself.

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lsiq.errors import InputError, LsiqError
+from lsiq.report.compact import Run, compact, read_runs, write_runs
 from lsiq.results.record import Record, read_record
 from lsiq.tables.papers.layout import BUNDLED
 from lsiq.tables.protocol import AUGMENTED, PAPERS, STUDY
-from lsiq.tables.runs import Run, compact, read_runs, write_runs
 from lsiq.tables.traces import trace, write_trace
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lsiq.experiment.composed import listed_parts, recipe_for
-from lsiq.tables.runs import Run, without_nulls
+from lsiq.report.compact import Run, without_nulls
+from lsiq.runtime.hydra_release import version_base
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What changes how a number is computed, and moves it less than a seed does: none of it makes another method. Neither
@@ -123,7 +124,7 @@ def _composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
     from omegaconf import OmegaConf
 
     try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        with initialize_config_dir(str(ROOT / "conf"), **version_base()):
             composed = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
     except (ConfigCompositionException, MissingConfigException):
         return None

@@ -31,13 +31,13 @@ class Published:
 
 
 class Literature:
-    """The tables of analysis/published."""
+    """The tables of analysis/published, with the later additions in its folder more/."""
 
     def __init__(self, folder: Path) -> None:
-        self.perplexities = _rows(folder / "perplexity.csv")
-        self.accuracies = _rows(folder / "zero_shot.csv")
-        self.areas = _rows(folder / "hardware_area.csv")
-        self.costs = _rows(folder / "cost.csv")
+        self.perplexities = _rows(folder, "perplexity.csv")
+        self.accuracies = _rows(folder, "zero_shot.csv")
+        self.areas = _rows(folder, "hardware_area.csv")
+        self.costs = _rows(folder, "cost.csv")
 
     def perplexity(
         self, model: str, setting: str, method: str, dataset: str, seqlen: int = 2048, rank: int | None = None
@@ -70,9 +70,13 @@ class Literature:
         return list(dict.fromkeys(methods))
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as lines:
-        return [_named_as_here(row) for row in csv.DictReader(lines)]
+def _rows(folder: Path, name: str) -> list[dict[str, str]]:
+    found = []
+    for file in (folder / name, folder / "more" / name):
+        if file.exists():
+            with file.open(encoding="utf-8", newline="") as lines:
+                found += [_named_as_here(row) for row in csv.DictReader(lines)]
+    return found
 
 
 def _named_as_here(row: dict[str, str]) -> dict[str, str]:

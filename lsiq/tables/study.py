@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
 from lsiq.tables.protocol import ROOT, Protocol
 from lsiq.tables.published import Literature
-from lsiq.tables.runs import Run, read_runs
 
 # Nothing is drawn for these: every seed gives the same number, which spreads by nothing.
 SEEDLESS = ("fp16", "rtn", "lqer")

@@ -31,6 +31,14 @@ def make_tracker(
         from lsiq.track.wandb import Wandb
 
         backend: Backend = Wandb(settings, plain, record, folder)
+    elif settings.kind == "trackio":
+        from lsiq.track.trackio import Trackio
+
+        backend = Trackio(settings, plain, record, folder)
+    elif settings.kind == "mlflow":
+        from lsiq.track.mlflow import MLflow
+
+        backend = MLflow(settings, plain, record, folder)
     else:
         from lsiq.track.tensorboard import TensorBoard
 

@@ -13,7 +13,9 @@ from lsiq.settings import settings
 class TrackerSettings:
     """Where the story of a run is told besides its record."""
 
-    kind: Literal["wandb", "tensorboard", "none"] = Field("wandb", description="wandb, tensorboard or none")
+    kind: Literal["wandb", "tensorboard", "trackio", "mlflow", "none"] = Field(
+        "wandb", description="wandb, tensorboard, trackio, mlflow or none"
+    )
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto (online when logged in, else offline), online, offline or disabled"
     )

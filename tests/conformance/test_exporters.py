@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.configuration import CONF, compose_run
-from helpers.models import SHAPES, load_small
+from helpers.configuration import CONF
+from helpers.models import SHAPES, load_small, model_settings
 from omegaconf import OmegaConf
 
 from lsiq.errors import LsiqError
-from lsiq.experiment.config import parse
 from lsiq.export.base import TOLERANCE, Exporter, installed
 from lsiq.export.source import Source
 from lsiq.export.verify import verify
@@ -149,8 +148,7 @@ def test_what_is_not_refused_at_once_reads_back(
         return
     exporter.write(source, tmp_path)
     assert any(tmp_path.iterdir())
-    settings = parse(compose_run(f"model.path={checkpoints[family]}")).model
-    found = verify(exporter, source, settings, 0, tmp_path)
+    found = verify(exporter, source, model_settings(checkpoints[family]), 0, tmp_path)
     for loader, entry in zip(exporter.loaders, found, strict=True):
         if None in installed(loader.packages).values():
             pytest.skip(entry["reason"])

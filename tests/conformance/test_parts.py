@@ -172,7 +172,7 @@ def test_parts_start_where_the_block_is(checkpoint: Path, parts: tuple[Part, ...
 @pytest.mark.parametrize("shift", ["always", "never"])
 def test_equivalent_keeps_the_float_function(checkpoint: Path, shift: str) -> None:
     block, context = setting(checkpoint)
-    part = Equivalent(shift=shift)
+    part = Equivalent(shift=shift, weight_only_families=None)
     (state,) = moved([part.start(block, W2, context)], size=0.3)
     assert any("query_key" in name for name in state.parameters)
     assert any("v_proj" in name for name in state.parameters)

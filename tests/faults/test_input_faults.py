@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.interruption import at_rename, interrupt, only_run, outcome
+from helpers.marks import slow
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
@@ -63,7 +64,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [0, 1000, 50_000])  # the record, or the block, cannot be written
+@pytest.mark.parametrize("size", [slow(0), slow(1000), 50_000])  # the record, or the block, cannot be written
 def test_a_full_disk_is_said_and_leaves_what_is_finished(stopped: tuple, size: int) -> None:
     go_on, folder, check = stopped
     with largest_file(size), pytest.raises(OutputError, match=r"cannot be written \(File too large\)"):
@@ -79,7 +80,7 @@ def test_an_output_that_is_read_only_is_said_before_anything_long(model: Path, s
         run(small_run(model, f"paths.runs={runs}"))
 
 
-@pytest.mark.parametrize("cut", [0, 7, 1000, -1])
+@pytest.mark.parametrize("cut", [slow(0), slow(7), slow(1000), -1])
 def test_a_block_that_was_cut_off_is_made_again(stopped: tuple, cut: int, capsys: pytest.CaptureFixture[str]) -> None:
     _, folder, _ = stopped
     block = folder / "blocks" / "block_000.safetensors"

@@ -69,6 +69,7 @@ def test_a_process_that_is_killed_leaves_no_lock_behind(tmp_path: Path) -> None:
         assert not waited
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_taken_up_by_one_of_those_that_wait_and_done_once(
     checkpoints: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.interruption import only_run
+from helpers.marks import slow_but
 from helpers.summation import ORDER_OF_SUMMATION, learned_difference
 from omegaconf import DictConfig
 from torch import Tensor
@@ -56,7 +57,7 @@ METHODS = {
 LEARNED = ("lsi", "ahead")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(["gptq", "lsi"], METHODS))
 def test_out_of_memory_halves_what_passes_at_once_with_the_same_result(
     checkpoints: dict[str, Path],
     small_run: SmallRun,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +16,18 @@ from lsiq.results.record import Record, read_record
 from lsiq.runtime.files import read_tensors
 
 # What a record says of time, memory and the place a run was made at; everything else must not depend on a stop.
-_OF_THE_PROCESS = ("created", "seconds", "peak_bytes", "command", "commit", "clean", "cached", "config", "blocks")
+_OF_THE_PROCESS = (
+    "created",
+    "seconds",
+    "peak_bytes",
+    "stage_peaks",
+    "command",
+    "commit",
+    "clean",
+    "cached",
+    "config",
+    "blocks",
+)
 _watch: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
@@ -54,6 +67,34 @@ def at_rename(file: int | str, action: Callable[[], None]) -> Iterator[None]:
 
     with before_rename(watch):
         yield
+
+
+@contextlib.contextmanager
+def soon_interrupted(after: float) -> Iterator[None]:
+    """Let what this thread waits for be interrupted as by Ctrl-C, once, `after` seconds from now.
+
+    A signal that comes just before the thread begins to wait is seen by Python only when the wait is over. So it is
+    sent until it is seen.
+    """
+    me, seen = threading.get_ident(), threading.Event()
+
+    def handle(*_: object) -> None:
+        if not seen.is_set():
+            seen.set()
+            raise KeyboardInterrupt
+
+    def send() -> None:
+        while not seen.wait(after):
+            signal.pthread_kill(me, signal.SIGINT)
+
+    before, sender = signal.signal(signal.SIGINT, handle), threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        seen.set()
+        sender.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def interrupt() -> None:

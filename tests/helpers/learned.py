@@ -28,10 +28,10 @@ W2 = QuantSettings(weight=Integer(bits=2, group=32), activation=Activation())
 W4A4 = QuantSettings(weight=Integer(bits=4, group=32), activation=Activation(bits=4))
 PARTS: dict[str, tuple[Part, ...]] = {
     "clip": (Clip(lr=1e-2),),
-    "equivalent": (Equivalent(),),
+    "equivalent": (Equivalent(weight_only_families=None),),
     "singular": (Singular(lr=1e-3, corner=0),),
     "singular-corner": (Singular(corner=8, lr=1e-3),),
-    "all": (Singular(corner=8, lr=1e-3), Equivalent(), Clip(lr=1e-2)),
+    "all": (Singular(corner=8, lr=1e-3), Equivalent(weight_only_families=None), Clip(lr=1e-2)),
     "band": (Expansion(width=3, corner=8, lr=1e-3), Clip(lr=1e-2)),
     "hardened": (Rounding(hardening=0.5), Clip(form="linear", lr=1e-2)),
     "rounding": (Rounding(), Clip(form="linear", lr=1e-2)),
@@ -39,17 +39,18 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "dense-steps": (Dense(unit="step", lr=1e-3), Clip(lr=1e-2)),
     "everything": (
         Expansion(lr=1e-3, corner=0),
-        Equivalent(search=True),
+        Equivalent(search=True, weight_only_families=None),
         Dense(lr=1e-3),
         Clip(search=True, lr=1e-2),
         Rounding(),
     ),
-    "fold-first": (Equivalent(), Singular(corner=8, lr=1e-3), Clip(lr=1e-2)),
+    "fold-first": (Equivalent(weight_only_families=None), Singular(corner=8, lr=1e-3), Clip(lr=1e-2)),
 }
 
 
 def schedule_of(**changes: object) -> Training:
-    return Training(**({"epochs": 2, "batch": 4, "decay": "constant"} | changes))  # type: ignore[arg-type]
+    settings = {"epochs": 2, "batch": 4, "decay": "constant", "precision": "model", "signed": [], "keep": "last"}
+    return Training(**(settings | changes))  # type: ignore[arg-type]
 
 
 def setting(checkpoint: Path, samples: int = 8) -> tuple[Block, Context]:

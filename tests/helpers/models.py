@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lsiq.assets import bundled_model
 from lsiq.experiment.config import parse
 from lsiq.models.loading import Model, load
+from lsiq.models.settings import ModelSettings
 
 # Small shapes with what trips careless code: fewer key-value heads than heads, a width that is no power of two.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -62,6 +64,10 @@ def save_model(shape: dict[str, Any], folder: Path, dtype: torch.dtype = torch.f
     return folder
 
 
+@functools.cache
+def model_settings(checkpoint: Path) -> ModelSettings:
+    return parse(compose_run(f"model.path={checkpoint}")).model
+
+
 def load_small(checkpoint: Path) -> Model:
-    config = parse(compose_run(f"model.path={checkpoint}"))
-    return load(config.model, checkpoint, torch.device("cpu"), seed=0)
+    return load(model_settings(checkpoint), checkpoint, torch.device("cpu"), seed=0)

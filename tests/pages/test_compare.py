@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +38,7 @@ def test_the_interval_is_the_same_on_every_call_and_narrows_with_windows() -> No
     assert bootstrap_interval(np.full(10, 0.25)) == (0.25, 0.25)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_where_neighbours_err_alike() -> None:
     draw = np.random.default_rng(1)
     trials, windows, covered = 400, 512, {1: 0, 32: 0}
@@ -107,27 +106,3 @@ def test_other_tokens_are_refused(checkpoints: dict[str, Path], small_run: Small
     second = run(small_run(checkpoints["llama"], f"eval.path={text}"))
     with pytest.raises(InputError, match=r"only equal protocols compare"):
         compare(tmp_path / "runs" / first.run_id, tmp_path / "runs" / second.run_id)
-
-
-def test_the_command_prints_a_table_or_one_line(
-    checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path
-) -> None:
-    record = run(small_run(checkpoints["llama"]))
-
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lsiq.report.significance", *arguments, "--runs", str(tmp_path / "runs")]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    done = call(record.run_id, record.run_id)
-    assert done.returncode == 0, done.stderr
-    assert "loss/file@64" in done.stdout
-    assert "not told apart" in done.stdout
-    for arguments, wanted in {
-        (record.run_id, "nothing"): "holds no record",
-        (record.run_id, record.run_id, "--level=2"): "--level=2",
-    }.items():
-        done = call(*arguments)
-        assert done.returncode != 0
-        (line,) = [line for line in done.stderr.splitlines() if line.strip()]
-        assert line.startswith("error: ")
-        assert wanted in line

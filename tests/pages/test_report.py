@@ -14,8 +14,9 @@ from omegaconf import DictConfig
 from lsiq.errors import InputError
 from lsiq.experiment.run import run
 from lsiq.report.differences import side_by_side, what_got_worse
-from lsiq.report.runs import find_run, list_table, read_runs
+from lsiq.report.runs import list_table, read_runs
 from lsiq.report.summary import summary
+from lsiq.results.find import find_run
 from lsiq.results.record import Record
 from lsiq.runtime.terminal import warn
 from lsiq.track.panels import Table
@@ -90,7 +91,10 @@ def test_two_runs_stand_side_by_side_with_intervals(two_runs: Path) -> None:
     metrics = {row[0]: row[1:] for row in tables["metrics"].rows}
     assert metrics[KEY] == [record.metrics[KEY] for record, _ in runs]
     assert not any(str(key).startswith("loss_change") for key in metrics)
-    assert {row[0] for row in tables["B - A"].rows} == {"kl/file@64", "loss/file@64"}
+    intervals = tables["B - A"]
+    assert {row[0] for row in intervals.rows} == {"kl/file@64", "loss/file@64"}
+    for *_, pairs, blocks, _ in intervals.rows:
+        assert (pairs, blocks) == (runs[0][0].protocol["ppl/file@64"]["windows"], 8)
     whole = next(t for t in side_by_side(runs, 0.95, whole=True) if isinstance(t, Table) and t.name == "metrics")
     assert set(runs[0][0].metrics) <= {row[0] for row in whole.rows}
 

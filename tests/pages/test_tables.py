@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import re
@@ -21,6 +22,7 @@ from lsiq.errors import InputError
 from lsiq.experiment.composed import plain_config
 from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
+from lsiq.report.compact import Run, read_runs, without_nulls
 from lsiq.results.record import Record, write_record
 from lsiq.tables.agree import pairs
 from lsiq.tables.collect import collect, strangers
@@ -28,9 +30,8 @@ from lsiq.tables.papers.comparison_plots import EXCESS, excess_by_method, qualit
 from lsiq.tables.papers.layout import study_jobs
 from lsiq.tables.papers.perplexity import bundled_perplexity
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
-from lsiq.tables.published import Literature, Published
+from lsiq.tables.published import MARKS, Literature, Published
 from lsiq.tables.render import README_MARKS, execute, in_readme, notebooks, render
-from lsiq.tables.runs import Run, read_runs, without_nulls
 from lsiq.tables.study import Runs, Sample, load
 from lsiq.tables.table import Cell, Row, Table, best_in_bold
 from lsiq.tables.traces import read_traces
@@ -254,6 +255,8 @@ def test_rounding_and_the_float_model_are_read_from_beside_other_methods(committ
         ("opt-125m", "w2a16g128", "lsi-corner", "wikitext2", "56.17†"),
         ("llama-7b", "w3a16g128", "lsi-finetune", "ptb", "30.69†"),
         ("opt-1.3b", "w4a8-mxint", "rtn", "wikitext2", "16.12"),  # there called mxint-plain
+        ("llama-3-8b", "w2a16g128", "efficientqat", "wikitext2", "9.80"),  # of the later additions
+        ("llama-2-7b", "w2a16g128", "efficientqat", "c4", "8.79†"),
     ],
 )
 def test_published_numbers_come_from_the_most_trustworthy_place(
@@ -268,6 +271,21 @@ def test_published_numbers_come_from_the_most_trustworthy_place(
 def test_the_published_tables_are_copies() -> None:
     for file in (SHARED / "published").glob("*.csv"):
         assert (ROOT / "analysis" / "published" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_later_additions_name_sources_that_are_described() -> None:
+    folder = ROOT / "analysis" / "published"
+    described = {row["key"] for place in (folder, folder / "more") for row in _csv(place / "sources.csv")}
+    for name in ("perplexity.csv", "zero_shot.csv"):
+        rows = _csv(folder / "more" / name)
+        assert list(rows[0]) == list(_csv(folder / name)[0]), f"{name}: other columns"
+        assert {row["source"] for row in rows} <= described, name
+        assert {row["trust"] for row in rows} <= set(MARKS), name
+
+
+def _csv(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
 
 
 # Cells
@@ -389,6 +407,13 @@ def test_the_tour_of_the_python_interface_runs() -> None:
     assert any("method.training.epochs=-1" in text for text in printed)
 
 
+def test_executing_a_notebook_gives_its_committed_page_byte_for_byte() -> None:
+    (notebook,) = (file for file in NOTEBOOKS if file.stem == "tasks")
+    page = render([notebook])["tasks.md"]
+    assert (ROOT / "docs" / "tables" / "tasks.md").read_text(encoding="utf-8") == page, "python -m lsiq.tables.render"
+
+
+@pytest.mark.slow
 def test_executing_the_notebooks_gives_the_committed_tables_byte_for_byte() -> None:
     files = render(NOTEBOOKS)  # 14 s on two idle cores, each notebook in a kernel of its own
     pages = {name: text for name, text in files.items() if name.endswith((".md", ".tex"))}

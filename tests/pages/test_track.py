@@ -130,6 +130,7 @@ def test_what_was_learned_is_shown_as_it_was(model: Path, small_run: SmallRun, t
     assert shown == trained["values"][0]
 
 
+@pytest.mark.slow
 def test_a_trajectory_tells_of_every_linear_whatever_the_method(
     model: Path, small_run: SmallRun, tmp_path: Path
 ) -> None:
@@ -186,6 +187,7 @@ def test_the_number_of_panels_does_not_grow_with_the_model() -> None:
     assert spread(80, 3) == [0, 40, 79]
 
 
+@pytest.mark.slow
 def test_runs_of_one_process_do_not_leak_into_each_other(model: Path, small_run: SmallRun, tmp_path: Path) -> None:
     hosted = ("method=rotate", "method@method.then=gptq", "tracker.group=other")
     overrides = {"rtn": ("method=rtn",), "rotate+gptq": hosted}
@@ -201,6 +203,7 @@ def test_runs_of_one_process_do_not_leak_into_each_other(model: Path, small_run:
         assert {"record", "blocks"} <= {found["type"] for found in told["artifact"]}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_tracked_run_and_force_begins_anew(small_run: SmallRun, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -347,6 +350,7 @@ def test_without_a_login_runs_are_offline_and_say_so(
     assert len(offline_files(tmp_path / "runs" / record.run_id)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nobody_logged_in")
 def test_where_runs_share_the_terminal_it_is_said_once_that_they_are_offline(
     model: Path,
@@ -370,6 +374,7 @@ def test_a_disabled_tracker_leaves_nothing(model: Path, small_run: SmallRun, tmp
     assert not (tmp_path / "runs" / record.run_id / "wandb").exists()
 
 
+@pytest.mark.slow
 def test_large_blocks_are_named_not_copied(model: Path, small_run: SmallRun, tmp_path: Path) -> None:
     record = run(small_run(model, *OFFLINE, "tracker.upload=0"))
     folder = tmp_path / "runs" / record.run_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.configuration import ROOT, compose_run
+from helpers.marks import slow_but
 from helpers.summation import ORDER_OF_SUMMATION, learned_difference
 from omegaconf import DictConfig
 
@@ -40,6 +42,7 @@ METHODS = {
         *(f"method.weight_only.{at}training.precision=float32" for at in ("start.", "")),
     ],
 }
+QUICK = ("gptq", "lsi-corner")  # start of two processes takes as long as all of them
 # Measured: 0 for what gathers statistics; 2.8e-8 for omniquant, 4.6e-7 for best. In lsi a weight half way between two
 # codes takes the other one, and what is learned after that differs: 1.1e-2 of the weights, 1.8e-3 of the perplexity.
 WEIGHTS = {"omniquant": 1e-6, "best": 5e-6, "lsi-corner": 0.03}
@@ -71,15 +74,22 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def two(checkpoints: dict[str, Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs that two processes made."""
-    folder = tmp_path_factory.mktemp("two")
-    jobs = [overrides(method, checkpoints["llama"], text_file, folder) for method in METHODS]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(folder / "jobs.json")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("record: ") == len(METHODS)  # one of them speaks
-    return folder
+def by_two(
+    checkpoints: dict[str, Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Give the folder of runs that two processes made, of this method and of those that are as quick or slow."""
+
+    @functools.cache
+    def made(quick: bool) -> Path:
+        folder, methods = tmp_path_factory.mktemp("two"), [method for method in METHODS if (method in QUICK) == quick]
+        jobs = [overrides(method, checkpoints["llama"], text_file, folder) for method in methods]
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        done = torchrun(folder / "jobs.json")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("record: ") == len(methods)  # one of them speaks
+        return folder
+
+    return lambda method: made(method in QUICK)
 
 
 def changes(one: Path, two: Path, record: Record) -> list[float]:
@@ -92,10 +102,12 @@ def changes(one: Path, two: Path, record: Record) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.xdist_group("two processes")
+@pytest.mark.parametrize("method", slow_but(QUICK, METHODS))
 def test_two_processes_do_what_one_does(
-    method: str, checkpoints: dict[str, Path], text_file: Path, tmp_path: Path, two: Path
+    method: str, checkpoints: dict[str, Path], text_file: Path, tmp_path: Path, by_two: Callable[[str], Path]
 ) -> None:
+    two = by_two(method)
     one = run(compose_run(*overrides(method, checkpoints["llama"], text_file, tmp_path)))
     found = read_record(two / one.run_id)  # the same run by name
     assert found is not None
@@ -110,13 +122,15 @@ def test_two_processes_do_what_one_does(
     assert written == {file.name for file in (tmp_path / one.run_id).iterdir()} - {"streams.safetensors"}
 
 
+@pytest.mark.xdist_group("two processes")
 def test_what_is_learned_agrees_before_a_code_flips(
-    checkpoints: dict[str, Path], text_file: Path, tmp_path: Path, two: Path
+    checkpoints: dict[str, Path], text_file: Path, tmp_path: Path, by_two: Callable[[str], Path]
 ) -> None:
     one = run(compose_run(*overrides("lsi-corner", checkpoints["llama"], text_file, tmp_path)))
-    assert learned_difference(tmp_path / one.run_id, two / one.run_id) <= ORDER_OF_SUMMATION
+    assert learned_difference(tmp_path / one.run_id, by_two("lsi-corner") / one.run_id) <= ORDER_OF_SUMMATION
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_run_with_its_message(
     checkpoints: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def alone(*overrides: str) -> tuple[str, dict[str, int], dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_estimated_peak_is_within_a_fifth_of_the_measured_one(tmp_path: Path) -> None:
     shape = {**SHAPES["llama"], "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}

@@ -12,6 +12,7 @@ import pandas
 import pytest
 import torch
 from helpers.evaluations import NO_CACHE, halved, unchanged
+from helpers.marks import slow
 from helpers.models import load_small
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM
@@ -128,7 +129,8 @@ def test_references_are_measured_once_and_the_record_says_so(checkpoint: Path, s
 
 
 @pytest.mark.parametrize(
-    "change", ["eval.seqlen=32", "eval.windows=3", "eval.batch=4", "model.dtype=bfloat16", "quant.weight.bits=4"]
+    "change",
+    ["eval.seqlen=32", "quant.weight.bits=4", *map(slow, ["eval.windows=3", "eval.batch=4", "model.dtype=bfloat16"])],
 )
 def test_what_decides_a_number_decides_whether_it_is_found(
     checkpoints: dict[str, Path], small_run: SmallRun, change: str

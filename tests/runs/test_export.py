@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.configuration import ROOT, compose_run
+from helpers.marks import slow
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
 from torch import Tensor
@@ -85,18 +86,20 @@ def test_a_gguf_type_holds_the_grid_bit_for_bit(bits: int, symmetric: bool, kind
 # Both families of the bundled models, with grouped queries and biases; widths and a group that are no powers of two.
 EXPORTS = [
     ("llama", "export=compressed-tensors", "quant.weight.bits=3"),
+    ("opt", "export=compressed-tensors", *W8A8, "quant.weight.symmetric=true"),
+    ("opt", "export=plain", "quant.weight.scale=float32"),
+    ("llama", "export=gguf", "quant.weight.bits=4"),
+    ("qwen3", "export=gguf"),
+]  # fmt: skip
+MORE_EXPORTS = [
     ("llama", "export=compressed-tensors", "quant.weight.bits=2", "quant.weight.symmetric=true"),
     ("llama", "export=compressed-tensors", "quant.weight.bits=5", "quant.weight.group=null"),
     ("llama", "export=compressed-tensors", *W8A8),
     ("opt", "export=compressed-tensors", "quant.weight.bits=7"),
-    ("opt", "export=compressed-tensors", *W8A8, "quant.weight.symmetric=true"),
-    ("opt", "export=plain", "quant.weight.scale=float32"),
     ("llama", "export=gguf", "quant.weight.bits=2"),
-    ("llama", "export=gguf", "quant.weight.bits=4"),
     ("llama", "export=gguf", "export.type=F32", "quant.weight.bits=8", "quant.weight.scale=float32"),
     ("mistral", "export=gguf"),
     ("qwen2", "export=gguf"),
-    ("qwen3", "export=gguf"),
 ]  # fmt: skip
 
 
@@ -107,7 +110,11 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: save_model(shape, root / family) for family, shape in FAMILIES.items()}
 
 
-@pytest.mark.parametrize("case", EXPORTS, ids=lambda case: "-".join(word.split("=")[-1] for word in case))
+def named(case: tuple[str, ...], *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param(case, id="-".join(word.split("=")[-1] for word in case), marks=marks)
+
+
+@pytest.mark.parametrize("case", [*map(named, EXPORTS), *(named(case, pytest.mark.slow) for case in MORE_EXPORTS)])
 def test_the_foreign_loader_reads_back_the_logits_of_the_run(
     case: tuple[str, ...], families: dict[str, Path], small_run: SmallRun
 ) -> None:
@@ -121,7 +128,9 @@ def test_the_foreign_loader_reads_back_the_logits_of_the_run(
     assert check["largest_logit"] > 1
 
 
-@pytest.mark.parametrize(("family", "method"), [("opt", "omniquant"), ("llama", "awq"), ("llama", "smoothquant")])
+@pytest.mark.parametrize(
+    ("family", "method"), [slow("opt", "omniquant"), ("llama", "awq"), slow("llama", "smoothquant")]
+)
 def test_what_a_method_folded_into_norms_and_biases_goes_along(
     family: str, method: str, families: dict[str, Path], small_run: SmallRun, tmp_path: Path
 ) -> None:
@@ -140,7 +149,7 @@ def test_a_plain_export_adds_low_rank_products_to_the_weights(families: dict[str
     assert check["status"] == "read"
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [slow(2), 3, slow(4), slow(8)])
 def test_the_gptq_layout_holds_codes_zero_points_and_scales(
     bits: int, families: dict[str, Path], small_run: SmallRun, tmp_path: Path
 ) -> None:
@@ -166,7 +175,7 @@ def test_the_gptq_layout_holds_codes_zero_points_and_scales(
 
 
 @pytest.mark.parametrize(("model", "quant", "form"), [
-    ("tiny-llama", "w2a16g128", "compressed-tensors"),
+    slow("tiny-llama", "w2a16g128", "compressed-tensors"),
     ("tiny-opt", "w3a16g128", "gptq"),
 ])  # fmt: skip
 def test_an_export_is_as_large_as_its_average_bits_say(model: str, quant: str, form: str, tmp_path: Path) -> None:

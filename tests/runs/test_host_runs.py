@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.evaluations import NO_CACHE, halved, unchanged
 from helpers.hosts import W4A4, first_block, quantised, seeded, some_tokens
+from helpers.marks import slow
 from helpers.models import load_small
 from omegaconf import DictConfig
 
@@ -28,7 +29,7 @@ from lsiq.methods.rtn import RTN
 SmallRun = Callable[..., DictConfig]
 
 
-@pytest.mark.parametrize("then", ["rtn", "gptq", "omniquant"])
+@pytest.mark.parametrize("then", [slow("rtn"), "gptq", slow("omniquant")])
 def test_a_run_with_all_hosts_leaves_its_record(checkpoint: Path, small_run: SmallRun, then: str) -> None:
     overrides = [] if then != "omniquant" else ["method.then.then.training.epochs=1"]
     record = run(
@@ -82,6 +83,7 @@ def test_a_run_that_goes_on_with_its_evaluation_has_the_prepared_model_again(
     assert again.prefix == [17]
 
 
+@pytest.mark.slow
 def test_fine_tuning_may_begin_with_a_host(checkpoint: Path, small_run: SmallRun) -> None:
     alone = run(small_run(checkpoint, "method=prefix", "method@method.then=rotate", "method.tokens=[17]"))
     start = ["method=e2e", "method.run=null", "method@method.start=prefix", "method@method.start.then=rotate"]
@@ -134,6 +136,7 @@ def test_answers_are_scored_after_the_prefix(checkpoint: Path) -> None:
     assert found[""].log_likelihood.isfinite().all()
 
 
+@pytest.mark.slow
 def test_planted_outliers_have_references_of_their_own(checkpoint: Path, small_run: SmallRun) -> None:
     settings = ["method=gptq", "quant=w4a4", "quant.weight.group=null"]
     run(small_run(checkpoint, *settings))
@@ -145,6 +148,7 @@ def test_planted_outliers_have_references_of_their_own(checkpoint: Path, small_r
     }
 
 
+@pytest.mark.slow
 def test_blocks_that_need_rotations_or_a_prefix_are_not_exported(
     checkpoints: dict[str, Path], small_run: SmallRun
 ) -> None:

@@ -27,6 +27,7 @@ def test_a_family_a_method_and_a_format_from_outside_run_together(tmp_path):
     assert '"average_bits": 4.25' in record  # 4 bits, and 8 bits for each 32 weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "lqer", "lsi", "dense"])
 def test_a_format_from_outside_goes_through_methods_that_know_nothing_of_it(method, tmp_path):
     learned = ["method.training.epochs=1"] if method in ("lsi", "dense") else []
@@ -34,6 +35,7 @@ def test_a_format_from_outside_goes_through_methods_that_know_nothing_of_it(meth
     run(tmp_path, "model=helium-tiny", "quant=w4-coarse", f"method={method}", *learned, *rank)
 
 
+@pytest.mark.slow
 def test_a_part_from_outside_is_trained_with_others(tmp_path):
     words = ["method=lwc", "+method/part@method.parts.row_scale=row_scale", "method.training.epochs=1"]
     run(tmp_path, "model=helium-tiny", "quant=w4a16", "quant.weight.group=32", *words)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.configuration import CONF, compose_run
 from helpers.evaluations import plain_perplexity
+from helpers.marks import slow
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM
@@ -44,7 +45,7 @@ def rounded_copy(checkpoint: Path, folder: Path, bits: int, group: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 16), (4, 32), (8, 32)])
+@pytest.mark.parametrize(("bits", "group"), [slow(2, 32), (3, 16), slow(4, 32), slow(8, 32)])
 def test_rtn_gives_the_perplexity_of_an_independent_implementation(
     checkpoint: Path, text_file: Path, tmp_path: Path, small_run: SmallRun, bits: int, group: int
 ) -> None:

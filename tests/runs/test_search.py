@@ -107,6 +107,7 @@ def test_what_can_be_searched() -> None:
         search(SearchSettings(sampler="tpe", trials=1, folder="x"), parsed(["method=lsi"]), {}, "valley", Valley())
 
 
+@pytest.mark.slow
 def test_a_search_from_the_command_line(checkpoints: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, str(CONF.parent / "run.py"), "-m", "hydra/sweeper=random", "hydra.sweeper.trials=2"),

@@ -36,6 +36,7 @@ def processes(command: list[str], count: int) -> list[subprocess.Popen[str]]:
     return [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=CONF.parent) for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_one_process_measures_and_when_it_is_killed_another_one_does(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", WANT, str(tmp_path / "cache"), str(log)]
@@ -49,6 +50,7 @@ def test_one_process_measures_and_when_it_is_killed_another_one_does(tmp_path: P
     assert log.read_text() == "measured\n" * 2
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_measure_their_references_once(
     checkpoints: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:

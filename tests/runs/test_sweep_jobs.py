@@ -27,6 +27,7 @@ from lsiq.experiment.identity import run_id
 from lsiq.experiment.request import prepare
 from lsiq.experiment.run import run
 from lsiq.results.record import read_record, write_record
+from lsiq.runtime.hydra_release import version_base
 from lsiq.sweeps.ledger import Ledger
 
 Sweep = Callable[..., subprocess.CompletedProcess[str]]
@@ -68,6 +69,7 @@ def test_a_sweep_takes_up_what_is_finished_and_tries_again_what_failed(
     assert "2 of 4 jobs failed" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_thousand_finished_runs_are_recognised_in_five_seconds(
     sweep: Sweep, job: list[str], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +77,7 @@ def test_a_thousand_finished_runs_are_recognised_in_five_seconds(
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text())
     job[job.index(f"eval.path={text_file}")] = f"eval.path={text}"
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **version_base()):
         whole = compose("config", overrides=job, return_hydra_config=True)
     cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
     real, request = run(cfg), prepare(cfg)
@@ -132,6 +134,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_carries_out_the_jobs_and_names_the_one_that_fails(
     launcher: str, sweep: Sweep, job: list[str], tmp_path: Path
@@ -150,6 +153,7 @@ def test_every_launcher_carries_out_the_jobs_and_names_the_one_that_fails(
         assert command.count("quant.weight.group=") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", ["the sweep", "one of its processes"])
 def test_when_a_sweep_in_processes_ends_early_all_of_them_do_and_the_same_command_goes_on(
     killed: str, sweep: Sweep, job: list[str], tmp_path: Path
@@ -211,6 +215,7 @@ def gone(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_ray_starts_a_job_again_whose_worker_died(sweep: Sweep, job: list[str], tmp_path: Path) -> None:
     pytest.importorskip("ray")
     killed: list[int] = []
@@ -231,6 +236,7 @@ def test_ray_starts_a_job_again_whose_worker_died(sweep: Sweep, job: list[str], 
     assert killed[0] not in holders
 
 
+@pytest.mark.slow
 def test_without_its_package_a_launcher_says_what_to_install(sweep: Sweep, job: list[str]) -> None:
     missing = {"processes": "hydra_plugins.hydra_joblib_launcher", "slurm-local": "submitit", "ray": "ray"}
     for launcher, package in missing.items():

@@ -6,19 +6,21 @@ import re
 
 import pytest
 from helpers.configuration import CONF, compose_run
+from helpers.marks import slow_but
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.utils import instantiate
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
+from lsiq.runtime.hydra_release import version_base
 
 SWEEPS = sorted(file.stem for file in (CONF.parent / "sweeps").glob("*.yaml"))
 
 
 def jobs(sweep: str) -> list[list[str]]:
     """The overrides of each job of a grid, and of a search those with the least and the largest values."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **version_base()):
         hydra = compose("config", overrides=[f"sweep={sweep}"], return_hydra_config=True).hydra
     assert hydra.mode.name == "MULTIRUN"
     sweeper = instantiate(hydra.sweeper)
@@ -37,7 +39,7 @@ def at_end(override: Override, end: int) -> str:
     return f"{override.get_key_element()}={chosen}"
 
 
-@pytest.mark.parametrize("sweep", SWEEPS)
+@pytest.mark.parametrize("sweep", slow_but(["baselines"], SWEEPS))
 def test_every_job_of_a_study_is_a_run_that_would_start(sweep: str) -> None:
     found = jobs(sweep)
     assert len(found) > 1

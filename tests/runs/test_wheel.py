@@ -29,6 +29,7 @@ def lsiq(site: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_installed_command_runs_and_reports_away_from_the_checkout(site, tmp_path):
     (tmp_path / "conf" / "quant").mkdir(parents=True)
     (tmp_path / "conf" / "quant" / "mine.yaml").write_text("defaults: [w3a16g128]\nweight:\n  bits: 5\n")
@@ -39,8 +40,21 @@ def test_the_installed_command_runs_and_reports_away_from_the_checkout(site, tmp
     assert str(ROOT) not in record  # the package that ran is the installed one
     listed = lsiq(site, tmp_path, "report")
     assert "tiny-llama_w5a16g128_rtn" in listed.stdout
+    paged = lsiq(site, tmp_path, "report", "--html", "w5a16g128", "--out", "page.html")
+    assert paged.stdout == "page.html\n", paged.stderr
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "plotly.js (cartesian - minified)" in text
+    assert "Flipped codes" in text
+    assert "Errors by linear: the run had no calibration data" in text
 
 
+def test_the_wheel_holds_the_licence_of_what_comes_with_it(site):
+    (about,) = site.glob("lsiq-*.dist-info")
+    told = [file.read_text(encoding="utf-8") for file in (about / "licenses").rglob("LICENSE*")]
+    assert any("Plotly" in text for text in told)
+
+
+@pytest.mark.slow
 def test_the_wheel_holds_the_studies_and_says_what_may_be_chosen(site, tmp_path):
     shown = lsiq(site, tmp_path, "sweep=study", "--cfg", "hydra")
     assert "variants" in shown.stdout, shown.stderr

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.methods.base import Method, Traits, quantize_prepared
+from lsiq.methods.base import Method
 from lsiq.methods.learned import refuse_rounded_ahead
+from lsiq.methods.wrapper import Transform, Wrapper
 from lsiq.models.context import Context, Need
-from lsiq.models.result import BlockResult
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @settings
-class DuQuant(Traits):
-    """Turn the inputs of linears online, block by block of channels, so that their largest entry becomes small.
+class DuQuant(Wrapper):
+    """Rotate the inputs of linears online, block by block of channels, so that their largest entry becomes small.
 
     For each input `X (tokens, in)`, cut into blocks of `block` channels:
 
@@ -52,27 +51,14 @@ class DuQuant(Traits):
         description="a list of norm, output and down: whose inputs are rotated",
     )
     then: Method = Field(description="the method that quantises the rotated block")
+    label, reads, at_inference = "duquant", frozenset[Need]({"inputs"}), "rotations"
 
     def __post_init__(self) -> None:
         refuse_rounded_ahead(self.then)
 
-    @property
-    def name(self) -> str:
-        return "duquant" if self.then.name == "rtn" else f"duquant+{self.then.name}"
-
-    @property
-    def at_inference(self) -> str:
-        """What has to be done while the quantised model runs."""
-        return "rotations"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.then.needs | frozenset[Need]({"inputs"})
-
-    def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
+    def transform(self, block: Block, quant: QuantSettings, context: Context) -> Transform:
         from lsiq.calib.input_statistics import peak_inputs
         from lsiq.methods.duquant.search import find_rotation
-        from lsiq.models.online import online_share
 
         assert context.inputs is not None  # the method asks for them
         peaks = peak_inputs(block, context.inputs, context.batch, block.spec.inputs(self.places))
@@ -80,5 +66,4 @@ class DuQuant(Traits):
             name: find_rotation(x, self.block, self.steps, self.permutations, context.generator)
             for name, x in peaks.items()
         }
-        result = quantize_prepared(self.then, block, {}, quant, context, rotations=rotations)
-        return replace(result, metrics={**result.metrics, "online_share": online_share(block, result.rotations)})
+        return Transform(rotations=rotations)

@@ -91,8 +91,8 @@ class FineTune(Traits):
 
     @property
     def needs(self) -> frozenset[Need]:
-        own: frozenset[Need] = frozenset({"inputs"})
-        return own if self.start is None else own | self.start.needs
+        reads: frozenset[Need] = frozenset({"inputs"})
+        return reads if self.start is None else reads | self.start.needs
 
     def after(self, folder: str) -> FineTune:
         """Return the same settings starting from what lies in `folder`."""

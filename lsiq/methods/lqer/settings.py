@@ -10,8 +10,9 @@ from pydantic import Field
 
 from lsiq.errors import ConfigError
 from lsiq.formats.mxint import BLOCK, MXActivation, MXInt
-from lsiq.methods.base import Method, Traits, chain
+from lsiq.methods.base import Method, chain
 from lsiq.methods.rtn import RTN
+from lsiq.methods.wrapper import Wrapper
 from lsiq.models.context import Context, Need
 from lsiq.models.result import BlockResult
 from lsiq.settings import settings
@@ -25,7 +26,7 @@ _NAMES = {"none": "lqer", "magnitude": "l2qer", "rms": "qera-approx", "covarianc
 
 
 @settings
-class LQER(Traits):
+class LQER(Wrapper):
     """Round with `then`, and put beside each linear the product of rank `rank` that repairs most of its error.
 
     With `W (out, in)` the float weight, `Ŵ` the rounded one, `E = W - Ŵ` and `T (in, in)`:
@@ -75,14 +76,12 @@ class LQER(Traits):
         return self.rank > 0
 
     @property
-    def name(self) -> str:
-        own = _NAMES[self.scale]
-        return own if self.then.name == "rtn" else f"{own}+{self.then.name}"
+    def label(self) -> str:
+        return _NAMES[self.scale]
 
     @property
-    def needs(self) -> frozenset[Need]:
-        own = frozenset[Need]() if self.scale == "none" else frozenset[Need]({"inputs"})
-        return own | self.then.needs
+    def reads(self) -> frozenset[Need]:
+        return frozenset() if self.scale == "none" else frozenset({"inputs"})
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
         import torch

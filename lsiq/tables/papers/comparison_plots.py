@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lsiq.report.compact import Run
 from lsiq.tables.figure import Figure, empty, legend_below, looks, on_lower_edge, panels, plain_numbers
 from lsiq.tables.papers.layout import BUNDLED, study_methods
 from lsiq.tables.papers.perplexity import MORE_TEXT, had_more_text
 from lsiq.tables.protocol import AUGMENTED, STUDY, Protocol
-from lsiq.tables.runs import Run
 from lsiq.tables.study import Runs
 
 EXCESS = "excess/bundled@512"

@@ -8,6 +8,7 @@ from functools import cache
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from lsiq.runtime.hydra_release import version_base
 from lsiq.tables.protocol import ROOT, Job
 
 BUNDLED = ("tiny-llama", "tiny-opt")
@@ -41,7 +42,7 @@ ALWAYS = ("rtn", "gptq", "awq", "omniquant", "lsi-corner")
 # Published methods that this project does not have, as far as they make uniform grids of the same bits.
 OTHERS = (
     *("quip", "affinequant", "cbq", "sliderquant", "tesseraq", "efficientqat", "qllm", "atom", "rptq", "duquant-lwc"),
-    *("quarot-gptq", "spinquant-gptq", "flatquant", "sliderquant-plus"),
+    *("quarot-gptq", "spinquant-gptq", "flatquant", "flatquant-gptq", "sliderquant-plus"),
 )
 CORPORA = {"bundled": "bundled", "wikitext2": "WikiText-2", "ptb": "PTB", "c4": "C4"}
 
@@ -49,7 +50,7 @@ CORPORA = {"bundled": "bundled", "wikitext2": "WikiText-2", "ptb": "PTB", "c4": 
 @cache
 def study_jobs() -> frozenset[Job]:
     """The jobs of sweeps/study.yaml: model, setting and method."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "conf"), **version_base()):
         sweeper = compose("config", overrides=["sweep=study"], return_hydra_config=True).hydra.sweeper
     jobs = (dict(word.split("=", 1) for word in job) for job in instantiate(sweeper).jobs([]))
     return frozenset((job["model"], job["quant"], job["method"]) for job in jobs)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from helpers.marks import slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lsiq
@@ -23,7 +24,7 @@ def test_every_name_that_lsiq_offers_is_there():
         lsiq.quantise  # noqa: B018
 
 
-@pytest.mark.parametrize("method", ["gptq", "lsi", "rotate", "best"])
+@pytest.mark.parametrize("method", ["gptq", slow("lsi"), slow("rotate"), slow("best")])
 def test_quantize_makes_the_blocks_that_a_run_makes_bit_for_bit(method, tmp_path, checkpoints):
     words = ("quant=w3a16", "quant.weight.group=32")
     path, epochs = checkpoints["llama"], {"lsi": 1, "best": 1}.get(method)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 
 import pytest
+from helpers.marks import slow
 
 from lsiq.bench import block, processes, step
 
 
-@pytest.mark.parametrize("method", ["gptq", "qera-exact"])
+@pytest.mark.parametrize("method", ["gptq", slow("qera-exact")])
 def test_a_small_block_is_timed_by_stage_beside_its_floor(
     method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -20,6 +21,7 @@ def test_a_small_block_is_timed_by_stage_beside_its_floor(
     assert all(word in told for word in (f"{method}: ", "statistics", "peak of the host", "TFLOP/s"))
 
 
+@pytest.mark.slow
 def test_one_block_is_timed_under_several_processes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

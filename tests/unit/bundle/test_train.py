@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from helpers.marks import slow_but
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lsiq.bundle.ladder import LADDER
@@ -46,7 +47,7 @@ def plan(**changes):
     return Plan(**(values | {"warmup": 0.03, "seed": 0, "valid_every": 50, "rung": "3m"} | changes))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=slow_but(["llama"], FAMILIES))
 def trained(request, folder, tmp_path_factory):
     """A folder with a model trained for 8 steps."""
     out = tmp_path_factory.mktemp(request.param)
@@ -154,6 +155,7 @@ def test_card_tells_shape_recipe_and_curve(trained):
     assert str(trained.parent) not in card
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(trained, folder, tmp_path):
     family = json.loads((trained / "config.json").read_text())["model_type"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -167,6 +169,7 @@ def test_two_processes_take_the_steps_of_one(trained, folder, tmp_path):
     assert ours["valid"] == pytest.approx(theirs["valid"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(folder, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "lsiq.bundle.train", *arguments(folder, "opt", tmp_path, 8), "--batch", "3"]

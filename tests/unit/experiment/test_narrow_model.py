@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.configuration import CONF, compose_run
+from helpers.marks import slow_but
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -43,7 +44,10 @@ def test_counts_are_those_of_the_model_and_of_the_narrow_one(name: str) -> None:
         assert found.outside == pytest.approx(outside, rel=0.01)  # norms and two positions of OPT are left out
 
 
-@pytest.mark.parametrize("method", sorted(file.stem for file in (CONF / "method").glob("*.yaml")))
+METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("method", slow_but(["gptq", "lqer", "lsi", "e2e"], METHODS))
 def test_every_method_is_estimated(method: str, small_run: SmallRun, tmp_path: Path) -> None:
     checkpoint = save_model(SHAPES["llama"], tmp_path / "model")
     own = [f"method={method}"]

@@ -22,10 +22,10 @@ from lsiq.experiment.run import run
 from lsiq.experiment.stamp import stamp
 from lsiq.learning.learner import learn
 from lsiq.parts.clip import Clip
+from lsiq.report.compact import compact
 from lsiq.results.record import Record
 from lsiq.runtime.precision import Choice, bfloat16_features, fastest
 from lsiq.tables.protocol import contradiction
-from lsiq.tables.runs import compact
 
 CLIP = Clip(lr=1e-2, start_logit=4.0, form="sigmoid", search=False)
 CPU = torch.device("cpu")

@@ -38,7 +38,7 @@ from lsiq.kernels.activation import FusedActivation
 from lsiq.learning.fused_weights import FusedWeights, Scaled, uncovered
 
 A16 = Activation()
-ALL: tuple[Part, ...] = (Singular(corner=8, lr=1e-3), Equivalent(), Clip(lr=1e-2))
+ALL: tuple[Part, ...] = (Singular(corner=8, lr=1e-3), Equivalent(weight_only_families=None), Clip(lr=1e-2))
 CASES: dict[str, tuple[tuple[Part, ...], Integer]] = {
     "2 bits": (ALL, Integer(bits=2, group=32)),
     "3 bits, symmetric": (ALL, Integer(bits=3, group=32, symmetric=True)),
@@ -46,7 +46,7 @@ CASES: dict[str, tuple[tuple[Part, ...], Integer]] = {
     "8 bits, scales in half precision": ((Clip(lr=1e-2),), Integer(bits=8, group=16, scale="float16")),
     "symmetric by channel, full range": ((Singular(lr=1e-3, corner=0),), Integer(bits=4, group=None, symmetric=True)),
     "linear clipping alone": ((Clip(form="linear", lr=1e-2),), Integer(bits=3, group=32)),
-    "scales alone": ((Equivalent(),), Integer(bits=4, group=32)),
+    "scales alone": ((Equivalent(weight_only_families=None),), Integer(bits=4, group=32)),
     "band": ((Expansion(width=3, corner=8, lr=1e-3), Clip(lr=1e-2)), Integer(bits=3, group=32)),
     "upper band, few directions, larger corner": (
         (Expansion(width=2, sides="upper", top=20, corner=30, lr=1e-3), Clip(lr=1e-2)),
@@ -228,8 +228,8 @@ def test_what_the_kernels_do_not_cover_is_refused_with_the_reason(
     for parts, quant, reason in (
         ((Clip(lr=1e-2),), mx, "integers of 2 to 8 bits"),
         ((Rounding(), Clip(lr=1e-2)), W2, "in this order"),
-        ((Equivalent(), Singular(lr=1e-3, corner=0)), W2, "in this order"),
-        ((Equivalent(shift="always"),), W2, "not shifts"),
+        ((Equivalent(weight_only_families=None), Singular(lr=1e-3, corner=0)), W2, "in this order"),
+        ((Equivalent(shift="always", weight_only_families=None),), W2, "not shifts"),
     ):
         shifted = [PartState({"input_layernorm:shift": torch.zeros(1)})]
         states = shifted if reason == "not shifts" else start_parts(parts, block, quant, context)

@@ -109,7 +109,13 @@ def test_a_loss_that_is_not_finite_is_retried_and_then_stops_with_block_and_knob
 
 def test_a_rate_that_blows_up_recovers_at_a_lower_one(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    learned = learn((Equivalent(lr=40.0),), schedule_of(epochs=3, batch=4, retries=12), block, W2, context)
+    learned = learn(
+        (Equivalent(lr=40.0, weight_only_families=None),),
+        schedule_of(epochs=3, batch=4, retries=12),
+        block,
+        W2,
+        context,
+    )
     assert all(p.isfinite().all() for p in learned.states[0].parameters.values())
 
 
@@ -135,7 +141,7 @@ def test_dead_channels_constant_inputs_and_duplicated_rows_train(checkpoint: Pat
 def test_models_that_cannot_be_folded_are_refused_with_the_reason(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
     with pytest.raises(InputError, match="folds scales into norms, but its blocks are post-norm"):
-        Equivalent().start(replace(block, unfoldable="its blocks are post-norm"), W2, context)
+        Equivalent(weight_only_families=None).start(replace(block, unfoldable="its blocks are post-norm"), W2, context)
 
 
 def test_training_for_seconds_stops_after_the_epoch_that_passes_them(checkpoint: Path) -> None:

@@ -95,7 +95,7 @@ def test_training_on_the_far_output_lowers_the_far_error(checkpoint: Path) -> No
 
 def test_later_blocks_can_be_trained_along(checkpoint: Path) -> None:
     block, second, context = first_block(checkpoint)
-    parts = (Equivalent(), Clip(lr=0.1))
+    parts = (Equivalent(weight_only_families=None), Clip(lr=0.1))
     training = schedule_of(epochs=8, ahead=LookAhead(blocks=1, later="learned"))
     window = look_ahead(parts, training, block, W2, context)
     (companion,) = window.companions

@@ -63,7 +63,8 @@ def block_error(method: Method, block: Block, hidden: Tensor, quant: QuantSettin
 @pytest.mark.parametrize("search", SEARCHES)
 def test_scaling_keeps_the_float_function(checkpoint: Path, search: Literal["linear", "block"]) -> None:
     block, hidden = loud_block(checkpoint)  # the llama has three query heads to a value head
-    changed, _, ratios = AWQ(search=search, clip=False).prepare(block, formats(3), context_of(hidden))
+    changes = AWQ(search=search, clip=False).transform(block, formats(3), context_of(hidden))
+    changed, ratios = changes.folded, changes.metrics
     assert any(ratio > 0 for ratio in ratios.values())
     expected, found = block.with_weights({})(hidden), block.with_weights(changed)(hidden)
     assert torch.allclose(found, expected, atol=1e-4)  # measured: 4.2e-5
@@ -117,14 +118,16 @@ def test_clipping_of_each_group_is_the_best_of_those_tried() -> None:
 
 def test_query_and_key_are_not_clipped(checkpoint: Path) -> None:
     block, hidden = loud_block(checkpoint)
-    folded, clipped, _ = AWQ().prepare(block, formats(2), context_of(hidden))
+    changes = AWQ().transform(block, formats(2), context_of(hidden))
+    folded, clipped = changes.folded, changes.clipped
     assert all(not torch.equal(clipped[name], folded.get(name, block.weights[name])) for name in clipped)
     assert set(clipped) == set(block.linears) - {"self_attn.q_proj.weight", "self_attn.k_proj.weight"}
 
 
 def test_then_rounds_the_prepared_block(checkpoint: Path) -> None:
     block, hidden = loud_block(checkpoint)
-    folded, clipped, _ = AWQ().prepare(block, formats(3), context_of(hidden))
+    changes = AWQ().transform(block, formats(3), context_of(hidden))
+    folded, clipped = changes.folded, changes.clipped
     prepared = replace(block, weights={**block.weights, **folded, **clipped})
     for then in (RTN(), GPTQ()):
         expected = then.quantize_block(prepared, formats(3), context_of(hidden))
@@ -141,8 +144,8 @@ def test_then_rounds_the_prepared_block(checkpoint: Path) -> None:
 
 def test_choices_do_not_depend_on_how_the_stream_is_batched(checkpoint: Path) -> None:
     block, hidden = loud_block(checkpoint)
-    *_, one = AWQ().prepare(block, formats(3), context_of(hidden, batch=1))
-    *_, all_at_once = AWQ().prepare(block, formats(3), context_of(hidden, batch=8))
+    one = AWQ().transform(block, formats(3), context_of(hidden, batch=1)).metrics
+    all_at_once = AWQ().transform(block, formats(3), context_of(hidden, batch=8)).metrics
     assert one == all_at_once
 
 

@@ -59,7 +59,7 @@ def test_training_lowers_the_loss_on_its_text_and_leaves_early_blocks_alone(
 
 
 def test_a_run_that_does_not_fit_is_refused(checkpoint: Path, small_run: SmallRun) -> None:
-    with pytest.raises(InputError, match=r"method\.run=nothing: no record there"):
+    with pytest.raises(InputError, match=r"method\.run=nothing: no such run"):
         run(small_run(checkpoint, *TUNE, "method.run=nothing"))
     parent = run(small_run(checkpoint))
     with pytest.raises(InputError, match=r"was quantised to 3 bits in groups of 32; give the same quant="):

@@ -26,7 +26,7 @@ from lsiq.models.gguf_tensors import GGUFTensors
 from lsiq.models.loading import Model, load
 from lsiq.models.settings import ModelSettings
 from lsiq.models.widths import largest_group
-from lsiq.tables.runs import compact, read_runs, write_runs
+from lsiq.report.compact import compact, read_runs, write_runs
 from lsiq.tables.study import Sample
 from lsiq.tables.table import Cell, Row, Table
 

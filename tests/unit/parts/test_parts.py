@@ -253,7 +253,10 @@ def loss_at_the_start(parts: tuple[Part, ...], block: Block, context: Context) -
     ("plain", "searched"),
     [
         ((Clip(lr=1e-2),), (Clip(search=True, lr=1e-2),)),
-        ((Equivalent(), Clip(lr=1e-2)), (Equivalent(search=True), Clip(search=True, lr=1e-2))),
+        (
+            (Equivalent(weight_only_families=None), Clip(lr=1e-2)),
+            (Equivalent(search=True, weight_only_families=None), Clip(search=True, lr=1e-2)),
+        ),
     ],
     ids=["clip", "both"],
 )
@@ -277,8 +280,10 @@ def test_both_forms_of_clipping_start_at_the_same_grid(checkpoint: Path, form: s
 
 def test_parts_start_on_what_the_parts_before_them_left(checkpoint: Path) -> None:
     block, context = setting(checkpoint)
-    first, second = start_parts((Equivalent(), Singular(lr=1e-3, corner=0)), block, W2, context)
-    draft = Equivalent().apply(Draft(block.weights), first, block)
+    first, second = start_parts(
+        (Equivalent(weight_only_families=None), Singular(lr=1e-3, corner=0)), block, W2, context
+    )
+    draft = Equivalent(weight_only_families=None).apply(Draft(block.weights), first, block)
     name = block.linears[0]
     u, s, vh = (second.constants[f"{name}:{key}"] for key in ("u", "s", "vh"))
     assert torch.allclose((u * s) @ vh, draft.weights[name], atol=1e-5)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import resource
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.configuration import compose_run
-from helpers.interruption import at_rename, before_rename, interrupt, only_run, outcome
+from helpers.interruption import at_rename, before_rename, interrupt, only_run, outcome, soon_interrupted
 from helpers.models import load_small
 from omegaconf import DictConfig
 
@@ -197,9 +196,7 @@ def test_who_is_interrupted_while_waiting_for_a_block_can_wait_again(tmp_path: P
     store.open()
     with held_up("block_000.safetensors") as gate:
         before = store.write(0, result(0.0))
-        stop = partial(signal.pthread_kill, threading.get_ident(), signal.SIGINT)
-        threading.Timer(0.2, stop).start()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), soon_interrupted(0.2):
             store.write(1, result(1.0), before)
         gate.set()
         store.wait()

@@ -1,0 +1,15 @@
+"""What differs between the releases of hydra that this package runs with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def version_base() -> dict[str, Any]:
+    """Return what hydra's entry points are told, so that all releases behave as 1.3 does.
+
+    Without it 1.3 behaves as 1.1 did, and warns; 1.4 has one behaviour, and warns that the word is superfluous.
+    """
+    from hydra import __version__
+
+    return {"version_base": "1.3"} if __version__.startswith("1.3.") else {}
