@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -54,6 +55,15 @@ def without(units: Sequence[Unit], fixed: Mapping[str, WeightFormat]) -> Iterato
         left = tuple(name for name in unit.linears if f"{unit.block}.{name}" not in fixed)
         if left:
             yield Unit(unit.name, unit.block, left)
+
+
+def check_solver(quant: QuantSettings) -> None:
+    """Raise ConfigError where bits are to be shared out and nothing is installed that finds the best way."""
+    if quant.allocate.active and importlib.util.find_spec("scipy") is None:
+        raise ConfigError(
+            "quant.allocate: the choice of formats is found by scipy, which is not installed; pip install "
+            "'lsiq[allocate]', or give a plan that is there as quant.plan=FILE"
+        )
 
 
 def budget_of(

@@ -125,8 +125,7 @@ def test_linears_with_formats_of_their_own_read_back(
     if refused is not None:
         return
     exporter.write(source, tmp_path)
-    settings = parse(compose_run(f"model.path={checkpoints['llama']}")).model
-    (found,) = verify(exporter, source, settings, 0, tmp_path)
+    (found,) = verify(exporter, source, model_settings(checkpoints["llama"]), 0, tmp_path)
     assert found["status"] == "read"
     assert found["difference"] <= TOLERANCE / 100  # measured: 0.0
 
