@@ -21,6 +21,7 @@ from lsiq.export.source import Source
 from lsiq.export.verify import verify
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
+from lsiq.formats.key_value import KeyValue
 from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.formats.placed import place
 from lsiq.formats.quant import QuantSettings
@@ -44,15 +45,32 @@ QUANTS = {
     "w8a8": QuantSettings(weight=Integer(bits=8, scale="float16"), activation=LINEARS_ONLY),
     "w8a8-attention": QuantSettings(weight=Integer(bits=8, scale="float16"), activation=Activation(bits=8)),
     "w4a4": QuantSettings(weight=Integer(bits=4, scale="float16"), activation=Activation(bits=4, attention=False)),
+    "kv8": QuantSettings(weight=Integer(bits=4, group=32, scale="float16"), activation=FLOAT, kv=KeyValue(bits=8)),
+    "kv8-groups": QuantSettings(
+        weight=Integer(bits=4, group=32, scale="float16"), activation=FLOAT, kv=KeyValue(bits=8, group=8)
+    ),
     "blocks": QuantSettings(weight=MXInt(bits=4), activation=FLOAT),
     "blocks-a8": QuantSettings(weight=MXInt(bits=4), activation=MXActivation(bits=8, attention=False)),
 }
 # What each layout holds, and nothing else of the above; other layouts say for themselves what they hold.
 HELD = {
-    "compressed-tensors": {"w2g32", "w3", "w4g32-sym", "w4g16", "w5g32", "w8g32", "w8g32-sym", "wide-scales", "w8a8"},
+    "compressed-tensors": {
+        "w2g32",
+        "w3",
+        "w4g32-sym",
+        "w4g16",
+        "w5g32",
+        "w8g32",
+        "w8g32-sym",
+        "wide-scales",
+        "w8a8",
+        "kv8",
+    },
     "gguf": {"w2g32", "w3", "w4g32-sym", "w5g32", "w8g32-sym"},
     "gptq": {"w2g32", "w3", "w4g32-sym", "w8g32", "w8g32-sym"},
-    "plain": {name for name, quant in QUANTS.items() if not quant.activation.active and name != "float"},
+    "plain": {
+        name for name, quant in QUANTS.items() if not (quant.activation.active or quant.kv.rounds or name == "float")
+    },
 }
 
 
