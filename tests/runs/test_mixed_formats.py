@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.configuration import compose_run
+from helpers.interruption import at_rename, interrupt
 from omegaconf import DictConfig
 
 import lsiq.experiment.allocate
@@ -219,3 +220,17 @@ def test_a_dry_run_says_what_sharing_bits_out_takes(small_run: SmallRun, model: 
     assert record.seconds["allocate"] > 0
     with pytest.raises(ConfigError, match="matches no linear"):
         run(small_run(model, "dry_run=true", "quant.rules=[{match: fc1, format: w8g32}]"))
+
+
+def test_a_run_that_stopped_goes_on_with_the_formats_it_had_chosen(
+    model: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["quant.allocate.bits=4.0", CHOICES, "quant.allocate.samples=1", "paths.cache=null"]
+    undisturbed = run(small_run(model, *words, f"paths.runs={tmp_path / 'other'}"))
+    with at_rename("block_001.safetensors", interrupt), pytest.raises(KeyboardInterrupt):
+        run(small_run(model, *words))
+    monkeypatch.setattr(lsiq.experiment.allocate, "_measure", pytest.fail)  # the plan lies beside the record
+    again = run(small_run(model, *words))
+    assert again.status == "finished"
+    assert again.metrics == undisturbed.metrics
+    assert again.plan == undisturbed.plan
