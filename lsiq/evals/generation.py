@@ -226,11 +226,10 @@ class Writer:
     def _next(self, state: _State, tokens: Tensor) -> None:
         """Read the tokens `(batch,)` that were chosen."""
         state.mask = torch.cat([state.mask, state.mask.new_ones(len(tokens), 1)], 1)
+        positions = state.mask.sum(1, keepdim=True) - 1
+        cache: dict[str, Any] = {CACHE: state.cache}
         hidden, kwargs = self.model.enter(
-            input_ids=tokens[:, None],
-            attention_mask=state.mask,
-            position_ids=state.mask.sum(1, keepdim=True) - 1,
-            **{CACHE: state.cache},
+            input_ids=tokens[:, None], attention_mask=state.mask, position_ids=positions, **cache
         )
         state.logits = self._through(hidden, kwargs, state)
 

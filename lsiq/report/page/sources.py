@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lsiq.errors import InputError
 from lsiq.report.compact import Run, compact, read_runs
-from lsiq.report.runs import find_run
+from lsiq.results.find import find_run
 from lsiq.results.record import Record, read_record
 
 
