@@ -30,6 +30,9 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
+# What chooses codes, for formats of any kind.
+QUANTISING = {"methods", "parts", "learning"}
+
 
 def imports(file: Path, types: bool = True) -> Iterator[str]:
     """The modules of the package that a file imports, inside functions as well, and for `types` alone if asked for."""
@@ -85,3 +88,12 @@ def test_no_two_modules_need_each_other() -> None:
         if file.name == "__init__.py":  # a folder may pass on names of its own modules
             graph[module] = {name for name in graph[module] if not name.startswith(f"{module}.")}
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_what_quantises_knows_no_number_format_by_name() -> None:
+    """Methods, parts and the learner take any format: they import what formats have in common, never one of them."""
+    common = {"base", "factors", "grid", "low_rank", "quant", "rounding", "tensor"}
+    kinds = {f"lsiq.formats.{file.stem}" for file in (PACKAGE / "formats").glob("*.py") if file.stem not in common}
+    assert {"lsiq.formats.integer", "lsiq.formats.mxint"} < kinds
+    named = {module: kinds & imported for module, imported in GRAPH.items() if room(module) in QUANTISING}
+    assert not {module: formats for module, formats in named.items() if formats}

@@ -8,10 +8,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lsiq.cli.compose import compose
+from lsiq.report.compact import Run
 from lsiq.settings import find_target
 from lsiq.tables.papers.layout import BUNDLED
 from lsiq.tables.protocol import STUDY
-from lsiq.tables.runs import Run
 from lsiq.tables.study import Runs, Sample, load
 
 WIDTHS = ("w2a16g128", "w3a16g128", "w4a16g128", "w4a4", "w4a8-mxint")

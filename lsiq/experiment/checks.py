@@ -1,10 +1,9 @@
-"""What is refused once the model is there: formats, lengths and processes that do not fit it."""
+"""What is refused once the model is there: formats and processes that do not fit it."""
 
 from __future__ import annotations
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import RunConfig
-from lsiq.experiment.lengths import check_window_lengths
 from lsiq.formats.placed import check_widths
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import chain
@@ -19,11 +18,6 @@ def check_formats(model: Model, quant: QuantSettings) -> None:
     head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
     quant.kv.check(head_dim)
     check_widths(quant, {name: block.get_submodule(name).in_features for name in model.spec.linears})  # type: ignore[misc]
-
-
-def check_lengths(model: Model, config: RunConfig, prefix: int = 0) -> None:
-    """Raise ConfigError where a window, after `prefix` tokens, is longer than the positions the model knows."""
-    check_window_lengths(config, getattr(model.config, "max_position_embeddings", None), prefix)
 
 
 def check_processes(config: RunConfig, samples: int) -> None:

@@ -65,8 +65,8 @@ class RunConfig:
             and not all(fmt.trains_steps or fmt.bits == 16 for fmt in self.quant.formats)
         ):
             raise ValueError(
-                f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are powers of two and "
-                "cannot be trained; use method.scales=null or an integer format"
+                f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are stored in a few "
+                "bits and cannot be trained; use method.scales=null or an integer format"
             )
         if (
             rounded := [rule.match for rule in self.quant.rules if rule.match in OUTSIDE and rule.format.bits < 16]
@@ -89,6 +89,17 @@ class RunConfig:
         if isinstance(self.method, WholeMethod):
             return f"by method={self.method.name}, which compares outputs of the float head"
         return None
+
+    def check_lengths(self, limit: int | None, prefix: int = 0) -> None:
+        """Raise ConfigError where a window, after `prefix` tokens, is longer than the `limit` positions of a model."""
+        calibrates = self.calib.corpus is not None or self.calib.written
+        lengths = {"calib.seqlen": self.calib.seqlen} if calibrates else {}
+        lengths |= {"eval.seqlen": self.eval.seqlen} if self.eval.corpora else {}
+        for key, seqlen in lengths.items():
+            if limit is not None and prefix + seqlen > limit:
+                after = f" and the prefix takes {prefix}" if prefix else ""
+                most = limit - prefix
+                raise ConfigError(f"{key}={seqlen}: the model has {limit} positions{after}; use at most {most}")
 
 
 def with_formats(config: RunConfig, quant: QuantSettings) -> RunConfig:

@@ -17,7 +17,7 @@ from lsiq.errors import InputError
 from lsiq.evals.windows import STATES_BYTES
 from lsiq.experiment.allocate import ROOM
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
-from lsiq.experiment.checks import check_formats, check_lengths
+from lsiq.experiment.checks import check_formats
 from lsiq.experiment.probe import (
     EvaluationCost,
     ProbedBlock,
@@ -73,7 +73,7 @@ class Estimate:
         self.model, self.checkpoint, drawing = probe_model(config, self.folder, blocks, self.device)
         loading = time.perf_counter() - start
         check_formats(self.model, config.quant)
-        check_lengths(self.model, config)
+        config.check_lengths(self.model.limit)
         self._size()
         if config.model.weights != "random":  # what was drawn is read instead
             loading += self.outside * self.per_byte - drawing

@@ -23,7 +23,6 @@ from lsiq.data.lengths import too_short
 from lsiq.errors import ConfigError, InputError
 from lsiq.evals.task_names import check_tasks
 from lsiq.experiment.config import with_formats
-from lsiq.experiment.lengths import check_window_lengths
 from lsiq.formats.placed import check_widths, fixed, place_or_try
 from lsiq.methods.base import chain
 from lsiq.methods.lqer import LQER
@@ -73,7 +72,7 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
         config = with_formats(config, place_or_try(config.quant, depth, spec.linears, config.model.name))
     if shapes:
         _check_linears(config, find_spec(shape["model_type"], str(folder)), shapes, shape)
-    check_window_lengths(config, shape.get("max_position_embeddings"))
+    config.check_lengths(shape.get("max_position_embeddings"))
     for corpus in config.eval.corpora:
         path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
         _check_text(corpus, "evaluation", path, tuple(config.eval.fields), config.eval.seqlen, "eval.seqlen", folder)

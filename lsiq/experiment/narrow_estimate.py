@@ -11,7 +11,6 @@ import torch
 
 from lsiq.evals.windows import STATES_BYTES
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
-from lsiq.experiment.checks import check_lengths
 from lsiq.experiment.estimate import READING, Estimate, ahead_of
 from lsiq.experiment.narrow_model import Narrow, Shape, host_bytes, narrowed
 from lsiq.experiment.probe import architecture, probe_architecture
@@ -42,7 +41,7 @@ class NarrowEstimate(Estimate):
         narrow = narrowed(shape, config.quant, min(self.depth, depth))
         start = time.perf_counter()
         self.model, self.checkpoint, drawing = probe_architecture(config, narrow, self.device)
-        check_lengths(self.model, config)
+        config.check_lengths(self.model.limit)
         self.outside, self.block_bytes = 2 * self.true.outside, 2 * self.true.weights
         self.per_byte = drawing / (2 * Shape.of(narrow).outside) if config.model.weights == "random" else 1 / READING
         self.mapped = self._mapped()

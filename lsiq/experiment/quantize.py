@@ -13,7 +13,6 @@ from typing import Any
 import pandas
 from torch import Tensor
 
-from lsiq.experiment.checks import check_lengths
 from lsiq.experiment.config import RunConfig
 from lsiq.experiment.evaluate import SCORES
 from lsiq.methods.base import Method, WholeMethod
@@ -132,7 +131,7 @@ def prepare_model(
     prepared = prepare(method, config.quant, model, tokens, config.calib.batch, config.seed, store)
     record.took("prepare", record.seconds.get("prepare", 0.0) + time.perf_counter() - start)
     record.prefix = [] if prepared.prefix is None else prepared.prefix.tokens.tolist()
-    check_lengths(model, config, len(record.prefix))
+    config.check_lengths(model.limit, len(record.prefix))
     return prepared
 
 

@@ -18,7 +18,7 @@ from lsiq.evals.harness import check_tasks
 from lsiq.evals.tasks import Tasks, load_tasks
 from lsiq.experiment.allocate import placed_formats
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE, calibration_tokens
-from lsiq.experiment.checks import check_formats, check_lengths, check_processes
+from lsiq.experiment.checks import check_formats, check_processes
 from lsiq.experiment.config import with_formats
 from lsiq.experiment.evaluate import SCORES, evaluate, evaluation_windows, open_cache
 from lsiq.experiment.export import export
@@ -88,7 +88,7 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
         if (choice := precision_of(config.method, model.device, model.dtype, cache)) is not None:
             record.training_precision = asdict(choice)
     check_formats(model, config.quant)
-    check_lengths(model, config)
+    config.check_lengths(model.limit)
     texts = read_texts(request, model, store, record)
     check_tasks(model, texts.tasks)
     stream_folder = folder if config.paths.streams == "disk" else None

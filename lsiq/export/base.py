@@ -108,12 +108,16 @@ def refuse_float(quant: QuantSettings, name: str) -> None:
         raise ValueError(f"{name} holds quantised weights, but quant={quant.name} quantises none; choose another quant")
 
 
-def integers(fmt: WeightFormat, name: str) -> Integer:
-    """Return the weight format; ValueError unless it is integers in groups, all that these formats hold."""
+def integers(fmt: WeightFormat, name: str, beside: str = "") -> Integer:
+    """Return the weight format; ValueError unless it is integers in groups, all that these formats hold.
+
+    Args:
+        beside: what the format holds besides, for the message.
+    """
     if not isinstance(fmt, Integer):
         raise ValueError(
-            f"{name} holds integers in groups, not quant.weight._target_={type(fmt).__name__}; use export=plain, or "
-            "quantise to integers"
+            f"{name} holds integers in groups{beside}, not quant.weight of {fmt.words}; use export=plain, or quantise "
+            "to what it holds"
         )
     return fmt
 
@@ -123,7 +127,7 @@ def refuse_activations(quant: QuantSettings, name: str) -> None:
     if quant.activation.active:
         raise ValueError(
             f"{name} says nothing of activations, but quant={quant.name} rounds them to {quant.activation.bits} bits; "
-            "use export=compressed-tensors (8 bits), or a weight-only quant"
+            "use export=compressed-tensors (8 bits, or floating-point formats), or a weight-only quant"
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lsiq.export import float_layouts
 from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float, rounded_formats
 from lsiq.formats.activation import Activation
 from lsiq.settings import settings
@@ -25,7 +27,7 @@ _NAME = "export=compressed-tensors"
 
 @settings
 class CompressedTensors(Destination):
-    """`pack-quantized` for float activations, `int-quantized` for 8-bit weights and activations.
+    """`pack-quantized` for float activations, `int-quantized` for 8-bit weights and activations, and those of floats.
 
     pack-quantized, per linear: `weight_packed (out, ceil(in · bits / 32))` int32, codes packed along the inputs;
     `weight_scale (out, groups)`; `weight_shape (2,)`; asymmetric, `weight_zero_point (ceil(out · bits / 32), groups)`
@@ -33,7 +35,7 @@ class CompressedTensors(Destination):
     `weight_zero_point (out, 1)` int8; activations are quantised while the model runs, one range per token.
 
     The layout counts codes and zero points from `-2^(bits-1)` and packs them with that added: the numbers of
-    `QuantizedTensor`, which count from 0, are what is packed.
+    `QuantizedTensor`, which count from 0, are what is packed. Floating-point weights: `lsiq.export.float_layouts`.
     """
 
     @property
@@ -55,8 +57,12 @@ class CompressedTensors(Destination):
 
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=compressed-tensors")
-        activation, weights = quant.activation, [integers(fmt, _NAME) for fmt in rounded_formats(quant)]
         _check_cache(quant)
+        if _float_layout(quant) is not None:
+            float_layouts.check_activation(quant)
+            return
+        beside = ", FP8 (e4m3), MXFP4, MXFP6 (e2m3), MXFP8 (e4m3) and NVFP4 in their usual blocks"
+        activation, weights = quant.activation, [integers(fmt, _NAME, beside) for fmt in rounded_formats(quant)]
         if not activation.active:
             return
         if activation.bits != 8 or any(weight.bits != 8 or weight.group is not None for weight in weights):
@@ -81,14 +87,29 @@ class CompressedTensors(Destination):
     def stored(self, result: BlockResult) -> dict[str, Tensor]:
         from lsiq.export.source import decoded
 
-        return decoded(result)
+        return {
+            name: float_layouts.as_read(tensor) if name in result.weights and _halved(result.weights[name]) else tensor
+            for name, tensor in decoded(result).items()
+        }
 
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.shards import copy_companions, write_json, write_packed
 
-        write_packed(source, folder, _integers if source.quant.activation.active else _packed)
+        write_packed(source, folder, _layout(source.quant))
         write_json(folder / "config.json", {**source.config, "quantization_config": _config(source)})
         copy_companions(source, folder)
+
+
+def _layout(quant: QuantSettings) -> Callable[[QuantizedTensor], dict[str, Tensor]]:
+    """Return what lays out a linear's weight."""
+    if _float_layout(quant) is not None:
+        return lambda weight: {**float_layouts.weight_parts(weight), **float_layouts.input_parts(quant)}
+    return _integers if quant.activation.active else _packed
+
+
+def _halved(weight: QuantizedTensor) -> bool:
+    """Whether the library hands the weight out in bfloat16 although that does not hold it."""
+    return weight.format.family == "nvfp"
 
 
 def _packed(weight: QuantizedTensor) -> dict[str, Tensor]:
@@ -134,6 +155,11 @@ def _check_cache(quant: QuantSettings) -> None:
 def _config(source: Source) -> dict[str, Any]:
     """Return the settings that loaders read: one group for all linears, or one for each format."""
     activation = source.quant.activation
+    if (layout := _float_layout(source.quant)) is not None:
+        stated = float_layouts.inputs_config(activation)
+        weights = float_layouts.weights_config(source.quant.weight)
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": stated}
+        return _described(source, layout, {"group_0": group}, [])
     inputs = None
     if isinstance(activation, Activation) and activation.active:
         inputs = {
@@ -148,10 +174,19 @@ def _config(source: Source) -> dict[str, Any]:
         f"group_{number}": {"targets": targets, "weights": _weights(fmt), "input_activations": inputs}
         for number, (fmt, targets) in enumerate(by_format.items())
     }
+    return _described(source, "int-quantized" if activation.active else "pack-quantized", groups, floats)
+
+
+def _float_layout(quant: QuantSettings) -> str | None:
+    """Return the layout of floating-point weights, which is one for all linears."""
+    return None if quant.mixed else float_layouts.layout(quant)
+
+
+def _described(source: Source, layout: str, groups: dict[str, Any], floats: list[str]) -> dict[str, Any]:
     cache = {"kv_cache_scheme": _cache(source.quant.kv)} if source.quant.kv.rounds else {}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if activation.active else "pack-quantized",
+        "format": layout,
         "quantization_status": "compressed",
         "ignore": [*source.float_linears, *floats],
         "config_groups": groups,
@@ -259,11 +294,16 @@ def _load_groups(folder: Path) -> nn.Module:
 def _widen_scales(folder: Path, copy: Path) -> None:
     import shutil
 
+    import torch
     from safetensors.torch import load_file, save_file
 
     for file in folder.glob("*.json"):
         shutil.copyfile(file, copy / file.name)
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
-        wide = {name: tensor.float() if name.endswith("_scale") else tensor for name, tensor in tensors.items()}
+        wide = {
+            name: tensor.float() if tensor.dtype == torch.float16 and name.endswith("_scale") else tensor
+            for name, tensor in tensors.items()
+            if not name.endswith("input_global_scale")  # of activations, which stay in float here
+        }
         save_file(wide, copy / file.name, metadata={"format": "pt"})

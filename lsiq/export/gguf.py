@@ -21,6 +21,7 @@ from lsiq.export.base import (
     rounded_formats,
 )
 from lsiq.export.gguf_types import BLOCK, RANGES
+from lsiq.formats.mxfp import MXFP
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from lsiq.export.source import Source
     from lsiq.formats.base import WeightFormat
-    from lsiq.formats.integer import Integer
     from lsiq.formats.quant import QuantSettings
     from lsiq.models.result import BlockResult
 
@@ -48,11 +48,12 @@ class GGUF(Destination):
         Q5_0 (5.5)                  -16 …  15    asymmetric 4;     symmetric 5
         Q8_0 (8.5)                 -128 … 127    asymmetric 5 to 7; symmetric 6 to 8
 
+    MXFP4 (4.25) holds 4-bit floating-point numbers in blocks of 32, codes and powers of two as they are.
     Norms and biases are float32, the embedding and the head keep their width.
     """
 
-    type: Literal["auto", "Q4_0", "Q5_0", "Q8_0", "F16", "F32"] = Field(
-        "auto", description="auto, Q4_0, Q5_0, Q8_0, F16 or F32"
+    type: Literal["auto", "Q4_0", "Q5_0", "Q8_0", "MXFP4", "F16", "F32"] = Field(
+        "auto", description="auto, Q4_0, Q5_0, Q8_0, MXFP4, F16 or F32"
     )
     round_scales: bool = Field(False, description="true rounds the float32 scales of a run to float16")
 
@@ -75,9 +76,20 @@ class GGUF(Destination):
         if self.type in ("F16", "F32"):
             return
         for fmt in rounded_formats(quant):
-            self._check_format(integers(fmt, "export=gguf"))
+            self._check_format(fmt, quant)
 
-    def _check_format(self, fmt: Integer) -> None:
+    def _check_format(self, fmt: WeightFormat, quant: QuantSettings) -> None:
+        if holds_blocks(fmt):
+            if self.type not in ("auto", "MXFP4"):
+                raise ValueError(
+                    f"export.type={self.type} holds integers, not quant={quant.name}; use export.type=MXFP4 or auto"
+                )
+            return
+        fmt = integers(fmt, "export=gguf", " and MXFP4 in blocks of 32")
+        if self.type == "MXFP4":
+            raise ValueError(
+                f"export.type=MXFP4 does not hold quant={quant.name}; use quant=w4a16-mxfp4 or another type"
+            )
         if (exact := exact_type(fmt)) is None:
             raise ValueError(
                 f"export=gguf: no type holds an asymmetric grid of {fmt.bits} bits exactly; the nearest is Q8_0 with "
@@ -115,6 +127,8 @@ class GGUF(Destination):
             return decoded(result)
         if self.type == "F16":
             return {name: x.half() if name in result.weights else x for name, x in decoded(result).items()}
+        if all(holds_blocks(weight.format) for weight in result.weights.values()):
+            return decoded(result)
         return decoded(with_half_scales(result))
 
     def write(self, source: Source, folder: Path) -> None:
@@ -124,15 +138,21 @@ class GGUF(Destination):
 
     def _type_of(self, fmt: WeightFormat) -> str:
         """Return the type that holds weights of a format."""
-        if self.type != "auto":
-            return self.type
-        kind = exact_type(integers(fmt, "export=gguf"))
+        kind = exact_type(fmt) if self.type == "auto" else self.type
         assert kind is not None  # `check` sees to it
         return kind
 
 
-def exact_type(fmt: Integer) -> str | None:
-    """The smallest type that holds every number `code - zero` of the grid, or None."""
+def holds_blocks(fmt: WeightFormat) -> bool:
+    """Whether the type MXFP4 holds the format."""
+    return isinstance(fmt, MXFP) and (fmt.element, fmt.block) == ("e2m1", BLOCK)
+
+
+def exact_type(fmt: WeightFormat) -> str | None:
+    """The smallest type that holds every number of the grid, `code - zero` of integers, or None."""
+    if holds_blocks(fmt):
+        return "MXFP4"
+    fmt = integers(fmt, "export=gguf")
     low, high = (-(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1) - 1) if fmt.symmetric else (-fmt.levels, fmt.levels)
     return next((kind for kind, (least, most) in RANGES.items() if least <= low and high <= most), None)
 

@@ -101,11 +101,14 @@ def encode(weight: QuantizedTensor, kind: str) -> np.ndarray:
 
     A block of Q8_0 is the scale and 32 signed bytes. Q4_0 and Q5_0 hold 32 numbers, counted from the least they can
     hold, as 16 bytes: number `i` in the low half of byte `i`, number `i + 16` in its high half. Q5_0 has the fifth
-    bits in four bytes before them.
+    bits in four bytes before them. MXFP4 holds codes in the same order behind the biased exponent of their scale.
     """
     if kind in ("F16", "F32"):
         return weight.decode().numpy().astype(np.float16 if kind == "F16" else np.float32)
     rows = len(weight.codes)
+    if kind == "MXFP4":
+        numbers = weight.codes.reshape(-1, BLOCK).numpy()
+        return np.concatenate([_exponents(weight.scale), _halves(numbers)], axis=1).reshape(rows, -1)
     groups = weight.format.grouped(weight.codes).to(torch.int16)
     numbers = (groups - weight.zero.to(torch.int16)).reshape(-1, BLOCK).numpy()
     repeats = groups.shape[2] // BLOCK
@@ -118,9 +121,18 @@ def encode(weight: QuantizedTensor, kind: str) -> np.ndarray:
         if kind == "Q5_0":
             fifth = ((unsigned >> 4) << np.arange(BLOCK, dtype=np.uint32)).sum(1, dtype=np.uint32)
             parts.append(fifth.astype("<u4")[:, None].view(np.uint8))
-        low = (unsigned & 15).astype(np.uint8)
-        parts.append(low[:, : BLOCK // 2] | low[:, BLOCK // 2 :] << 4)
+        parts.append(_halves((unsigned & 15).astype(np.uint8)))
     return np.concatenate(parts, axis=1).reshape(rows, -1)
+
+
+def _halves(numbers: np.ndarray) -> np.ndarray:
+    """Return 32 numbers below 16 as 16 bytes."""
+    return numbers[:, : BLOCK // 2] | numbers[:, BLOCK // 2 :] << 4
+
+
+def _exponents(scale: Tensor) -> np.ndarray:
+    """Return powers of two as biased exponents, a byte each: the exponent's bits of the float32 number."""
+    return (scale.reshape(-1, 1).view(torch.int32) >> 23).to(torch.uint8).numpy()
 
 
 def _float(tensor: Tensor) -> tuple[np.ndarray, str]:
@@ -153,7 +165,8 @@ def _add_settings(writer: Any, source: Source, kind: str) -> None:
     # llama.cpp's llama attends to everything: within the window that is the same function.
     if getattr(config, "sliding_window", None):
         positions = min(positions, config.sliding_window)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+    names = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}  # the only name that there is for MXFP4
+    writer.add_file_type(gguf.LlamaFileType[names.get(kind, f"MOSTLY_{kind}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(positions)

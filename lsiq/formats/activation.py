@@ -37,6 +37,8 @@ class Activation:
     attention: bool = Field(True, description="true quantises queries, keys and values as well")
     softmax: bool = Field(False, description="true quantises the attention weights as well")
 
+    family, factors = "", "float16"
+
     def __post_init__(self) -> None:
         check_activation_bits(self.bits)
 
@@ -47,6 +49,10 @@ class Activation:
     @property
     def suffix(self) -> str:
         return ""
+
+    @property
+    def number(self) -> str:
+        return str(self.bits)
 
     @property
     def words(self) -> str:

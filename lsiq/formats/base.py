@@ -42,6 +42,21 @@ class ActivationFormat(Protocol):
         ...
 
     @property
+    def family(self) -> str:
+        """The name of its kind, as `Grid.family` has it; empty for formats whose width stands only in front."""
+        ...
+
+    @property
+    def number(self) -> str:
+        """What a number is called where multiplications are counted, as `Grid.number` has it."""
+        ...
+
+    @property
+    def factors(self) -> str:
+        """The format of low-rank factors that such activations are multiplied with: a key of `factors.FACTORS`."""
+        ...
+
+    @property
     def words(self) -> str:
         """The format in words, for model cards."""
         ...

@@ -1,8 +1,10 @@
-"""What all weight formats share: a uniform grid of codes per group of inputs, and the arithmetic between the two."""
+"""What all weight formats share: a grid of codes per group of inputs, uniform unless a format says otherwise."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from lsiq.errors import ConfigError
@@ -23,6 +25,8 @@ class Grid(ABC):
         lowest: the smallest code.
         width_key: the setting that says how wide groups are.
         separator: what stands between the bits and the suffix in the name of a setting.
+        family: what weight and activation formats of one kind share in their names; its width follows it there. Empty
+            for formats whose width stands only in front.
         trains_steps: whether steps are numbers of their own that can be trained, not powers of two or the like.
     """
 
@@ -30,6 +34,7 @@ class Grid(ABC):
     lowest = 0
     width_key = "group"
     separator = "-"
+    family = ""
     trains_steps = False
 
     @property
@@ -41,6 +46,11 @@ class Grid(ABC):
     @abstractmethod
     def width(self) -> int | None:
         """Inputs that share a scale; None for a whole output channel."""
+
+    @property
+    def number(self) -> str:
+        """What a number is called where multiplications are counted: the width of an integer, or e2m1 and the like."""
+        return str(self.bits)
 
     @property
     @abstractmethod
@@ -123,6 +133,45 @@ class Grid(ABC):
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the weight that each code stands for; `codes` have the dtype of the scale."""
         return (codes - zero) * scale
+
+    def fit_beside(self, lo: Tensor, hi: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of some groups of a matrix whose groups had `scale (out, groups, 1)` before.
+
+        It is `fit`, but for formats in which something is shared by the whole matrix: that stays.
+        """
+        del scale
+        return self.fit(lo, hi)
+
+    def spacing(self, w: Tensor, scale: Tensor) -> Tensor:
+        """Return how far apart the grid's points lie around each of `w (out, groups, width)`; broadcasts against it."""
+        del w
+        return scale
+
+    def mean_steps(self, w: Tensor) -> Tensor:
+        """Return how far apart the grid's points lie around the weights `(out, in)`, the mean of each group.
+
+        The grid is the one that spans them; `(out, groups, 1)`.
+        """
+        scale, _ = self.fit(*self.extremes(w))
+        return self.spacing(self.grouped(w), scale).mean(-1, keepdim=True)
+
+    def place(self, w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Return where in its cell each weight stands, in distances to the neighbour on its side; 0 is the centre.
+
+        Args:
+            w, codes: `(out, groups, width)`, the codes in the dtype of the scale.
+        """
+        return w / scale - (codes - zero)
+
+    def placed(self, codes: Tensor, place: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Return the weights that stand at `place` in the cells of `codes`, both `(out, groups, width)`."""
+        return (codes - zero + place) * scale
+
+    def narrowed(self, in_features: int) -> Grid:
+        """Return the format with the widest groups that divide both its own and `in_features`."""
+        if self.width is None or in_features % self.width == 0:
+            return self
+        return replace(self, **{self.width_key: math.gcd(self.width, in_features)})  # type: ignore[type-var]
 
 
 def check_divides(key: str, width: int | None, in_features: int, name: str, way_out: str = "") -> None:

@@ -163,6 +163,18 @@ class Running:
         return self.activation.suffix
 
     @property
+    def family(self) -> str:
+        return self.activation.family
+
+    @property
+    def number(self) -> str:
+        return self.activation.number
+
+    @property
+    def factors(self) -> str:
+        return self.activation.factors
+
+    @property
     def words(self) -> str:
         return self.activation.words
 

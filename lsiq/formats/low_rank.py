@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsiq.formats.mxint import MXInt, narrowed
+from lsiq.formats.base import WeightFormat
 from lsiq.formats.tensor import QuantizedTensor, quantize
 
 Factor = Tensor | QuantizedTensor
@@ -35,6 +35,11 @@ class SideBranch:
         return self.up.format.bits if isinstance(self.up, QuantizedTensor) else 16
 
     @property
+    def number(self) -> str:
+        """What a value of a factor is called where multiplications are counted."""
+        return self.up.format.number if isinstance(self.up, QuantizedTensor) else "16"
+
+    @property
     def stored_bits(self) -> int:
         return sum(f.stored_bits if isinstance(f, QuantizedTensor) else 16 * f.numel() for f in (self.up, self.down))
 
@@ -47,17 +52,18 @@ class SideBranch:
         return SideBranch(self.up.cpu(), self.down.cpu())
 
 
-def round_factors(up: Tensor, down: Tensor, fmt: MXInt | None, name: str) -> SideBranch:
+def round_factors(up: Tensor, down: Tensor, fmt: WeightFormat | None, name: str) -> SideBranch:
     """Return the branch with its factors in `fmt`, or in float16 where that is None.
 
     Blocks run along what each product sums over, as in a dot product's hardware: `rank` of `up`, `in` of `down`. Where
-    16 does not divide them the blocks are smaller.
+    those of the format do not divide them the blocks are smaller.
     """
+    up, down = up.contiguous(), down.contiguous()  # as they are read back: the strides decide the last bit of products
     if fmt is None:
         return SideBranch(up.to(torch.float16), down.to(torch.float16))
     return SideBranch(
-        quantize(up, narrowed(fmt, up.shape[1]), f"{name}, up"),
-        quantize(down, narrowed(fmt, down.shape[1]), f"{name}, down"),
+        quantize(up, fmt.narrowed(up.shape[1]), f"{name}, up"),
+        quantize(down, fmt.narrowed(down.shape[1]), f"{name}, down"),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import TYPE_CHECKING, Literal
 
@@ -109,6 +108,8 @@ class MXActivation:
     attention: bool = Field(True, description="true quantises queries, keys and values as well")
     softmax: bool = Field(False, description="true quantises the attention weights as well")
 
+    family = ""
+
     def __post_init__(self) -> None:
         check_activation_bits(self.bits)
 
@@ -120,6 +121,14 @@ class MXActivation:
     def suffix(self) -> str:
         """What tells this format from the usual one."""
         return _suffix(self.block, self.exponent)
+
+    @property
+    def number(self) -> str:
+        return str(self.bits)
+
+    @property
+    def factors(self) -> str:
+        return "mxint8" if self.active else "float16"
 
     @property
     def words(self) -> str:
@@ -152,11 +161,6 @@ def power_of_two_step(reach: Tensor, bits: int, exponent: int) -> Tensor:
     power = (power - (mantissa == 0.5).int()).masked_fill(mantissa == 0, -bias).clamp(-bias, bias + 1)
     biased = (power - bits + 1).clamp(_SMALLEST, _LARGEST) + 127
     return (biased.int() << 23).view(torch.float32).to(reach.dtype)
-
-
-def narrowed(fmt: MXInt, width: int) -> MXInt:
-    """Return `fmt` with the largest block that divides both its own and `width`."""
-    return MXInt(bits=fmt.bits, block=math.gcd(fmt.block, width), exponent=fmt.exponent)
 
 
 def _suffix(block: int, exponent: int) -> str:

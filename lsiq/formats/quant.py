@@ -48,8 +48,9 @@ class QuantSettings:
     def name(self) -> str:
         """The field's name of the setting, such as w4a16g128; made from the formats, so an override cannot belie it.
 
-        Formats other than integers say their own name; activations in another format than the weights add theirs.
-        Where linears have formats of their own the name says how they came by them.
+                Formats other than integers say their own name; activations in another format than the weights add theirs.
+        Where both are of a family that has its width in its name, that is all: mxfp4, or mxfp4a8 for other activations
+        of it. Where linears have formats of their own the name says how they came by them.
         """
         if self.plan is not None or self.allocate.active:
             bits = "" if self.allocate.bits is None else f"{self.allocate.bits:g}"
@@ -62,6 +63,10 @@ class QuantSettings:
         if self.weight.bits == 16 and self.activation.bits == 16:
             return "fp16"
         weight, activation = self.weight, self.activation
+        if weight.family and weight.family == activation.family and activation.active:
+            if activation.suffix == weight.suffix:
+                return weight.suffix
+            return f"{weight.suffix}a{activation.suffix.removeprefix(activation.family)}"
         name = f"w{weight.bits}a{activation.bits}{weight.separator}{weight.suffix}"
         if not activation.active or activation.suffix == (weight.suffix if weight.separator else ""):
             return name

@@ -11,13 +11,14 @@ backward kernel makes all of that again from `W` and `P`, so nothing else is kep
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lsiq.formats.base import WeightFormat
 from lsiq.formats.integer import MAX_SCALE, MIN_SCALE, Integer
 
 TILE = 1024  # elements of a tile, unless one group is wider: eight to a thread, which leaves registers for many tiles
@@ -218,6 +219,11 @@ def fake_backward(
             column_sum += tl.sum(to_w * base * rows, 0)
     if COLUMNS:
         tl.store(column_sum_ptr + part * width + c, column_sum, mask=within < GROUP)
+
+
+def covers(fmt: WeightFormat) -> TypeGuard[Integer]:
+    """Whether these kernels round to the format."""
+    return isinstance(fmt, Integer) and fmt.bits <= 8
 
 
 @dataclass(frozen=True)

@@ -35,16 +35,18 @@ def merge(draft: Draft, block: Block, quant: QuantSettings) -> BlockResult:
 def latents_of(draft: Draft, result: BlockResult, quant: QuantSettings) -> dict[str, Tensor]:
     """Return where in its cell of the grid each weight stands before it is rounded, in steps from the cell's centre.
 
+    Where steps differ from cell to cell, a step is the distance to the neighbour on the weight's side.
+
     By name of a linear's weight, `(out, in)`, float16, within EDGE of the centre: a weight beyond the grid's end stands
     at the outer edge of its last cell. Codes and latents together round to the codes.
     """
     latents = {}
     for name, stored in result.weights.items():
         weight, scale, zero = rounded_target(draft, name, quant)
-        grouped = stored.format.grouped
-        centre = grouped(stored.codes).to(scale.dtype) - zero
-        offset = (grouped(weight) / scale - centre).clamp(-EDGE, EDGE)
-        latents[name] = offset.reshape(weight.shape).half()
+        fmt = stored.format
+        codes = fmt.grouped(stored.codes).to(scale.dtype)
+        place = fmt.place(fmt.grouped(weight), codes, scale, zero).clamp(-EDGE, EDGE)
+        latents[name] = place.reshape(weight.shape).half()
     return latents
 
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsiq.formats.integer import Integer
 from lsiq.kernels.band import core_gradients, core_times
-from lsiq.kernels.fakequant import GroupRounding
+from lsiq.kernels.fakequant import GroupRounding, covers
 from lsiq.parts.base import Draft, Part, PartState
 from lsiq.parts.clip import Clip
 from lsiq.parts.equivalent import Equivalent
@@ -245,7 +244,7 @@ def _kind(part: Part) -> type:
 
 def uncovered(parts: Sequence[Part], states: Sequence[PartState], block: Block, quant: QuantSettings) -> str | None:
     """Why the kernels cannot make these weights, or None where they can."""
-    if not all(isinstance(fmt := quant.of(name), Integer) and fmt.bits <= 8 for name in block.linears):
+    if not all(covers(quant.of(name)) for name in block.linears):
         return "they round to integers of 2 to 8 bits"
     order = [Singular, Equivalent, Clip]
     kinds = [_kind(part) for part, state in zip(parts, states, strict=True) if state.parameters]

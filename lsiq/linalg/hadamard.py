@@ -48,10 +48,25 @@ def spreading(n: int, generator: torch.Generator) -> Tensor:
     return torch.kron(factor.contiguous(), doubled / power**0.5)
 
 
-def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
-    """Return `spreading(n)` with random signs in front, so that no pattern of the channels is met by its rows."""
-    signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
-    return signs[:, None] * spreading(n, generator)
+def random_hadamard(n: int, generator: torch.Generator, block: int | None = None, keep_mean: bool = False) -> Tensor:
+    """Return `spreading(n)` with random signs in front, so that no pattern of the channels is met by its rows.
+
+    Args:
+        block: rotates each run of so many channels by itself, or of the largest divisor of `n` below; None rotates all.
+        keep_mean: whether the all-ones direction stays where it is, see `mean_keeping`.
+    """
+    size = run_length(n, block)
+    runs = []
+    for _ in range(n // size):
+        signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
+        rotation = signs[:, None] * spreading(size, generator)
+        runs.append(mean_keeping(rotation) if keep_mean else rotation)
+    return torch.block_diag(*runs)
+
+
+def run_length(n: int, block: int | None) -> int:
+    """Return how many of `n` neighbouring channels are rotated together: the largest divisor up to `block`."""
+    return n if block is None else next(size for size in range(min(block, n), 0, -1) if n % size == 0)
 
 
 def mean_keeping(rotation: Tensor) -> Tensor:

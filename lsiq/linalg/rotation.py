@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsiq.linalg.hadamard import split, spreading
+from lsiq.linalg.hadamard import run_length, split, spreading
 
 # Where a rotation of queries and keys stands among those of linears' inputs.
 QUERY_KEY = "query_key"
@@ -97,15 +97,18 @@ class Rotation:
         return Rotation(self.stages + later.stages)
 
 
-def factored_hadamard(n: int, generator: torch.Generator) -> Rotation:
+def factored_hadamard(n: int, generator: torch.Generator, block: int | None = None) -> Rotation:
     """Return a random Hadamard rotation of `n` channels as a product of small blocks, with random signs in front.
 
     A Kronecker product of Hadamard matrices is one itself; each stage multiplies by one factor and rotates the channels
-    so that the next factor's come to stand side by side.
+    so that the next factor's come to stand side by side. With `block` there is one stage: each run of so many channels,
+    or of the largest divisor of `n` below, is rotated by itself.
     """
     stages: list[RotationStage] = []
     order = torch.arange(n)
     sign = torch.randint(0, 2, (n,), generator=generator).float() * 2 - 1
+    if (size := run_length(n, block)) < n:
+        return Rotation((RotationStage(order, sign, spreading(size, generator).float()[None]),))
     for size in _factors(n):
         stages.append(RotationStage(order, sign, spreading(size, generator).float()[None]))
         order, sign = torch.arange(n).view(-1, size).t().flatten(), torch.ones(n)

@@ -39,12 +39,16 @@ class Rotate(Wrapper):
     | down | what the last linear of the block reads | online |
     | query_key | queries and keys, head by head, after the rotary embedding | online |
 
+    With `block` neighbours alone are mixed. A format in blocks of 16 or 32 then has each outlier spread over just the
+    numbers that share its scale, and the online rotations cost as little as they can.
+
     An online rotation multiplies the input of a linear while the model runs; its share of the block's multiply-adds is
     the metric `online_share`, and its signs and small matrices count as stored bits. Scales cannot be folded where a
     rotation stands between producer and reader, so a learned or smoothing method in `then` leaves those channels out;
     behind `residual` and `value` it folds as ever, in the rotated channels.
 
-    Source: QuaRot (arXiv 2404.00456, section 4): residual, value, output, down and query_key.
+    Source: QuaRot (arXiv 2404.00456, section 4): residual, value, output, down and query_key; for blocks that fit the
+    format's, MR-GPTQ (arXiv 2509.23202).
     Deviation: QuaRot's output rotation is across heads only; here `output` mixes all channels. Widths without a known
     Hadamard matrix get a random rotation for their odd factor. `norm` is for models whose stream cannot be rotated.
     """
@@ -53,6 +57,11 @@ class Rotate(Wrapper):
         ["residual", "value", "down", "query_key"],
         min_length=1,
         description="a list of residual, norm, value, output, down and query_key",
+    )
+    block: int | None = Field(
+        None,
+        ge=2,
+        description="channels rotated together: the largest divisor of a width up to this, or null for all of a place",
     )
     then: Method = Field(description="the method that quantises the rotated block")
     label = "rotate"
@@ -81,7 +90,7 @@ class Rotate(Wrapper):
             return model
         if (reason := model.spec.why_not_rotatable(model.config)) is not None:
             raise InputError(f"method.places={self.places}: the residual stream cannot be rotated, for {reason}")
-        rotation = residual_rotation(model.config.hidden_size, model.spec.norm_subtracts_mean, generator)
+        rotation = residual_rotation(model.config.hidden_size, model.spec.norm_subtracts_mean, generator, self.block)
         rotation = rotation.to(model.device)
         return replace(model, residual=rotation if model.residual is None else model.residual @ rotation)
 
@@ -92,7 +101,7 @@ class Rotate(Wrapper):
         widths = {name: block.weights[f"{name}.weight"].shape[1] for name in block.spec.inputs(self.places)}
         if "query_key" in self.places:
             widths["query_key"] = block.head_dim
-        rotations = {place: factored_hadamard(width, context.generator) for place, width in widths.items()}
+        rotations = {place: factored_hadamard(width, context.generator, self.block) for place, width in widths.items()}
         return Transform(folded, rotations=rotations)
 
     def _fold_value(self, block: Block, context: Context) -> dict[str, Tensor]:
@@ -102,7 +111,7 @@ class Rotate(Wrapper):
         for group in block.groups:
             if group.kind == "value":
                 like = block.weights[f"{group.producer}.weight"]
-                rotation = random_hadamard(block.head_dim, context.generator).to(like)
+                rotation = random_hadamard(block.head_dim, context.generator, self.block).to(like)
                 return fold_value_rotation(block.weights, group, rotation, block.head_dim)
         raise InputError(
             "method.places: value cannot be folded behind a method that rotates the output projection's input; "

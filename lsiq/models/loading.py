@@ -65,10 +65,14 @@ class Model:
         return self if self.float_skeleton is None else replace(self, skeleton=self.float_skeleton, float_skeleton=None)
 
     @property
+    def limit(self) -> int | None:
+        """How many tokens a sequence may have, those of a prefix counted; None where nothing limits it."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
     def positions(self) -> int | None:
-        """How many tokens a sequence may have, after the prefix; None where nothing limits it."""
-        limit = getattr(self.config, "max_position_embeddings", None)
-        return limit if limit is None or self.prefix is None else limit - len(self.prefix.tokens)
+        """How many tokens a sequence may have after the prefix; None where nothing limits it."""
+        return self.limit if self.limit is None or self.prefix is None else self.limit - len(self.prefix.tokens)
 
     @property
     def depth(self) -> int:

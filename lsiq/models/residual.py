@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import InputError
-from lsiq.linalg.hadamard import mean_keeping, random_hadamard
+from lsiq.linalg.hadamard import random_hadamard
 from lsiq.models.spec import ModelSpec
 
 
-def residual_rotation(width: int, keep_mean: bool, generator: torch.Generator) -> Tensor:
+def residual_rotation(width: int, keep_mean: bool, generator: torch.Generator, block: int | None = None) -> Tensor:
     """Return a random Hadamard rotation `(d, d)` in float32 for the residual stream.
 
     Args:
         keep_mean: whether the model's norms subtract the mean.
+        block: rotates each run of so many channels by itself; None rotates all.
     """
-    rotation = random_hadamard(width, generator)
-    return (mean_keeping(rotation) if keep_mean else rotation).float()
+    return random_hadamard(width, generator, block, keep_mean).float()
 
 
 def rotate_block(weights: Mapping[str, Tensor], spec: ModelSpec, rotation: Tensor) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ class Draft:
         extremes: by name of a linear's weight, the ends `(out, groups, 1)` that the factors shrink, where they are not
             the smallest and largest weights of each group.
         offsets: by name of a linear's weight, what is added to each weight before it is rounded, `(out, in)`, in steps
-            of its grid; the grid itself is fitted without it.
+            of its grid there; the grid itself is fitted without it.
         softness: how much of the rounding is still left out, a scalar from 1 (all) to 0; None for 0. What is stored is
             rounded whatever it says.
     """
@@ -124,7 +124,9 @@ def rounded_target(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tenso
     scale, zero = quantized_ranges(draft, name, quant)
     weight = draft.weights[name]
     if (offset := draft.offsets.get(name)) is not None:
-        weight = weight + (quant.of(name).grouped(offset) * scale).reshape(weight.shape)
+        fmt = quant.of(name)
+        spacing = fmt.spacing(fmt.grouped(weight), scale)
+        weight = weight + (fmt.grouped(offset) * spacing).reshape(weight.shape)
     return weight, scale, zero
 
 

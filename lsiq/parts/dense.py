@@ -59,8 +59,7 @@ class Dense(PartTraits):
         constants: dict[str, Tensor] = {}
         if self.unit == "step":
             for name in names:
-                fmt = quant.of(name)
-                constants[f"{name}:step"], _ = fmt.fit(*fmt.extremes(block.weights[name]))
+                constants[f"{name}:step"] = quant.of(name).mean_steps(block.weights[name])
         return PartState(parameters, constants, bulky=frozenset(parameters))
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:

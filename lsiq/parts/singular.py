@@ -124,7 +124,7 @@ class Singular(PartTraits):
             if (fmt := quant.of(name)).bits == 16:
                 continue
             w = block.weights[name]
-            step = fmt.fit(*fmt.extremes(w))[0].mean()
+            step = fmt.mean_steps(w).mean()
             trained = sum(p.numel() for key, p in state.parameters.items() if key.startswith(f"{name}:"))
             unit = step * math.sqrt(w.numel() / trained)
             constants |= {f"{name}:unit": unit, f"{name}:u": constants[f"{name}:u"] * unit}

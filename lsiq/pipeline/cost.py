@@ -31,7 +31,8 @@ class BlockCost:
     Attributes:
         weights: how many original weights they have.
         stored_bits: of codes, scales, zero points, exponents, side branches and rotations done online.
-        macs: multiply-accumulates per token by width, weight times activation, such as `4x8`.
+        macs: multiply-accumulates per token by width, weight times activation, such as `4x8`; of
+            floating-point numbers by their type, such as `e2m1xe4m3`.
     """
 
     weights: int
@@ -49,14 +50,14 @@ def block_cost(result: BlockResult, quant: QuantSettings, online: int = 0, untou
     macs: Counter[str] = Counter()
     bits = weights = 0
     for weight in result.weights.values():
-        macs[f"{weight.format.bits}x{quant.activation.bits}"] += weight.codes.numel()
+        macs[f"{weight.format.number}x{quant.activation.number}"] += weight.codes.numel()
         weights += weight.codes.numel()
         bits += weight.stored_bits
     for branch in result.branches.values():
-        macs[f"{branch.bits}x{quant.activation.bits}"] += branch.rank * sum(branch.shape)
+        macs[f"{branch.number}x{quant.activation.number}"] += branch.rank * sum(branch.shape)
         bits += branch.stored_bits
     if untouched:
-        macs[f"16x{quant.activation.bits}"] += untouched
+        macs[f"16x{quant.activation.number}"] += untouched
         weights, bits = weights + untouched, bits + 16 * untouched
     bits += sum(rotation.stored_bits for rotation in result.rotations.values())
     if online:
@@ -134,13 +135,16 @@ def relative_area(macs: Mapping[str, int], weights: int) -> float | None:
     two integers takes the product of their widths, one of two halves `FLOAT16_AREA`. Adders, memory and control are in
     that constant or left out. Circuits that mix small integers with half precision have to convert between them, which
     costs more than the multipliers (LQER's table: 1.136 for integer weights with a float16 branch, 14 for 4-bit weights
-    under 16-bit activations): for them nothing is estimated.
+    under 16-bit activations): for them nothing is estimated. Neither is it for small floating-point numbers: adding
+    products of different exponents costs more than the multipliers, and no circuit of that table does it.
 
     Source: in the manner of LQER (arXiv 2402.02446, table of circuit areas), whose synthesis is not repeated here.
     """
     if set(macs) == {"16x16"}:
         return sum(macs.values()) / weights
     area = 0.0
+    if not all(width.replace("x", "").isdecimal() for width in macs):
+        return None
     for width, count in macs.items():
         first_bits, second_bits = (int(bits) for bits in width.split("x"))
         if max(first_bits, second_bits) > 8:

@@ -53,7 +53,7 @@ def show_record(record: Record) -> None:
     _show_tasks(record, prefixes)
     for note in record.notes:
         OUT.print(note, soft_wrap=True)
-    for key, value in record.config["model"]["published"].items():
+    for key, value in record.config["model"].get("published", {}).items():
         if key in keys:
             OUT.print(f"published float perplexity of {model}, {key}: {value}")
 

@@ -14,7 +14,9 @@ from helpers.learned import PARTS, W2, W4A4, moved, setting
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from lsiq.formats.fp8 import FP8, FP8Activation
 from lsiq.formats.mxint import MXActivation, MXInt
+from lsiq.formats.nvfp4 import NVFP4, NVFP4Activation
 from lsiq.formats.quant import QuantSettings
 from lsiq.learning.encode import merge
 from lsiq.learning.trained import apply_parts, start_parts
@@ -26,6 +28,8 @@ from lsiq.settings import build
 # What the files leave to the method.
 OPEN = {"lr": 1e-3, "corner": 4}
 MX = QuantSettings(weight=MXInt(bits=4), activation=MXActivation(bits=8))
+FP4 = QuantSettings(weight=NVFP4(), activation=NVFP4Activation())
+FP8_TENSOR = QuantSettings(weight=FP8(per="tensor"), activation=FP8Activation())
 
 
 def part_of(name: str) -> Part:
@@ -112,7 +116,7 @@ def test_gradients_reach_every_parameter(checkpoint: Path, part: Part) -> None:
 
 
 @every_part
-@pytest.mark.parametrize("quant", [W2, W4A4, MX], ids=["w2", "w4a4", "mx"])
+@pytest.mark.parametrize("quant", [W2, W4A4, MX, FP4, FP8_TENSOR], ids=["w2", "w4a4", "mx", "fp4", "fp8"])
 def test_what_is_trained_is_what_is_stored(checkpoint: Path, part: Part, quant: QuantSettings) -> None:
     block, context = setting(checkpoint)
     states = moved(start_parts((part,), block, quant, context))
@@ -143,7 +147,7 @@ def test_a_part_that_moved_does_what_it_says(checkpoint: Path, part: Part) -> No
 STILL = ("singular-corner", "clip", "band", "rounding", "dense")
 
 
-@pytest.mark.parametrize("quant", [W2, W4A4], ids=["w2", "w4a4"])
+@pytest.mark.parametrize("quant", [W2, W4A4, FP4], ids=["w2", "w4a4", "fp4"])
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_trained_path_merged_path_and_decoded_codes_are_equal(
     checkpoint: Path, parts: tuple[Part, ...], quant: QuantSettings

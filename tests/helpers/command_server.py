@@ -19,7 +19,7 @@ from lsiq.cli.main import main
 from lsiq.experiment.config import parse
 
 # What starts with every command, and what none of them may find imported already.
-SECONDS, LATE = 60, {"torch", "transformers", "numpy", "huggingface_hub", "datasets", "wandb"}
+SECONDS, LATE = 300, {"torch", "transformers", "numpy", "huggingface_hub", "datasets", "wandb"}
 
 
 def become(command: dict[str, Any], out: IO[bytes], err: IO[bytes]) -> None:

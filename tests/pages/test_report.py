@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
@@ -16,6 +17,7 @@ from lsiq.experiment.run import run
 from lsiq.report.differences import side_by_side, what_got_worse
 from lsiq.report.runs import list_table, read_runs
 from lsiq.report.summary import summary
+from lsiq.report.terminal import show_record
 from lsiq.results.find import find_run
 from lsiq.results.record import Record
 from lsiq.runtime.terminal import warn
@@ -177,3 +179,12 @@ def test_listing_needs_neither_torch_nor_pandas(two_runs: Path) -> None:
 def test_a_warning_keeps_its_square_brackets(capsys: pytest.CaptureFixture[str]) -> None:
     warn("install lsiq[wandb]")
     assert "install lsiq[wandb]" in capsys.readouterr().err
+
+
+def test_a_run_of_a_model_without_published_numbers_ends_with_its_table(
+    two_runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, _ = find_run(two_runs, "w2a16")
+    model = {key: value for key, value in record.config["model"].items() if key != "published"}
+    show_record(replace(record, config={**record.config, "model": model}))
+    assert "file@64" in capsys.readouterr().out

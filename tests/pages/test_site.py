@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -29,6 +30,15 @@ def head(page: Path) -> dict:
 def test_every_method_has_a_page() -> None:
     told = {method for page in METHOD_PAGES for key in ("methods", "settings") for method in head(page).get(key, [])}
     assert told == {file.stem for file in (CONF / "method").glob("*.yaml")}
+
+
+def test_numbers_and_settings_of_a_page_are_those_of_records_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "website"))
+    tables = importlib.import_module("method_tables")
+    assert "| `damping` | `0.01` |" in tables.settings_of(["gptq"])
+    found = tables.numbers(["gptq", "lsi"])
+    assert "| `w2a16g128` | `gptq` | 0.895 ± 0.013 | 1.550 ± 0.049 |" in found  # as in docs/tables/main.md
+    assert "| 2 | `lsi` | 0.272 / 0.509 | 0.0505 / 0.081 | 0.968 / 1.33 |" in found  # as in docs/scale-study.md
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,16 @@ def test_a_family_a_method_and_a_format_from_outside_run_together(tmp_path):
     assert '"average_bits": 4.25' in record  # 4 bits, and 8 bits for each 32 weights
 
 
+CASES = [("gptq", "coarse"), ("lqer", "coarse"), ("lsi", "coarse"), ("dense", "coarse"), ("awq", "coarse")]
+CASES += [("gptq", "powers"), ("awq", "powers"), ("lqer", "powers"), ("lsi", "powers"), ("autoround", "powers")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["gptq", "lqer", "lsi", "dense"])
-def test_a_format_from_outside_goes_through_methods_that_know_nothing_of_it(method, tmp_path):
-    learned = ["method.training.epochs=1"] if method in ("lsi", "dense") else []
+@pytest.mark.parametrize(("method", "fmt"), CASES)
+def test_a_format_from_outside_goes_through_methods_that_know_nothing_of_it(method, fmt, tmp_path):
+    learned = ["method.training.epochs=1"] if method in ("lsi", "dense", "autoround") else []
     rank = ["method.rank=4"] if method == "lqer" else []
-    run(tmp_path, "model=helium-tiny", "quant=w4-coarse", f"method={method}", *learned, *rank)
+    run(tmp_path, "model=helium-tiny", f"quant=w4-{fmt}", f"method={method}", *learned, *rank)
 
 
 @pytest.mark.slow

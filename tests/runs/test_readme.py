@@ -101,11 +101,15 @@ def test_the_reports_of_two_runs(
     folder, first, second = runs
     monkeypatch.chdir(folder)  # reports read runs/
     asked = [given[2:] for given in COMMANDS if given[:2] == ["python", "-m"] and given[2] == "lsiq.report"]
-    assert len(asked) == 2
+    assert len(asked) == 3
     for words in asked:
         named = {"RUN_A": first.run_id, "RUN_B": second.run_id}
         monkeypatch.setattr(sys, "argv", [named.get(word, word) for word in words])
         runpy.run_module("lsiq.report", run_name="__main__", alter_sys=False)
         printed = capsys.readouterr().out
+        if "--html" in words:
+            (file,) = folder.glob("**/*.html")
+            assert str(file.relative_to(folder)) in printed.replace("\n", "")
+            printed = file.read_text(encoding="utf-8")
         assert first.run_id in printed or "gptq" in printed
         assert "rtn" in printed

@@ -111,7 +111,9 @@ class TunedBlock:
             return {name: grid.decode() for name, grid in self.grids.items()}
         return {
             name: (
-                (grid.format.grouped(grid.codes) - grid.zero + grid.format.grouped(self.latents[name])) * grid.scale
+                grid.format.placed(
+                    grid.format.grouped(grid.codes), grid.format.grouped(self.latents[name]), grid.scale, grid.zero
+                )
             ).reshape(grid.codes.shape)
             for name, grid in self.grids.items()
         }

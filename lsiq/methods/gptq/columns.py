@@ -103,7 +103,7 @@ def round_with_feedback(
             if start % group == 0:
                 current = columns[start : start + group].t().float()
                 at = slice(start // group, start // group + 1)
-                scale[:, at], zero[:, at] = fmt.fit(*fmt.extremes(current))
+                scale[:, at], zero[:, at] = fmt.fit_beside(*fmt.extremes(current), scale)
         belongs = order[start:stop] // group
         grid = (scale[:, belongs, 0].t().to(factor.dtype), zero[:, belongs, 0].t().to(factor.dtype))
         block_codes, errors = _round_columns(columns[start:stop], factor[start:stop, start:stop], grid, fmt)

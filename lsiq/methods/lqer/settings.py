@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import ConfigError
-from lsiq.formats.mxint import BLOCK, MXActivation, MXInt
+from lsiq.formats.factors import FACTORS
 from lsiq.methods.base import Method, chain
 from lsiq.methods.rtn import RTN
 from lsiq.methods.wrapper import Wrapper
@@ -18,6 +18,7 @@ from lsiq.models.result import BlockResult
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
+    from lsiq.formats.base import WeightFormat
     from lsiq.formats.quant import QuantSettings
     from lsiq.models.block import Block
 
@@ -46,8 +47,9 @@ class LQER(Wrapper):
 
     A linear that is narrower than `rank`, such as the keys under grouped-query attention, gets its own full rank.
 
-    The factors are stored in float16, or as 8-bit MXINT; `auto` takes MXINT where activations are. The branch runs in
-    the activation format: what enters `down` and what enters `up` are rounded to it.
+    The factors are stored in float16, or in 8 bits; `auto` takes what the format of activations is multiplied with: 8
+    bits of the same kind for blocks and floating-point numbers, float16 for integers. The branch runs in the activation
+    format: what enters `down` and what enters `up` are rounded to it.
 
     Source: Zhang et al., LQER (arXiv 2402.02446, equations 6 to 9) and its public code; Zhang et al., QERA (arXiv
     2410.06040, theorems 1 and 2).
@@ -63,10 +65,12 @@ class LQER(Wrapper):
         description="none (LQER), magnitude (L2QER), rms (QERA-approx) or covariance (QERA-exact)"
     )
     rank: int = Field(ge=0, description="of the product, at least 0; 0 leaves it out, for controls")
-    factors: Literal["auto", "float16", "mxint8"] = Field("auto", description="auto, float16 or mxint8")
+    factors: str = Field("auto", description=f"auto, {', '.join(FACTORS)}: what factors are stored in")
     then: Method = Field(default_factory=RTN, description="the method that rounds: a _target_ with its settings")
 
     def __post_init__(self) -> None:
+        if self.factors not in ("auto", *FACTORS):
+            raise ValueError(f"factors={self.factors}: no such format of factors; use auto, {', '.join(FACTORS)}")
         for method in chain(self.then):
             if isinstance(method, LQER):
                 raise ValueError("then: one low-rank product repairs another; give one method=… of that kind a rank")
@@ -96,14 +100,9 @@ class LQER(Wrapper):
             branches, metrics = repair(self, result, block, quant, context)
         return replace(result, branches=branches, metrics=dict(result.metrics) | metrics)
 
-    def factor_format(self, quant: QuantSettings) -> MXInt | None:
+    def factor_format(self, quant: QuantSettings) -> WeightFormat | None:
         """The format of the factors; None for float16."""
-        blocks = isinstance(quant.activation, MXActivation) and quant.activation.active
-        return (
-            MXInt(bits=8, block=BLOCK, exponent=8)
-            if self.factors == "mxint8" or (self.factors == "auto" and blocks)
-            else None
-        )
+        return FACTORS[quant.activation.factors if self.factors == "auto" else self.factors]
 
     def check_rank(self, shapes: Iterable[tuple[int, ...]]) -> None:
         """Raise ConfigError for a rank that no linear of a block has; `shapes` are those of its linears."""

@@ -30,7 +30,8 @@ def lines(panel: Lines, title: str, ylabel: str, logarithmic: bool = False) -> C
         layout["yaxis"] |= {"type": "log", "tickformat": "~g"}
     if all(float(x).is_integer() for x in panel.x) and len(panel.x) <= 12:
         layout["xaxis"] |= {"tickvals": list(panel.x)}
-    alt = f"Over {panel.axis} {panel.x[0]:g} to {panel.x[-1]:g}, {_ends(panel)}"
+    span = f"{panel.x[0]:g} to {panel.x[-1]:g}" if len(panel.x) > 1 else f"{panel.x[0]:g} alone"
+    alt = f"Over {panel.axis} {span}, {_ends(panel)}"
     more = f"; {len(traces)} lines in all" if len(traces) > 2 else ""
     return Chart(title, f"{alt}{more}.", traces, layout, 280 + 18 * -(-len(traces) // 2))
 
@@ -41,7 +42,8 @@ def _ends(panel: Lines) -> str:
     for name in dict.fromkeys([next(iter(panel.lines)), list(panel.lines)[-1]]):
         values = [value for value in panel.lines[name] if value is not None]
         if values:
-            alt.append(f"{name} goes from {cell_text(float(values[0]))} to {cell_text(float(values[-1]))}")
+            first, last = (cell_text(float(value)) for value in (values[0], values[-1]))
+            alt.append(f"{name} goes from {first} to {last}" if len(values) > 1 else f"{name} is {first}")
     return ", ".join(alt) or "no values"
 
 

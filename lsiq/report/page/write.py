@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "page.html"
 # Characters of a cell that stand in one line.
-_LONG = 48
+_LONG, _SHORT = 48, 16
 # Models that the title names.
 _NAMED = 3
 
@@ -88,12 +88,17 @@ def _environment() -> Environment:
 
 
 def _kinds(table: Table) -> list[str]:
-    """The class of each column's cells: `n` for numbers, `w` for text that is too long for one line."""
-    longest = [
-        max((len(cell_text(row[place])) for row in table.rows), default=0) for place in range(len(table.columns))
-    ]
-    right = right_aligned(table)
-    return ["n" if number else "w" * (length > _LONG) for number, length in zip(right, longest, strict=True)]
+    """The classes of each column's cells.
+
+    `n` for numbers, `w` for text that is too long for one line, `s` for a first column that leaves room beside it on a
+    phone.
+    """
+    kinds = []
+    for place, number in enumerate(right_aligned(table)):
+        longest = max((len(cell_text(row[place])) for row in table.rows), default=0)
+        kind = "n" if number else "w" * (longest > _LONG)
+        kinds.append(f"{kind} s".strip() if place == 0 and longest <= _SHORT else kind)
+    return kinds
 
 
 def _json(value: Any) -> Any:

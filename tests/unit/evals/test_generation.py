@@ -11,6 +11,7 @@ import torch
 from helpers.configuration import compose_run
 from helpers.evaluations import NO_CACHE, unchanged
 from helpers.families import FAMILIES
+from helpers.marks import slow
 from helpers.models import SHAPES, load_small, save_model
 from transformers import AutoModelForCausalLM
 
@@ -52,7 +53,7 @@ def generated(folder: Path, asked: list[Prompt], prefix: tuple[int, ...] = ()) -
     return found
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+@pytest.mark.parametrize("name", ["tiny-llama", slow("tiny-opt")])
 def test_a_bundled_model_writes_what_generate_writes(name: str) -> None:
     model = load_small(bundled_model(name))
     asked = prompts(model)
@@ -62,7 +63,7 @@ def test_a_bundled_model_writes_what_generate_writes(name: str) -> None:
     assert [Writer(model, unchanged).write([prompt])[0] for prompt in asked[:2]] == expected[:2]
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3", "smollm3", "granite", "olmo2"])
+@pytest.mark.parametrize("family", ["gemma3", *map(slow, ["gemma2", "phi3", "smollm3", "granite", "olmo2"])])
 def test_a_family_writes_what_generate_writes(family: str, tmp_path: Path) -> None:
     folder = save_model(FAMILIES[family], tmp_path / "model", std=0.3)
     model = load_small(folder)
@@ -177,6 +178,7 @@ def write_rows(file: Path, rows: list[dict[str, object]]) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_gsm8k_and_a_task_of_ones_own_are_measured_from_local_files(tmp_path: Path) -> None:
     model = load_small(bundled_model("tiny-llama"))
     gsm = write_rows(

@@ -124,6 +124,7 @@ def test_likelihoods_equal_the_plain_forward_whatever_is_batched(checkpoint: Pat
         assert found[""].greedy.tolist() == [greedy for _, greedy in expected]
 
 
+@pytest.mark.slow
 def test_word_perplexity_has_a_key_of_its_own(
     checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path
 ) -> None:

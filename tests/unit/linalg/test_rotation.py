@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lsiq.linalg.hadamard import hadamard, mean_keeping, random_hadamard, random_orthogonal, split
+from lsiq.linalg.hadamard import hadamard, mean_keeping, random_hadamard, random_orthogonal, run_length, split
 from lsiq.linalg.rotation import Rotation, factored_hadamard
 from lsiq.methods.duquant.search import even_rotation, find_rotation, greedy_blocks, zigzag
 
@@ -80,3 +80,25 @@ def test_a_found_rotation_is_orthogonal_and_a_permutation_lets_it_go_further() -
     # Spread over one block of eight, then over eight blocks: 1 / sqrt(8) and 1 / 8. Measured: 0.36 and 0.14.
     assert once.abs().max() < 0.45 * before
     assert twice.abs().max() < 0.20 * before
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("width", [64, 96, 688])
+def test_a_rotation_in_blocks_mixes_neighbours_alone(width: int, block: int) -> None:
+    size = run_length(width, block)
+    assert width % size == 0
+    online = factored_hadamard(width, seeded(), block)
+    turns = [online.apply(torch.eye(width)).double()]
+    turns += [random_hadamard(width, seeded(), block, keep_mean) for keep_mean in (False, True)]
+    inside = torch.block_diag(*[torch.ones(size, size)] * (width // size)).bool()
+    for turn in turns:
+        assert torch.allclose(turn @ turn.t(), torch.eye(width, dtype=torch.float64), atol=1e-6)  # measured: 6e-8
+        assert not turn[~inside].any()
+    assert torch.allclose(turns[1][inside].abs() * size**0.5, torch.ones(width * size, dtype=torch.float64))
+    ones = torch.ones(width, dtype=torch.float64)
+    assert torch.allclose(ones @ turns[2], ones, atol=1e-12)  # measured: 4e-15
+    assert online.multiplications == width * size
+
+
+def test_a_run_is_the_largest_divisor_that_fits() -> None:
+    assert [run_length(96, block) for block in (None, 16, 32, 64, 128)] == [96, 16, 32, 48, 96]

@@ -20,6 +20,7 @@ from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
+from lsiq.formats.low_rank import round_factors
 from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.formats.quant import QuantSettings
 from lsiq.formats.tensor import QuantizedTensor
@@ -240,6 +241,17 @@ def test_the_store_gives_back_what_it_was_given(
         assert all(torch.equal(a, b) for a, b in zip(found.branches[name].decode(), branch.decode(), strict=True))
         assert found.branches[name].stored_bits == branch.stored_bits
     assert torch.equal(block.with_result(found)(hidden), block.with_result(result)(hidden))
+
+
+@pytest.mark.parametrize("factors", ["float16", "mxint8"])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_factors_lie_row_by_row_as_they_are_read_back(shape: tuple[int, int], factors: str) -> None:
+    """Else a run that goes on with a stored block has products with another last bit than one that made it."""
+    generator = torch.Generator().manual_seed(0)
+    error, x = (torch.randn(shape, generator=generator).double() for _ in range(2))
+    up, down = project(error, x.t() @ x, rank=16)
+    branch = round_factors(up.float(), down.float(), MXInt(bits=8) if factors == "mxint8" else None, "q_proj")
+    assert all(factor.is_contiguous() for factor in branch.decode())
 
 
 def test_a_run_counts_and_evaluates_its_branches(
