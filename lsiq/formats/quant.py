@@ -48,7 +48,7 @@ class QuantSettings:
     def name(self) -> str:
         """The field's name of the setting, such as w4a16g128; made from the formats, so an override cannot belie it.
 
-                Formats other than integers say their own name; activations in another format than the weights add theirs.
+        Formats other than integers say their own name; activations in another format than the weights add theirs.
         Where both are of a family that has its width in its name, that is all: mxfp4, or mxfp4a8 for other activations
         of it. Where linears have formats of their own the name says how they came by them.
         """
