@@ -22,7 +22,7 @@ FLOORS = [
     {"parts", "evals", "track"},
     {"learning", "report"},
     {"methods"},
-    {"pipeline", "export"},
+    {"pipeline", "export", "allocation"},
     {"experiment"},
     {"sweeps", "bench", "tables"},
     {"cli"},

@@ -27,6 +27,7 @@ from lsiq.experiment.config import RunConfig, parse
 from lsiq.experiment.export import export
 from lsiq.experiment.quantize import block_row
 from lsiq.export.source import Source
+from lsiq.formats.placed import place
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.methods.finetune import FineTune
@@ -87,7 +88,7 @@ class QuantizedModel:
     @property
     def function_of(self) -> FunctionOf:
         """What turns a float block into the quantised one."""
-        return lambda block: block.with_result(self.store.read(block.index), self.quant.activation)
+        return lambda block: block.with_result(self.store.read(block.index), self.quant.running)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
@@ -171,6 +172,7 @@ def quantize(
     source = model if isinstance(model, FloatModel) else load_model(model)
     if isinstance(method, Recipe):
         method = method.method(quant)
+    quant = _placed(quant, source)
     check_formats(source.model, quant)
     tokens, batch = _calibration_tokens(source, calibration, batch)
     if tokens is None and method.needs and quant.name != "fp16":
@@ -185,12 +187,22 @@ def quantize(
             method = method.after(str(start))
         prepared, reports = _fill(store, method, source.model, quant, tokens, batch, seed)
     costs = (report.cost for report in reports)
-    cost = model_cost(prepared, costs if reports else [float_cost(prepared)] * prepared.depth)
+    cost = model_cost(prepared, costs if reports else [float_cost(prepared)] * prepared.depth, quant.outside())
     rows = [block_row(report, ()) for report in reports]
     facts = {}
     if tokens is not None:
         facts = {"samples": len(tokens), "seqlen": tokens.shape[1], "tokens": token_hash(tokens)}
     return QuantizedModel(source, prepared, quant, method, store, rows, cost, facts, seed)
+
+
+def _placed(quant: QuantSettings, source: FloatModel) -> QuantSettings:
+    """Return the formats with those of each linear; ConfigError where they would have to be found first."""
+    if quant.allocate.active:
+        raise ConfigError(
+            "quant.allocate: bits are shared out by a run (python run.py quant.allocate.bits=…); give its plan.json "
+            "here as quant.plan=FILE"
+        )
+    return place(quant, source.model.depth, source.model.spec.linears, source.name)
 
 
 def _fill(

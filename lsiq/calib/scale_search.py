@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from lsiq.models.block import Block, run_stream
 from lsiq.models.folding import channels_of, gather, spread
 from lsiq.models.spec import Group
 from lsiq.runtime import processes
+
+if TYPE_CHECKING:
+    from lsiq.formats.quant import QuantSettings
+
 
 MIN_SCALE = 1e-4  # of a silent channel, as in the public code
 
@@ -102,7 +107,7 @@ def search_scale(
     block: Block,
     group: Group,
     statistics: InputStatistics,
-    fmt: WeightFormat,
+    quant: QuantSettings,
     ratios: int,
     judge: LinearError | BlockError,
 ) -> tuple[float, Tensor]:
@@ -111,12 +116,12 @@ def search_scale(
     A candidate's consumers become `round(W diag(s)) diag(s)⁻¹`: the folded block, without writing it. Ratio 0 leaves
     the block as it is, so the choice is never worse than rounding to nearest by the measure used.
     """
-    names = [f"{name}.weight" for name in group.consumers]
+    names = [name for consumer in group.consumers if (name := f"{consumer}.weight") not in block.untouched]
     best: tuple[float, float, Tensor] | None = None
     for step in range(ratios):
         scale = candidate_scale(block, group, statistics, step / ratios)
         wide = spread(scale, len(statistics.mean_abs), block.head_dim)
-        rounded = {name: rounded_weight(block.weights[name] * wide, fmt) / wide for name in names}
+        rounded = {name: rounded_weight(block.weights[name] * wide, quant.of(name)) / wide for name in names}
         error = judge(block.weights, rounded)
         if best is None or error < best[0]:
             best = (error, step / ratios, scale)

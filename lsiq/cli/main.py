@@ -18,9 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lsiq.cli.folders import conf_folder, user_folder
 from lsiq.cli.messages import one_line, reporting
 from lsiq.experiment.run import run
+from lsiq.runtime.folders import conf_folder, user_folder
 from lsiq.runtime.hydra_release import version_base
 from lsiq.runtime.plugins import find_in
 from lsiq.runtime.processes import together

@@ -79,17 +79,23 @@ def perplexity(
 
 @torch.no_grad()
 def score_tokens(
-    model: Model, batches: Sequence[Tensor], streams: Mapping[str, Sequence[Tensor]], reference: str | None = None
+    model: Model,
+    batches: Sequence[Tensor],
+    streams: Mapping[str, Sequence[Tensor]],
+    reference: str | None = None,
+    heads: Mapping[str, Model] | None = None,
 ) -> dict[str, TokenScores]:
     """Return what each model says of the tokens in `batches (B, T)`.
 
     Args:
         streams: by model, what left its last block: one `(B, T, d)` for each batch.
         reference: the model that the others are compared with; None leaves divergence and agreement out.
+        heads: models whose head makes the logits in place of that of `model`, by name.
     """
+    models = {name: (heads or {}).get(name, model) for name in streams}
     parts: dict[str, list[list[Tensor]]] = {name: [] for name in streams}
     for position, ids in enumerate(batches):
-        scores = _score_batch(model, ids, {name: stream[position] for name, stream in streams.items()}, reference)
+        scores = _score_batch(models, ids, {name: stream[position] for name, stream in streams.items()}, reference)
         for name, columns in scores.items():
             parts[name].append([column.view(len(ids), -1).cpu() for column in columns])
     return {
@@ -98,21 +104,22 @@ def score_tokens(
 
 
 def _score_batch(
-    model: Model, ids: Tensor, states: Mapping[str, Tensor], reference: str | None
+    models: Mapping[str, Model], ids: Tensor, states: Mapping[str, Tensor], reference: str | None
 ) -> dict[str, list[Tensor]]:
     """Return by model the columns of TokenScores, flat; the logits of few tokens are held at once."""
+    model = next(iter(models.values()))
     targets = ids[:, 1:].flatten().to(model.device)
     flat = {name: hidden[:, :-1].flatten(0, 1) for name, hidden in states.items()}
     at_once = max(1, min(_TOKENS, _LOGITS // model.config.vocab_size))
     parts: dict[str, list[list[Tensor]]] = {name: [] for name in states}
     for start in range(0, len(targets), at_once):
         part = slice(start, start + at_once)
-        expected = None if reference is None else model.logits(flat[reference][part]).log_softmax(-1)
+        expected = None if reference is None else models[reference].logits(flat[reference][part]).log_softmax(-1)
         for name, hidden in flat.items():
             if name == reference and expected is not None:
                 parts[name].append([-expected.gather(1, targets[part, None]).squeeze(1)])
             else:
-                parts[name].append(_score(model.logits(hidden[part]), targets[part], expected))
+                parts[name].append(_score(models[name].logits(hidden[part]), targets[part], expected))
     return {name: [torch.cat(column) for column in zip(*rows, strict=True)] for name, rows in parts.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +92,11 @@ def measure_windows(
     """
     shares = {corpus: processes.share(-(-len(ids) // batch)) for corpus, ids in windows.items()}
     batches = {corpus: ids.split(batch)[shares[corpus]] for corpus, ids in windows.items()}
+    heads = {
+        prefix: replace(model, skeleton=variant.prepared.skeleton)
+        for prefix, variant in variants.items()
+        if variant.prepared is not None and variant.prepared.float_skeleton is not None
+    }
     shelf = _Shelf(cache, windows, divergence)
     results = {corpus: shelf.take(corpus, variants) for corpus in windows}
     states = {corpus: shelf.states(corpus) if divergence else None for corpus in windows}
@@ -101,7 +106,8 @@ def measure_windows(
             shelf.keep_states(corpus, streams[FLOAT])
         elif (reference_states := states[corpus]) is not None:
             streams[FLOAT] = list(reference_states.split(batch)[shares[corpus]])
-        scored = score_tokens(model, batches[corpus], streams, FLOAT if divergence else None) if batches[corpus] else {}
+        reference = FLOAT if divergence else None
+        scored = score_tokens(model, batches[corpus], streams, reference, heads) if batches[corpus] else {}
         scored = _join(processes.gather(scored))
         for prefix in to_run[corpus]:
             results[corpus][prefix] = Measured(scored[prefix])

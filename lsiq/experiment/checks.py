@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import RunConfig
+from lsiq.formats.placed import check_widths
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import chain
 from lsiq.models.loading import Model
@@ -14,8 +15,9 @@ from lsiq.runtime.terminal import warn
 def check_formats(model: Model, quant: QuantSettings) -> None:
     """Raise ConfigError before anything long starts if a format does not fit the shape of a linear."""
     block = model.skeleton.get_submodule(f"{model.spec.blocks}.0")
-    for name in model.spec.linears:
-        quant.weight.check(block.get_submodule(name).in_features, name)  # type: ignore[arg-type]
+    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    quant.kv.check(head_dim)
+    check_widths(quant, {name: block.get_submodule(name).in_features for name in model.spec.linears})  # type: ignore[misc]
 
 
 def check_processes(config: RunConfig, samples: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import Annotated, Any
 
 from omegaconf import DictConfig
@@ -13,6 +14,8 @@ from lsiq.errors import ConfigError
 from lsiq.evals.settings import EvalSettings
 from lsiq.experiment.composed import named_config, recipe_family
 from lsiq.export.base import Exporter, refuse_method
+from lsiq.formats.key_value import refuse_padded
+from lsiq.formats.mixed import OUTSIDE
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.methods.finetune import FineTune
@@ -56,17 +59,36 @@ class RunConfig:
                     f"model.outliers={self.model.outliers}: is an exercise that is not exported; use model.outliers=0"
                 )
             refuse_method(self.method, self.export)
-        if isinstance(self.method, FineTune) and self.method.scales and not self.quant.weight.trains_steps:
+        if (
+            isinstance(self.method, FineTune)
+            and self.method.scales
+            and not all(fmt.trains_steps or fmt.bits == 16 for fmt in self.quant.formats)
+        ):
             raise ValueError(
                 f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are stored in a few "
                 "bits and cannot be trained; use method.scales=null or an integer format"
             )
+        if (
+            rounded := [rule.match for rule in self.quant.rules if rule.match in OUTSIDE and rule.format.bits < 16]
+        ) and (reason := self._why_outside_stays()):
+            raise ValueError(f"quant.rules: {rounded[0]} cannot be rounded {reason}; leave that rule out")
+        refuse_padded(self.quant.kv, self.eval.tasks)
         calib = self.calib
         if calib.corpus is None and not calib.written and self.method.needs and self.quant.name != "fp16":
             raise ValueError(
                 f"calib.corpus=null: method {self.method.name} needs calibration tokens; "
                 "choose calib=bundled, calib=written or calib=file"
             )
+
+    def _why_outside_stays(self) -> str | None:
+        """Why embeddings and head have to stay as they are, or None."""
+        if self.export is not None:
+            return f"where export={self.export.name} is asked for, which keeps embeddings and head as they are"
+        if self.eval.tasks:
+            return "where tasks are measured, whose answers are scored with the float head"
+        if isinstance(self.method, WholeMethod):
+            return f"by method={self.method.name}, which compares outputs of the float head"
+        return None
 
     def check_lengths(self, limit: int | None, prefix: int = 0) -> None:
         """Raise ConfigError where a window, after `prefix` tokens, is longer than the `limit` positions of a model."""
@@ -78,6 +100,15 @@ class RunConfig:
                 after = f" and the prefix takes {prefix}" if prefix else ""
                 most = limit - prefix
                 raise ConfigError(f"{key}={seqlen}: the model has {limit} positions{after}; use at most {most}")
+
+
+def with_formats(config: RunConfig, quant: QuantSettings) -> RunConfig:
+    """Return the settings with other number formats, all rules checked again.
+
+    Raises:
+        ConfigError: they do not fit the rest.
+    """
+    return fill(RunConfig, {field.name: getattr(config, field.name) for field in fields(config)} | {"quant": quant})
 
 
 _PARTS: dict[str, type] = {

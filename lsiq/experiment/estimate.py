@@ -15,6 +15,7 @@ from lsiq.data.corpora import KINDS, read_corpus
 from lsiq.data.tokens import cut_windows, random_windows
 from lsiq.errors import InputError
 from lsiq.evals.windows import STATES_BYTES
+from lsiq.experiment.allocate import ROOM
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
 from lsiq.experiment.checks import check_formats
 from lsiq.experiment.probe import (
@@ -27,6 +28,7 @@ from lsiq.experiment.probe import (
     shortened,
     widened,
 )
+from lsiq.experiment.probed_formats import allocation_costs, allocation_steps, with_probed_formats
 from lsiq.experiment.quantize import prepare_model
 from lsiq.methods.base import Method, chain
 from lsiq.models.loading import Model
@@ -49,7 +51,7 @@ HUB_TOKENS = {"wikitext2": 341_469, "c4": 570_000, "ptb": 106_000, "pile": 2_000
 
 class Estimate:
     def __init__(self, config: RunConfig, device: torch.device, record: Record) -> None:
-        self.config, self.device, self.record = config, device, record
+        self.device, self.record = device, record
         path = config.model.path
         bundled = None if config.model.bundled is None else bundled_model(config.model.bundled)
         self.folder = Path(path).expanduser() if path is not None else bundled
@@ -58,7 +60,9 @@ class Estimate:
                 f"dry_run=true: the shape of {config.model.name} is not known here; give model.path=DIR with its "
                 "config.json, or model.architecture={…}"
             )
-        self.depth = int(architecture(config, self.folder)["num_hidden_layers"])
+        shape = architecture(config, self.folder)
+        self.asked, self.config = config, with_probed_formats(config, shape)
+        self.depth = int(shape["num_hidden_layers"])
         self.notes: list[str] = []
 
     def stages(self) -> tuple[list[PlannedStage], list[str]]:
@@ -81,6 +85,8 @@ class Estimate:
             method = shortened(config.method)
             tokens = random_windows(self.model.config.vocab_size, config.calib.batch, config.calib.seqlen, config.seed)
             prepared = prepare_model(config, method, self.model, tokens, store, self.record)
+            if self.asked.quant.allocate.active:
+                stages.append(self._allocate(allocation_costs(config, self.model)))
             if config.quant.name != "fp16":
                 stages.append(self._quantize(prepared, method, store))
             if config.eval.corpora:
@@ -109,6 +115,20 @@ class Estimate:
             self.mapped, self.block_bytes = int(self.mapped * scale), int(self.block_bytes * scale)
         else:
             self.notes.append("the checkpoint holds two bytes per weight")
+
+    def _allocate(self, costs: tuple[float, float]) -> PlannedStage:
+        """The stage that shares bits out; `costs` are seconds of one sequence through a block and through the head."""
+        blocks, heads, passes = allocation_steps(self.asked, self.model, self.depth)
+        seconds = blocks * costs[0] + heads * costs[1] + passes * self.depth * self.block_bytes * self.per_byte
+        self.notes.append(
+            f"sensitivities take {heads:.0f} runs of a sequence to the head and {blocks:.0f} through a block, unless "
+            "they are in the cache"
+        )
+        return PlannedStage(
+            "allocate",
+            seconds,
+            {"host": min(ROOM, int(heads) * self._stream_bytes(self.model, self.config.calib.seqlen))},
+        )
 
     def _quantize(self, model: Model, method: Any, store: BlockStore) -> PlannedStage:
         calib = self.config.calib

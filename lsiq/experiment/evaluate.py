@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from lsiq.evals.windows import (
     write_windows,
 )
 from lsiq.experiment.config import RunConfig
+from lsiq.formats.placed import PlacedQuant
+from lsiq.formats.quant import QuantSettings
 from lsiq.models.loading import Model
 from lsiq.models.rounding import round_to_nearest
 from lsiq.results.record import Record
@@ -53,7 +56,7 @@ def evaluate(
     Args:
         prepared: the model whose blocks are in `store`; `model` itself unless a method rotated it or gave it a prefix.
     """
-    variants = variants_to_measure(config, prepared, store)
+    variants = variants_to_measure(config, model, prepared, store)
     folder = store.folder.parent
     cache = open_cache(config, model, record, folder / SCORES)
     if windows:
@@ -70,7 +73,7 @@ def evaluate(
         measure_tasks(tasks, config.eval, model, variants, cache, folder, record)
 
 
-def variants_to_measure(config: RunConfig, prepared: Model, store: BlockStore) -> dict[str, Variant]:
+def variants_to_measure(config: RunConfig, model: Model, prepared: Model, store: BlockStore) -> dict[str, Variant]:
     """Return the models to measure, by the prefix of their metrics.
 
     The float model and round-to-nearest are measured as the checkpoint has them, the method's blocks in the model
@@ -82,19 +85,27 @@ def variants_to_measure(config: RunConfig, prepared: Model, store: BlockStore) -
         return variants
     if config.eval.rtn and config.method.name != "rtn":
         variants["rtn/"] = Variant(
-            lambda block: block.with_result(round_to_nearest(block, quant), quant.activation),
-            f"rtn {quant.weight} {quant.activation}",
+            lambda block: block.with_result(round_to_nearest(block, quant), quant.running),
+            f"rtn {_weights_of(quant)} {quant.running}",
+            prepared=replace(model, skeleton=prepared.skeleton, float_skeleton=model.skeleton)
+            if prepared.float_skeleton is not None
+            else None,
         )
     if prepared.prefix is not None:
         variants["prefixed/"] = Variant(
-            lambda block: block.with_weights({}), prepared=prepared, stored=f"prefixed {store.stamp}"
+            lambda block: block.with_weights({}), prepared=prepared.as_float, stored=f"prefixed {store.stamp}"
         )
     variants[""] = Variant(
-        lambda block: block.with_result(store.read(block.index), quant.activation),
+        lambda block: block.with_result(store.read(block.index), quant.running),
         prepared=prepared,
         stored=f"own {store.stamp}",
     )
     return variants
+
+
+def _weights_of(quant: QuantSettings) -> str:
+    """Name the weight formats of all linears, for the cache."""
+    return str(sorted(quant.layers.items())) if isinstance(quant, PlacedQuant) else str(quant.weight)
 
 
 def open_cache(config: RunConfig, model: Model, record: Record, run_folder: Path | None = None) -> ContentCache:

@@ -11,14 +11,20 @@ from typing import Any
 
 import torch
 
+from lsiq.allocation.plan import FILE as PLAN
+from lsiq.allocation.plan import read_plan
 from lsiq.errors import InputError, LsiqError, OutputError
-from lsiq.experiment.config import RunConfig
+from lsiq.experiment.config import RunConfig, with_formats
 from lsiq.export.base import Exporter
 from lsiq.export.card import Described, write_card
+from lsiq.export.origin import write_origin
 from lsiq.export.push import push
 from lsiq.export.source import Source
 from lsiq.export.verify import verify
-from lsiq.models.loading import load
+from lsiq.formats.names import as_format
+from lsiq.formats.placed import place
+from lsiq.formats.quant import QuantSettings
+from lsiq.models.loading import Model, load
 from lsiq.results.record import Record, command_line, write_record
 from lsiq.results.store import BlockStore
 from lsiq.runtime.terminal import say
@@ -26,11 +32,22 @@ from lsiq.runtime.terminal import say
 
 def export_run(config: RunConfig, checkpoint: Path, folder: Path, record: Record) -> None:
     """Export the finished run in `folder` as `config.export` says."""
-    assert config.export is not None
     model = load(config.model, checkpoint, torch.device("cpu"), config.seed)
+    config = with_formats(config, _placed_again(config, model, folder))
+    assert config.export is not None
     source = Source(model, BlockStore(folder / "blocks"), config.quant, checkpoint)
     config.export.check_model(source)
     export(config.export, source, config, record, folder)
+
+
+def _placed_again(config: RunConfig, model: Model, folder: Path) -> QuantSettings:
+    """Return the run's number formats with those of its linears as the plan beside its record has them."""
+    if not config.quant.mixed:
+        return config.quant
+    if (plan := read_plan(folder)) is None:
+        raise InputError(f"{folder}: has no {PLAN}, which says what format each linear has; run it again")
+    layers = {name: as_format(value) for name, value in plan.layers.items()}
+    return place(config.quant, model.depth, model.spec.linears, config.model.name, layers)
 
 
 def export(exporter: Exporter, source: Source, config: RunConfig, record: Record, run: Path) -> None:
@@ -89,6 +106,7 @@ def _carry_out(
             file.stat().st_size for suffix in ("safetensors", "gguf") for file in partial.glob(f"*.{suffix}")
         )
         entry["checks"] = verify(exporter, source, config.model, config.seed, partial) if exporter.verify else []
+        write_origin(record, config.quant, config.method.name, partial)
         described = Described(config.model, config.quant, config.method.name, config.calib.text)
         write_card(exporter, described, record, entry["checks"], partial)
         shutil.rmtree(target, ignore_errors=True)

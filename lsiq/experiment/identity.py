@@ -32,6 +32,7 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
     # Where a checkpoint or an earlier run lies does not matter; `inputs` says which it is.
     identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
     identity["calib"] = _calib_identity(identity["calib"])
+    identity["quant"] = _quant_identity(identity["quant"], config)
     identity["method"] = _as_before({key: value for key, value in identity["method"].items() if key != "run"})
     text = json.dumps({"config": identity, "inputs": dict(inputs)}, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
@@ -45,6 +46,18 @@ def _calib_identity(calib: Mapping[str, Any]) -> dict[str, Any]:
     settings["paths"] = {name: path for name, path in (calib.get("paths") or {}).items() if path is not None}
     before = {"windows": "random", "template": False, "mix": {}, "paths": {}}
     return {key: value for key, value in settings.items() if key not in before or value != before[key]}
+
+
+def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return what decides the formats; runs from before linears could have their own keep their names."""
+    left = {"plan"}  # `inputs` has its content
+    if not config.quant.rules:
+        left.add("rules")
+    if not config.quant.kv.active:
+        left.add("kv")
+    if not config.quant.allocate.active:
+        left.add("allocate")
+    return {key: value for key, value in quant.items() if key not in left}
 
 
 def _as_before(node: Any) -> Any:
@@ -67,6 +80,7 @@ def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str
         inputs["method.run"] = Path(config.method.run).name  # a run's id already stands for all that made it
     if config.calib.template and checkpoint is not None and (template := read_chat_template(checkpoint)):
         inputs["calib.template"] = hashlib.blake2b(template.encode(), digest_size=10).hexdigest()
+    paths["quant.plan"] = config.quant.plan
     for key, path in paths.items():
         if path is not None:
             inputs[key] = hash_file(key, Path(path).expanduser())

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lsiq.allocation.units import budget_of, check_solver, units_of, without
 from lsiq.assets import KINDS, bundled_model
 from lsiq.data.conversations import no_conversation, no_template, read_conversations
 from lsiq.data.corpora import HUB, Split, check_readers, corpus_files
@@ -21,6 +22,8 @@ from lsiq.data.documents import read_documents
 from lsiq.data.lengths import too_short
 from lsiq.errors import ConfigError, InputError
 from lsiq.evals.task_names import check_tasks
+from lsiq.experiment.config import with_formats
+from lsiq.formats.placed import check_widths, fixed, place_or_try
 from lsiq.methods.base import chain
 from lsiq.methods.lqer import LQER
 from lsiq.models.chat_template import read_chat_template
@@ -63,8 +66,12 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
         if config.model.weights == "checkpoint":
             shapes = _stored_shapes(folder, config.model.allow_pickle)
     check_groups(config.quant, shape, config.model.name)
+    if config.quant.mixed:
+        check_solver(config.quant)
+        spec, depth = find_spec(shape["model_type"], str(folder)), shape["num_hidden_layers"]
+        config = with_formats(config, place_or_try(config.quant, depth, spec.linears, config.model.name))
     if shapes:
-        _check_linears(config, find_spec(shape["model_type"], str(folder)), shapes)
+        _check_linears(config, find_spec(shape["model_type"], str(folder)), shapes, shape)
     config.check_lengths(shape.get("max_position_embeddings"))
     for corpus in config.eval.corpora:
         path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
@@ -131,13 +138,17 @@ def _header(file: Path) -> Shapes:
     return shapes
 
 
-def _check_linears(config: RunConfig, spec: ModelSpec, shapes: Shapes) -> None:
+def _check_linears(config: RunConfig, spec: ModelSpec, shapes: Shapes, shape: Mapping[str, Any]) -> None:
     """Raise ConfigError where a format or rank does not fit the linears of the first block."""
     names = {name: f"{spec.blocks}.0.{name}.weight" for name in spec.linears}
     by_linear = {name: shapes.get(full) or shapes.get(full.removeprefix("model.")) for name, full in names.items()}
     matrices = {name: shape for name, shape in by_linear.items() if shape is not None and len(shape) == 2}
-    for name, shape in matrices.items():
-        config.quant.weight.check(shape[1], name)
+    check_widths(config.quant, {name: shape[1] for name, shape in matrices.items()})
+    if config.quant.allocate.active and len(matrices) == len(spec.linears):
+        depth, sizes = shape["num_hidden_layers"], {name: (size[0], size[1]) for name, size in matrices.items()}
+        held = fixed(config.quant, depth, spec.linears)
+        free = list(without(units_of(spec, depth, config.quant.allocate.unit), held))
+        budget_of(config.quant, free, held, sizes)
     for link in chain(config.method):
         if isinstance(link, LQER) and config.quant.name != "fp16" and len(matrices) == len(spec.linears):
             link.check_rank(matrices.values())

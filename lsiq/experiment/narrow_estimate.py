@@ -14,6 +14,8 @@ from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
 from lsiq.experiment.estimate import READING, Estimate, ahead_of
 from lsiq.experiment.narrow_model import Narrow, Shape, host_bytes, narrowed
 from lsiq.experiment.probe import architecture, probe_architecture
+from lsiq.experiment.probed_formats import allocation_costs
+from lsiq.formats.placed import check_widths
 from lsiq.methods.base import Method
 from lsiq.methods.finetune import FineTune
 from lsiq.methods.rtn import RTN
@@ -53,6 +55,12 @@ class NarrowEstimate(Estimate):
             store.clear()
             reset_peak()
             self.narrow = Narrow(config, shape, self.model, store, self.record)
+            if self.asked.quant.allocate.active:
+                block, head = allocation_costs(config, self.model)
+                tokens, tried = config.calib.seqlen, self.narrow.tried
+                block *= self.true.operations(tokens) / tried.operations(tokens)
+                head *= self.true.head_operations(tokens) / tried.head_operations(tokens)
+                stages.append(self._allocate((block, head)))
             if config.quant.name != "fp16":
                 stages += self._quantize_stages()
             if config.eval.corpora:
@@ -66,8 +74,8 @@ class NarrowEstimate(Estimate):
         """Raise ConfigError where the format does not fit the true linears."""
         spec = find_spec(shape["model_type"], self.config.model.name)
         last = spec.writers[1]
-        for name in spec.linears:
-            self.config.quant.weight.check(self.true.inner if name == last else self.true.width, name)
+        widths = {name: self.true.inner if name == last else self.true.width for name in spec.linears}
+        check_widths(self.config.quant, widths)
 
     def _mapped(self) -> int:
         if self.config.model.weights == "random":

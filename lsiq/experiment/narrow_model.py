@@ -8,6 +8,7 @@ the width; scaled as cubic, a block of gptq came out two and a half times too lo
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -93,8 +94,7 @@ def narrowed(architecture: Mapping[str, Any], quant: QuantSettings, depth: int) 
     opt = shape["model_type"] == "opt"
     width, heads = int(shape["hidden_size"]), int(shape["num_attention_heads"])
     head = int(shape.get("head_dim") or width // heads)
-    weight = quant.weight
-    group = weight.width or 1
+    group = math.lcm(*(fmt.width or 1 for fmt in quant.formats if fmt.bits < 16))
     fewer = min(heads, max(2, WIDTH // head))
     while fewer < heads and fewer * head % group:
         fewer += 1
@@ -219,7 +219,7 @@ class Narrow:
             start = time.perf_counter()
             tune(finetune, self.config.quant, context)
             took.append((time.perf_counter() - start) / (2 * TUNED))
-        tuned = TunedBlock(finetune, block(0), self.store.read(0), self.config.quant, context)
+        tuned = TunedBlock(finetune, block(0), self.store.read(0), self.config.quant.in_block(0), context)
         trained = sum(p.numel() for group in tuned.groups for p in group["params"]) / self.tried.weights
         tried = [self.prepared.depth * self._tried(t) + self.tried.head_operations(t) for t in (SHORT, LONG)]
         per_operation = max(0.0, took[1] - took[0]) / (tried[1] - tried[0])

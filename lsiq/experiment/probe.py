@@ -167,15 +167,19 @@ def probe_block(
         batch=batch,
         log=lambda values: None,
         tokens=windows if samples else None,
-        ahead=Ahead(model.depth, lambda later: model.block(later, kwargs), model.logits, floats.after),
+        ahead=Ahead(
+            model.depth, lambda later: model.block(later, kwargs).under(config.quant), model.logits, floats.after
+        ),
     )
-    result = method.quantize_block(block, config.quant, context)
-    layer_rows(block, result, config.quant, first_tokens(context.inputs))
+    quant = config.quant.in_block(0)
+    block = block.under(quant)
+    result = method.quantize_block(block, quant, context)
+    layer_rows(block, result, quant, first_tokens(context.inputs))
     learning = peak_bytes()
     reset_peak()
     store.write(0, result)
     if targets is not None:
-        quantised = run_stream(block.with_result(result, config.quant.activation), hidden, batch, device)
+        quantised = run_stream(block.with_result(result, config.quant.running), hidden, batch, device)
         for output, target in zip(quantised, targets, strict=True):
             ((output.float() - target.float()).square().mean() / target.float().square().mean()).item()
         streams.release(quantised, targets)
@@ -194,7 +198,7 @@ def probe_evaluation(
 ) -> EvaluationCost:
     """Measure random windows on the float model, on round-to-nearest and on the stored blocks, as the run would."""
     tokens = random_windows(model.config.vocab_size, windows, config.eval.seqlen, config.seed)
-    variants = variants_to_measure(config, prepared, store)
+    variants = variants_to_measure(config, model, prepared, store)
     times: list[float] = []
     reset_peak()
     start = time.perf_counter()

@@ -94,7 +94,7 @@ class QuantizeStage:
                     self._tell(record.blocks[-1])
                     table.add(record.blocks[-1])
         self._tell_trajectory([row for report in reports for row in report.trace], store)
-        record.cost = model_cost(model, (report.cost for report in reports))
+        record.cost = model_cost(model, (report.cost for report in reports), config.quant.outside())
         record.average_bits = record.cost["average_bits"]
         return model
 

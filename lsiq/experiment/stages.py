@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,10 @@ from lsiq.data.tokens import token_hash
 from lsiq.errors import ResourceError
 from lsiq.evals.harness import check_tasks
 from lsiq.evals.tasks import Tasks, load_tasks
+from lsiq.experiment.allocate import placed_formats
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE, calibration_tokens
 from lsiq.experiment.checks import check_formats, check_processes
+from lsiq.experiment.config import with_formats
 from lsiq.experiment.evaluate import SCORES, evaluate, evaluation_windows, open_cache
 from lsiq.experiment.export import export
 from lsiq.experiment.precision import precision_of
@@ -25,6 +27,7 @@ from lsiq.experiment.quantize import QuantizeStage
 from lsiq.experiment.stamp import check_inputs, stamp
 from lsiq.export.source import Source
 from lsiq.models.loading import Model, load
+from lsiq.pipeline.prepare import restored
 from lsiq.results.record import Record, write_record
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes
@@ -53,6 +56,8 @@ def carry_out(request: Request, record: Record) -> None:
     if config.force:
         store.clear()
         BlockStore(folder / "start" / "blocks").clear()
+    config = with_formats(config, placed_formats(config, model, folder, record))
+    request = replace(request, config=config)
     exporter, source = config.export, None
     if exporter is not None:
         assert request.checkpoint is not None  # random weights are not exported
@@ -94,7 +99,7 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
         try:
             if record.quantised:
                 say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")
-                prepared = store.read_model(model)
+                prepared = restored(model, config.quant, store)
             else:
                 prepared = QuantizeStage(config, texts.calibration, record, tracker, folder).run(model, store)
             record.timed(

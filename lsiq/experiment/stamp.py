@@ -17,7 +17,7 @@ from lsiq.runtime.sources import source_hash
 # Whose code decides what a block becomes, and whose does not: an evaluation may be mended after it failed.
 DECIDES_BLOCKS = (
     *("runtime", "settings", "formats", "linalg", "kernels", "models", "calib", "results", "parts", "learning"),
-    *("methods", "pipeline"),
+    *("methods", "pipeline", "allocation"),
 )
 # Tokens are in the stamp themselves, and so is the configuration, by the run's id.
 DECIDES_NO_BLOCK = (
@@ -35,6 +35,7 @@ def stamp(record: Record) -> str:
         record.run_id,
         record.inputs,
         record.calibration.get("tokens"),
+        record.plan.get("digest"),
         packages,
         precision,
         source_hash(*DECIDES_BLOCKS),

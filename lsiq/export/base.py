@@ -104,7 +104,7 @@ class Exporter(Protocol):
 
 def refuse_float(quant: QuantSettings, name: str) -> None:
     """Raise ValueError for a setting that quantises no weights."""
-    if quant.weight.bits == 16:
+    if quant.formats and all(fmt.bits == 16 for fmt in quant.formats):
         raise ValueError(f"{name} holds quantised weights, but quant={quant.name} quantises none; choose another quant")
 
 
@@ -128,6 +128,20 @@ def refuse_activations(quant: QuantSettings, name: str) -> None:
         raise ValueError(
             f"{name} says nothing of activations, but quant={quant.name} rounds them to {quant.activation.bits} bits; "
             "use export=compressed-tensors (8 bits, or floating-point formats), or a weight-only quant"
+        )
+
+
+def rounded_formats(quant: QuantSettings) -> list[WeightFormat]:
+    """Return the weight formats of linears that do not stay in float."""
+    return [fmt for fmt in quant.formats if fmt.bits < 16]
+
+
+def refuse_cache(quant: QuantSettings, name: str) -> None:
+    """Raise ValueError for formats that have no word for what a cache of keys and values holds."""
+    if quant.kv.rounds:
+        raise ValueError(
+            f"{name} says nothing of keys and values, but quant={quant.name} rounds them; use "
+            "export=compressed-tensors, or leave quant.kv out"
         )
 
 

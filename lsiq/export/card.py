@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lsiq.export.base import Exporter
+from lsiq.export.origin import FILE
 from lsiq.formats.quant import QuantSettings
 from lsiq.models.settings import ModelSettings
 from lsiq.results.record import Record, command_line
@@ -82,6 +83,7 @@ def _settings(described: Described, record: Record) -> list[str]:
         f"| method | {described.method} |",
         f"| weights | {_weights(described)} |",
         f"| activations | {_activations(described)} |",
+        *([f"| keys and values | {described.quant.kv.words} |"] if described.quant.kv.rounds else []),
         f"| average bits, scales and zero points counted | {record.average_bits:.4f} |",
         f"| calibration | {_calibration(described, record)} |",
         f"| seed | {record.seed} |",
@@ -89,7 +91,10 @@ def _settings(described: Described, record: Record) -> list[str]:
 
 
 def _weights(described: Described) -> str:
-    return described.quant.weight.words
+    quant = described.quant
+    if not quant.mixed:
+        return quant.weight.words
+    return f"by linear, see `{FILE}`: " + "; ".join(fmt.words if fmt.bits < 16 else "float" for fmt in quant.formats)
 
 
 def _activations(described: Described) -> str:

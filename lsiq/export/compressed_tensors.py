@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsiq.export import float_layouts
-from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float
+from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float, rounded_formats
 from lsiq.formats.activation import Activation
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lsiq.export.source import Source
+    from lsiq.formats.base import WeightFormat
+    from lsiq.formats.key_value import KeyValue
     from lsiq.formats.quant import QuantSettings
     from lsiq.formats.tensor import QuantizedTensor
     from lsiq.models.result import BlockResult
@@ -55,14 +57,15 @@ class CompressedTensors(Destination):
 
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=compressed-tensors")
-        if float_layouts.layout(quant) is not None:
+        _check_cache(quant)
+        if _float_layout(quant) is not None:
             float_layouts.check_activation(quant)
             return
         beside = ", FP8 (e4m3), MXFP4, MXFP6 (e2m3), MXFP8 (e4m3) and NVFP4 in their usual blocks"
-        activation, weight = quant.activation, integers(quant.weight, _NAME, beside)
+        activation, weights = quant.activation, [integers(fmt, _NAME, beside) for fmt in rounded_formats(quant)]
         if not activation.active:
             return
-        if activation.bits != 8 or weight.bits != 8 or weight.group is not None:
+        if activation.bits != 8 or any(weight.bits != 8 or weight.group is not None for weight in weights):
             raise ValueError(
                 "export=compressed-tensors holds quantised activations with 8-bit weights per channel and 8-bit "
                 f"activations only, not quant={quant.name}; use quant=w8a8"
@@ -79,7 +82,7 @@ class CompressedTensors(Destination):
             )
 
     def check_model(self, source: Source) -> None:
-        del source  # transformers reads its own architectures
+        self.check(source.quant)  # whose formats are known by now; transformers reads its own architectures
 
     def stored(self, result: BlockResult) -> dict[str, Tensor]:
         from lsiq.export.source import decoded
@@ -99,7 +102,7 @@ class CompressedTensors(Destination):
 
 def _layout(quant: QuantSettings) -> Callable[[QuantizedTensor], dict[str, Tensor]]:
     """Return what lays out a linear's weight."""
-    if float_layouts.layout(quant) is not None:
+    if _float_layout(quant) is not None:
         return lambda weight: {**float_layouts.weight_parts(weight), **float_layouts.input_parts(quant)}
     return _integers if quant.activation.active else _packed
 
@@ -140,19 +143,23 @@ def _scale(weight: QuantizedTensor) -> Tensor:
     return scale.half() if integers(weight.format, _NAME).scale == "float16" else scale
 
 
+def _check_cache(quant: QuantSettings) -> None:
+    kv = quant.kv
+    if kv.rounds and (kv.format is not None or kv.per != "token" or kv.group is not None):
+        raise ValueError(
+            f"{_NAME} states integers with a range for each token and head, not keys and values of quant={quant.name}; "
+            "use quant.kv.per=token quant.kv.group=null quant.kv.format=null"
+        )
+
+
 def _config(source: Source) -> dict[str, Any]:
-    if (layout := float_layouts.layout(source.quant)) is not None:
-        inputs = float_layouts.inputs_config(source.quant.activation)
-        return _described(source, layout, float_layouts.weights_config(source.quant.weight), inputs)
-    weight, activation = integers(source.quant.weight, _NAME), source.quant.activation
-    weights = {
-        "num_bits": weight.bits,
-        "type": "int",
-        "symmetric": weight.symmetric,
-        "strategy": "channel" if weight.group is None else "group",
-        "group_size": weight.group,
-        "dynamic": False,
-    }
+    """Return the settings that loaders read: one group for all linears, or one for each format."""
+    activation = source.quant.activation
+    if (layout := _float_layout(source.quant)) is not None:
+        stated = float_layouts.inputs_config(activation)
+        weights = float_layouts.weights_config(source.quant.weight)
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": stated}
+        return _described(source, layout, {"group_0": group}, [])
     inputs = None
     if isinstance(activation, Activation) and activation.active:
         inputs = {
@@ -162,17 +169,57 @@ def _config(source: Source) -> dict[str, Any]:
             "strategy": "token",
             "dynamic": True,
         }
-    return _described(source, "int-quantized" if activation.active else "pack-quantized", weights, inputs)
+    by_format, floats = _targets(source)
+    groups = {
+        f"group_{number}": {"targets": targets, "weights": _weights(fmt), "input_activations": inputs}
+        for number, (fmt, targets) in enumerate(by_format.items())
+    }
+    return _described(source, "int-quantized" if activation.active else "pack-quantized", groups, floats)
 
 
-def _described(source: Source, layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+def _float_layout(quant: QuantSettings) -> str | None:
+    """Return the layout of floating-point weights, which is one for all linears."""
+    return None if quant.mixed else float_layouts.layout(quant)
+
+
+def _described(source: Source, layout: str, groups: dict[str, Any], floats: list[str]) -> dict[str, Any]:
+    cache = {"kv_cache_scheme": _cache(source.quant.kv)} if source.quant.kv.rounds else {}
     return {
         "quant_method": "compressed-tensors",
         "format": layout,
         "quantization_status": "compressed",
-        "ignore": source.float_linears,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        "ignore": [*source.float_linears, *floats],
+        "config_groups": groups,
+        **cache,
     }
+
+
+def _targets(source: Source) -> tuple[dict[WeightFormat, list[str]], list[str]]:
+    """Return, by format, the linears that have it, and those that stay in float; where all are alike, the class."""
+    found: dict[WeightFormat, list[str]] = {}
+    for index in range(source.model.depth):
+        own = source.quant.in_block(index)
+        for name in source.shapes:
+            found.setdefault(own.of(name), []).append(source.prefix(index) + name)
+    floats = [name for fmt, names in found.items() if fmt.bits == 16 for name in names]
+    rounded = {fmt: names for fmt, names in found.items() if fmt.bits < 16}
+    return ({fmt: ["Linear"] for fmt in rounded} if len(rounded) == 1 else rounded), floats
+
+
+def _weights(fmt: WeightFormat) -> dict[str, Any]:
+    weight = integers(fmt, _NAME)
+    return {
+        "num_bits": weight.bits,
+        "type": "int",
+        "symmetric": weight.symmetric,
+        "strategy": "channel" if weight.group is None else "group",
+        "group_size": weight.group,
+        "dynamic": False,
+    }
+
+
+def _cache(kv: KeyValue) -> dict[str, Any]:
+    return {"num_bits": kv.bits, "type": "int", "symmetric": kv.symmetric, "strategy": "token", "dynamic": True}
 
 
 def _load(folder: Path) -> Logits:
@@ -188,14 +235,60 @@ def _load(folder: Path) -> Logits:
 
     from lsiq.export.verify import as_logits
 
-    dequantize = CompressedTensorsConfig(dequantize=True)  # transformers 5.23 fails on asymmetric weights without it
     with tempfile.TemporaryDirectory(dir=folder.parent) as wide:
         _widen_scales(folder, Path(wide))
-        return as_logits(
-            AutoModelForCausalLM.from_pretrained(
-                wide, dtype=torch.float32, quantization_config=dequantize, local_files_only=True
+        groups = _groups(folder).values()
+        if len(groups) == 1:  # transformers 5.23 fails on asymmetric weights unless it is to de-quantise
+            dequantize = CompressedTensorsConfig(dequantize=True)
+            return as_logits(
+                AutoModelForCausalLM.from_pretrained(
+                    wide, dtype=torch.float32, quantization_config=dequantize, local_files_only=True
+                )
             )
-        )
+        if all(group["weights"]["symmetric"] for group in groups):
+            return as_logits(AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32, local_files_only=True))
+        return as_logits(_load_groups(Path(wide)))
+
+
+def _groups(folder: Path) -> dict[str, Any]:
+    import json
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config["quantization_config"]["config_groups"]
+
+
+def _load_groups(folder: Path) -> nn.Module:
+    """Return the model that transformers builds, each linear unpacked by compressed-tensors as its own group says.
+
+    transformers 5.23 unpacks all linears as the first group says where it is to de-quantise, and fails on asymmetric
+    weights where it is not, so compressed-tensors is asked for the linears one by one.
+    """
+    import json
+
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stated = QuantizationConfig.model_validate(settings.pop("quantization_config"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    files = sorted(folder.glob("*.safetensors"))
+    tensors: dict[str, Any] = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for group in stated.config_groups.values():
+        if isinstance(group, list):
+            raise ValueError(f"a group of settings is expected, not {group}")
+        compressor = BaseCompressor.get_value_from_registry(group.format or stated.format)
+        for target in group.targets:
+            names = [name for name in tensors if name.startswith(f"{target}.weight_")]
+            parts = {name.removeprefix(f"{target}."): tensors.pop(name) for name in names}
+            tensors[f"{target}.weight"] = compressor.decompress(parts, group)["weight"]
+    unknown = model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
+    model.tie_weights()
+    if unknown.unexpected_keys:
+        raise ValueError(f"the model has no place for {unknown.unexpected_keys[0]}")
+    return model
 
 
 def _widen_scales(folder: Path, copy: Path) -> None:

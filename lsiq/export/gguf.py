@@ -15,8 +15,10 @@ from lsiq.export.base import (
     installed,
     integers,
     refuse_activations,
+    refuse_cache,
     refuse_float,
     refuse_wide_scales,
+    rounded_formats,
 )
 from lsiq.export.gguf_types import BLOCK, RANGES
 from lsiq.formats.mxfp import MXFP
@@ -70,15 +72,20 @@ class GGUF(Destination):
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=gguf")
         refuse_activations(quant, "export=gguf")
+        refuse_cache(quant, "export=gguf")
         if self.type in ("F16", "F32"):
             return
-        if holds_blocks(quant.weight):
+        for fmt in rounded_formats(quant):
+            self._check_format(fmt, quant)
+
+    def _check_format(self, fmt: WeightFormat, quant: QuantSettings) -> None:
+        if holds_blocks(fmt):
             if self.type not in ("auto", "MXFP4"):
                 raise ValueError(
                     f"export.type={self.type} holds integers, not quant={quant.name}; use export.type=MXFP4 or auto"
                 )
             return
-        fmt = integers(quant.weight, "export=gguf", " and MXFP4 in blocks of 32")
+        fmt = integers(fmt, "export=gguf", " and MXFP4 in blocks of 32")
         if self.type == "MXFP4":
             raise ValueError(
                 f"export.type=MXFP4 does not hold quant={quant.name}; use quant=w4a16-mxfp4 or another type"
@@ -105,6 +112,7 @@ class GGUF(Destination):
             raise ConfigError("export=gguf: the package gguf writes it and is not installed; install lsiq[export]")
         from lsiq.export.gguf_file import check_architecture
 
+        self.check(source.quant)  # whose formats are known by now
         check_architecture(source)
         for name, (_, columns) in source.shapes.items():
             if self.type not in ("F16", "F32") and columns % BLOCK:
@@ -126,9 +134,13 @@ class GGUF(Destination):
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.gguf_file import write_file
 
-        kind = exact_type(source.quant.weight) if self.type == "auto" else self.type
+        write_file(source, folder / FILE, self._type_of)
+
+    def _type_of(self, fmt: WeightFormat) -> str:
+        """Return the type that holds weights of a format."""
+        kind = exact_type(fmt) if self.type == "auto" else self.type
         assert kind is not None  # `check` sees to it
-        write_file(source, folder / FILE, kind)
+        return kind
 
 
 def holds_blocks(fmt: WeightFormat) -> bool:

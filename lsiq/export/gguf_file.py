@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from lsiq.errors import ConfigError, InputError
 from lsiq.export.gguf_types import ARCHITECTURES, BLOCK, RANGES
 from lsiq.export.shards import tokenizer_folder
 from lsiq.export.source import Source
+from lsiq.formats.base import WeightFormat
 from lsiq.formats.tensor import QuantizedTensor
 
 # The pre-tokenizers that llama.cpp knows by name, by the expression that tokenizer.json splits words with; the plain
@@ -46,13 +49,13 @@ def check_architecture(source: Source) -> None:
         _pre_tokenizer(folder)
 
 
-def write_file(source: Source, path: Path, kind: str) -> None:
-    """Write everything to `path`, linears of the blocks as the type `kind`; one block in memory at a time."""
+def write_file(source: Source, path: Path, type_of: Callable[[WeightFormat], str]) -> None:
+    """Write everything to `path`, quantised linears as the type of their format; one block in memory at a time."""
     import gguf
 
     architecture = ARCHITECTURES[source.model.config.model_type]
     writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)
-    _add_settings(writer, source, kind)
+    _add_settings(writer, source, _prevailing(source, type_of))
     with tokenizer_folder(source) as folder:
         _add_vocabulary(writer, source, folder)
     names = gguf.get_tensor_name_map(
@@ -74,11 +77,23 @@ def write_file(source: Source, path: Path, kind: str) -> None:
         for name, weight in result.weights.items():
             parts = (weight.codes, weight.scale, weight.zero)
             codes, scale, zero = (_order_rows(name, part, source) for part in parts)
+            kind = type_of(weight.format)
             add(prefix + name, encode(replace(weight, codes=codes, scale=scale, zero=zero), kind), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _prevailing(source: Source, type_of: Callable[[WeightFormat], str]) -> str:
+    """Return the type of the most weights, by which the file is called."""
+    weights: Counter[str] = Counter()
+    for index in range(source.model.depth):
+        own = source.quant.in_block(index)
+        for name, (rows, columns) in source.shapes.items():
+            fmt = own.of(name)
+            weights["F16" if fmt.bits == 16 else type_of(fmt)] += rows * columns
+    return weights.most_common(1)[0][0]
 
 
 def encode(weight: QuantizedTensor, kind: str) -> np.ndarray:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from lsiq.errors import ConfigError
-from lsiq.export.base import Destination, Loader, Logits, integers, refuse_activations, refuse_float, refuse_wide_scales
+from lsiq.export.base import (
+    Destination,
+    Loader,
+    Logits,
+    integers,
+    refuse_activations,
+    refuse_cache,
+    refuse_float,
+    refuse_wide_scales,
+)
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -50,16 +59,23 @@ class GPTQLayout(Destination):
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=gptq")
         refuse_activations(quant, "export=gptq")
-        weight = integers(quant.weight, "export=gptq")
-        if weight.bits not in _BITS:
+        refuse_cache(quant, "export=gptq")
+        if len(quant.formats) > 1 or quant.allocate.active:
             raise ValueError(
-                f"export=gptq holds 2, 3, 4 or 8 bits, not quant.weight.bits={weight.bits}; "
-                "use one of them, or export=compressed-tensors, which holds 2 to 8"
+                f"export=gptq holds one format for all linears, not those of quant={quant.name}; "
+                "use export=compressed-tensors"
             )
-        refuse_wide_scales(weight, self.round_scales, "export=gptq")
+        for weight in (integers(fmt, "export=gptq") for fmt in quant.formats):
+            if weight.bits not in _BITS:
+                raise ValueError(
+                    f"export=gptq holds 2, 3, 4 or 8 bits, not quant.weight.bits={weight.bits}; "
+                    "use one of them, or export=compressed-tensors, which holds 2 to 8"
+                )
+            refuse_wide_scales(weight, self.round_scales, "export=gptq")
 
     def check_model(self, source: Source) -> None:
-        group = source.quant.weight.width
+        self.check(source.quant)  # whose formats are known by now
+        group = source.quant.formats[0].width
         for name, (rows, columns) in source.shapes.items():
             if rows % _WORD or columns % _WORD or (group is not None and group % _WORD):
                 raise ConfigError(
@@ -100,7 +116,7 @@ def _packed(weight: QuantizedTensor) -> dict[str, Tensor]:
 def _config(source: Source) -> dict[str, Any]:
     from lsiq import __version__
 
-    fmt = integers(source.quant.weight, "export=gptq")
+    fmt = integers(source.quant.formats[0], "export=gptq")
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.export.base import Destination, Loader, Logits, refuse_activations, refuse_float
+from lsiq.export.base import Destination, Loader, Logits, refuse_activations, refuse_cache, refuse_float
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Plain(Destination):
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=plain")
         refuse_activations(quant, "export=plain")
+        refuse_cache(quant, "export=plain")
 
     def check_model(self, source: Source) -> None:
         del source  # the architecture stays as it was

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lsiq.errors import InputError
@@ -112,7 +113,7 @@ class Source:
 
 def decoded(result: BlockResult) -> dict[str, Tensor]:
     """The weights and floats of a block on the CPU, low-rank products added to the weights they run beside."""
-    weights = result_weights(result, {name: weight.codes for name, weight in result.weights.items()})
+    weights = result_weights(result, {"": torch.empty(0)})
     for name, branch in result.branches.items():
         up, down = branch.cpu().decode()
         weights[name] = weights[name] + up @ down

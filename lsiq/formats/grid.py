@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from lsiq.errors import ConfigError
 
@@ -65,6 +65,17 @@ class Grid(ABC):
     @abstractmethod
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Return the bits that a weight of this shape takes, all that decodes it counted."""
+
+    @classmethod
+    def named(cls, name: str) -> Self | None:
+        """Return the format that a short name such as `w3g128` stands for; None where it is no name of this kind."""
+        del name
+        return None
+
+    def like(self, other: Grid) -> Self:
+        """Return the format with what its name does not say, such as the width of scales, as `other` has it."""
+        del other
+        return self
 
     def storable(self, scale: Tensor) -> Tensor:
         """Return step sizes as they can be stored; the gradient passes as if nothing had been rounded."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -48,6 +50,20 @@ class Integer(Grid):
             raise ValueError(
                 f"bits={self.bits}: nothing lies between 8 and 16; use 2 to 8, or 16 for untouched weights"
             )
+
+    @classmethod
+    def named(cls, name: str) -> Integer | None:
+        """Return the integers that `float`, `w3`, `w3g128` or `w3g128-sym` stand for."""
+        if name == "float":
+            return cls(bits=16, group=None, symmetric=False, scale="float32")
+        if (found := re.fullmatch(r"w([2-8])(?:g([1-9]\d*))?(-sym)?", name)) is None:
+            return None
+        bits, group, symmetric = found.groups()
+        width = int(group) if group else None
+        return cls(bits=int(bits), group=width, symmetric=symmetric is not None, scale="float32")
+
+    def like(self, other: Grid) -> Integer:
+        return replace(self, scale=other.scale) if isinstance(other, Integer) and self.bits < 16 else self
 
     @property
     def levels(self) -> int:

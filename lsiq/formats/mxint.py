@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -47,6 +48,14 @@ class MXInt(Grid):
     def levels(self) -> int:
         """The largest code."""
         return 2**self.bits - 1
+
+    @classmethod
+    def named(cls, name: str) -> MXInt | None:
+        """Return the blocks that `w4-mxint`, `w4-mxint32` or `w4-mxinte4` stand for."""
+        if (found := re.fullmatch(r"w([2-8])-mxint([1-9]\d*)?(e4)?", name)) is None:
+            return None
+        bits, block, short = found.groups()
+        return cls(bits=int(bits), block=int(block) if block else BLOCK, exponent=4 if short else 8)
 
     @property
     def width(self) -> int:

@@ -27,7 +27,8 @@ def merge(draft: Draft, block: Block, quant: QuantSettings) -> BlockResult:
     weights: dict[str, QuantizedTensor] = {}
     for name in block.linears:
         weight, scale, zero = rounded_target(draft, name, quant)
-        weights[name] = QuantizedTensor(quant.weight.encode(weight, scale, zero), scale, zero, quant.weight)
+        fmt = quant.of(name)
+        weights[name] = QuantizedTensor(fmt.encode(weight, scale, zero), scale, zero, fmt)
     return BlockResult(weights, _floats(draft, block))
 
 
@@ -42,8 +43,9 @@ def latents_of(draft: Draft, result: BlockResult, quant: QuantSettings) -> dict[
     latents = {}
     for name, stored in result.weights.items():
         weight, scale, zero = rounded_target(draft, name, quant)
-        codes = quant.weight.grouped(stored.codes).to(scale.dtype)
-        place = quant.weight.place(quant.weight.grouped(weight), codes, scale, zero).clamp(-EDGE, EDGE)
+        fmt = stored.format
+        codes = fmt.grouped(stored.codes).to(scale.dtype)
+        place = fmt.place(fmt.grouped(weight), codes, scale, zero).clamp(-EDGE, EDGE)
         latents[name] = place.reshape(weight.shape).half()
     return latents
 
@@ -56,9 +58,10 @@ def prepared(draft: Draft, block: Block, quant: QuantSettings) -> tuple[dict[str
     """
     linears = {}
     for name in block.linears:
-        lo, hi = quant.weight.limits(*clipped_range(draft, name, quant))
+        fmt = quant.of(name)
+        lo, hi = fmt.limits(*clipped_range(draft, name, quant))
         weight = draft.weights[name]
-        linears[name] = quant.weight.grouped(weight).clamp(lo, hi).reshape(weight.shape)
+        linears[name] = fmt.grouped(weight).clamp(lo, hi).reshape(weight.shape)
     return _floats(draft, block), linears
 
 

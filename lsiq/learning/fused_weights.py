@@ -204,7 +204,10 @@ class FusedWeights:
             alike: dict[tuple[object, ...], list[str]] = {}
             for name in (f"{linear}.weight" for linear in stage):
                 increment = self._parameters(Singular).get(f"{name}:increment")
-                key = (self.block.weights[name].shape, None if increment is None else increment.shape)
+                if name in self.block.untouched:
+                    continue
+                shape = None if increment is None else increment.shape
+                key = (self.block.weights[name].shape, self.quant.of(name), shape)
                 alike.setdefault(key, []).append(name)
             yield from (self._stack(tuple(names)) for names in alike.values())
 
@@ -212,7 +215,7 @@ class FusedWeights:
         weights = [self.block.weights[name] for name in names]
         out, width = weights[0].shape
         clip = self.parts[Clip][0].form if Clip in self.parts else None  # type: ignore[attr-defined]
-        rounding = GroupRounding(self.quant.weight, clip)  # type: ignore[arg-type]
+        rounding = GroupRounding(self.quant.of(names[0]), clip)  # type: ignore[arg-type]
         large = small = None
         if f"{names[0]}:increment" in self._parameters(Singular):
             part, state = self.parts[Singular]
@@ -241,7 +244,7 @@ def _kind(part: Part) -> type:
 
 def uncovered(parts: Sequence[Part], states: Sequence[PartState], block: Block, quant: QuantSettings) -> str | None:
     """Why the kernels cannot make these weights, or None where they can."""
-    if not covers(quant.weight):
+    if not all(covers(quant.of(name)) for name in block.linears):
         return "they round to integers of 2 to 8 bits"
     order = [Singular, Equivalent, Clip]
     kinds = [_kind(part) for part, state in zip(parts, states, strict=True) if state.parameters]
@@ -254,7 +257,7 @@ def uncovered(parts: Sequence[Part], states: Sequence[PartState], block: Block, 
         return "their grids follow the changed weights, so span=present and not start"
     if any(name.endswith(":shift") for state in states for name in state.parameters):
         return "they fold scales, not shifts"
-    widest = max(quant.weight.width or block.weights[name].shape[1] for name in block.linears)
+    widest = max(quant.of(name).width or block.weights[name].shape[1] for name in block.linears)
     if widest >= LARGEST_GROUP:
         return f"their groups are narrower than {LARGEST_GROUP}"
     return None

@@ -86,8 +86,9 @@ def look_ahead(
         running = replace(training.in_precision(following, context.cache), compiled=compiles(path, block))
         if training.ahead.later == "learned":
             following_context = replace(context, inputs=targets[-1])
-            states = start_parts(parts, following, quant, following_context)
-            companion = Trained(parts, states, running, quant, path).trainable()
+            following_quant = quant.in_block(following.index)
+            states = start_parts(parts, following, following_quant, following_context)
+            companion = Trained(parts, states, running, following_quant, path).trainable()
             companions.append(companion)
             later.append(companion.function)
         else:
@@ -99,4 +100,4 @@ def look_ahead(
 
 def _fixed(block: Block, quant: QuantSettings, rounded: bool) -> BlockFunction:
     """The block as it is, or rounded to nearest with its activations in their format."""
-    return block.with_result(round_to_nearest(block, quant), quant.activation) if rounded else block.with_weights({})
+    return block.with_result(round_to_nearest(block, quant), quant.running) if rounded else block.with_weights({})

@@ -150,7 +150,7 @@ class Stepper:
     def loss(self, part: slice, weights: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Tensor:
         """Return the mean loss of some of the sequences in the feed's buffers."""
         x, targets = self.feed.x[part], [target[part] for target in self.feed.targets]
-        out = self.trained.block.with_weights({**weights, **leaves}, self.trained.quant.activation)(x)
+        out = self.trained.block.with_weights({**weights, **leaves}, self.trained.quant.running)(x)
         loss = self.window.loss(out, targets, self.power)
         if self.float_function is not None:
             with torch.no_grad():

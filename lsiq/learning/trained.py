@@ -49,7 +49,8 @@ def compiled_weights(
         return plain_weights(parts, part_states, replace(bare, weights=weights), quant)
 
     # Which weight is a group's largest must come out the same on the way back.
-    run = compiled(make, (tuple(map(repr, parts)), repr(quant), block.identity, block.dtype), keep_all=True)
+    formats = repr([quant.of(name) for name in block.linears])
+    run = compiled(make, (tuple(map(repr, parts)), formats, block.linears, block.identity, block.dtype), keep_all=True)
     return run([s.parameters for s in states], [s.constants for s in states], dict(block.weights))
 
 
@@ -96,7 +97,7 @@ class Trained:
 
     def function(self) -> BlockFunction:
         """Return the block at the present parameters."""
-        return self.block.with_weights(self.weights(), self.quant.activation)
+        return self.block.with_weights(self.weights(), self.quant.running)
 
     def snapshot(self) -> list[PartState]:
         """A copy of the parameters that training does not move."""

@@ -100,7 +100,7 @@ class AWQ(Wrapper):
             statistic = statistics[group.consumers[0]]
             judge = block_error or LinearError(statistic.gram)
             # Against the block as it came: scaling one group's rows changes no rounding of another's columns.
-            ratio, scale = search_scale(block, group, statistic, quant.weight, self.ratios, judge)
+            ratio, scale = search_scale(block, group, statistic, quant, self.ratios, judge)
             changed |= fold_scale({**block.weights, **changed}, group, scale, block.head_dim)
             scaled = statistic.scaled(spread(scale, len(statistic.mean_abs), block.head_dim))
             statistics |= dict.fromkeys(group.consumers, scaled)
@@ -127,9 +127,10 @@ class AWQ(Wrapper):
         from lsiq.calib.scale_search import search_clip
 
         clipped = {}
-        for name in block.spec.linears:
+        for name in (weight.removesuffix(".weight") for weight in block.linears):
             if name not in (block.spec.query, block.spec.key):
                 weight = folded.get(f"{name}.weight", block.weights[f"{name}.weight"])
                 gram = statistics[name].gram
-                clipped[f"{name}.weight"] = search_clip(weight, gram, quant.weight, self.clip_steps, self.shrink)
+                fmt = quant.of(name)
+                clipped[f"{name}.weight"] = search_clip(weight, gram, fmt, self.clip_steps, self.shrink)
         return clipped

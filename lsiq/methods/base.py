@@ -138,6 +138,7 @@ def quantize_prepared(
     prepared = replace(exact, weights={**exact.weights, **(clipped or {})})
     result = method.quantize_block(prepared, quant, context)
     floats = {name: tensor for name, tensor in folded.items() if name not in block.linears}
+    floats |= {n: exact.weights[n] for n in block.untouched if exact.weights[n] is not block.weights[n]}
     # What `method` folded itself, it folded into the clipped weights; none of those here clips and then folds.
     reference = {
         name: exact.weights[name] for name in block.linears if prepared.weights[name] is not block.weights[name]

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lsiq.formats.base import ActivationFormat
+from lsiq.formats.key_value import KeyValue, cache_of
 from lsiq.linalg.rotation import QUERY_KEY, Rotation
 
 NAME = "lsiq"
@@ -47,13 +48,16 @@ def attend(
     if force is not None and force.query_key is not None:
         query, key = force.query_key.apply(query), force.query_key.apply(key)
     fmt = None if force is None else force.format
-    if force is not None and fmt is not None and fmt.attention:
-        query, key, value = (
-            fmt.fake(query),
-            _fake_after(force.prefix, key, fmt),
-            _fake_after(force.prefix, value, fmt),
-        )
     scaling, cap = kwargs.get("scaling"), kwargs.get("softcap")
+    if force is not None and fmt is not None:
+        kept = cache_of(fmt) or (fmt if fmt.attention else None)
+        if fmt.attention:
+            query = fmt.fake(query)
+        if isinstance(kept, KeyValue) and kept.rounds and kept.per == "channel":
+            softmax = fmt if fmt.softmax else None
+            return _attend_to_groups(query, key, value, attention_mask, scaling, cap, softmax, kept, force.prefix), None
+        if kept is not None:
+            key, value = _fake_after(force.prefix, key, kept), _fake_after(force.prefix, value, kept)
     if fmt is not None and fmt.softmax:
         return _attend_step_by_step(query, key, value, attention_mask, scaling, cap, fmt), None
     if cap is not None:
@@ -61,8 +65,40 @@ def attend(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _fake_after(prefix: int, x: Tensor, fmt: ActivationFormat) -> Tensor:
+def _fake_after(prefix: int, x: Tensor, fmt: ActivationFormat | KeyValue) -> Tensor:
     return torch.cat([x[:, :, :prefix], fmt.fake(x[:, :, prefix:])], 2) if prefix else fmt.fake(x)
+
+
+def _attend_to_groups(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    cap: float | None,
+    softmax: ActivationFormat | None,
+    kept: KeyValue,
+    prefix: int,
+) -> Tensor:
+    """Attention to a cache whose tokens are rounded by the group, each once the last of its group is there.
+
+    A query sees rounded keys and values of all groups that end with its own token or before, and those of the newest
+    tokens in float. (In a pass over a whole sequence each query thus attends to the cache as it would have been.)
+    """
+    assert kept.group is not None
+    repeats = query.shape[1] // key.shape[1]
+    count, device = key.shape[2], key.device
+    at = torch.arange(count - query.shape[2], count, device=device)[:, None]
+    place = torch.arange(count, device=device)[None]
+    complete = prefix + ((place - prefix) // kept.group + 1) * kept.group - 1
+    rounded = (place >= prefix) & (complete <= at)
+    pairs = [(x, _fake_after(prefix, x, kept)) for x in (key, value)]
+    (key, near), (value, far) = ([part.repeat_interleave(repeats, 1) for part in pair] for pair in pairs)
+    scale = scaling or 1 / math.sqrt(query.shape[-1])
+    scores = torch.where(rounded, query @ near.transpose(-1, -2), query @ key.transpose(-1, -2)) * scale
+    weights = _weights_of(scores, mask, cap, softmax, value.dtype)
+    found = (weights * rounded) @ far + (weights * ~rounded) @ value
+    return found.transpose(1, 2).contiguous()
 
 
 def _attend_step_by_step(
@@ -81,17 +117,24 @@ def _attend_step_by_step(
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = (query @ key.transpose(-1, -2)) * (scaling or 1 / math.sqrt(query.shape[-1]))
+    weights = _weights_of(scores, mask, cap, fmt, value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _weights_of(
+    scores: Tensor, mask: Tensor | None, cap: float | None, fmt: ActivationFormat | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the attention weights of `scores (batch, heads, queries, keys)`."""
     if cap is not None:
         scores = (scores / cap).tanh() * cap
     if mask is None:  # plain causal attention; keys that came before the first query are in a cache
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        mask = allowed.tril(key.shape[2] - query.shape[2])
+        mask = allowed.tril(scores.shape[-1] - scores.shape[-2])
     # The least number, not infinity: a padded token attends to nothing, and must not become NaN.
     least = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
     weights = scores.float().softmax(-1)
-    weights = (weights if fmt is None else fmt.fake_softmax(weights)).to(value.dtype)
-    return (weights @ value).transpose(1, 2).contiguous()
+    return (weights if fmt is None else fmt.fake_softmax(weights)).to(dtype)
 
 
 @contextlib.contextmanager

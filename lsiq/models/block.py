@@ -23,6 +23,7 @@ from lsiq.runtime import streams
 from lsiq.runtime.micro_batch import MicroBatch, in_parts
 
 if TYPE_CHECKING:
+    from lsiq.formats.quant import QuantSettings
     from lsiq.models.result import BlockResult
 
 
@@ -53,6 +54,7 @@ class Block:
         prefix: tokens whose keys and values stand before those of every sequence.
         compiled: whether the block runs compiled where gradients are wanted; rotated inputs and prefixes do not.
         kind: how the block attends, where the blocks of its model do not all attend alike.
+        untouched: dotted names of linears' weights that stay in float.
     """
 
     module: nn.Module
@@ -66,11 +68,19 @@ class Block:
     prefix: BlockPrefix | None = None
     compiled: bool = False
     kind: str = ""
+    untouched: frozenset[str] = frozenset()
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Dotted names of the weights to quantise, in the order in which a token meets them."""
-        return tuple(f"{name}.weight" for name in self.spec.linears)
+        return tuple(name for linear in self.spec.linears if (name := f"{linear}.weight") not in self.untouched)
+
+    def under(self, quant: QuantSettings) -> Block:
+        """Return the block with the linears that a setting leaves in float untouched."""
+        own = quant.in_block(self.index)
+        names = (f"{linear}.weight" for linear in self.spec.linears)
+        apart = quant.mixed or quant.kv.active  # else a setting of 16 bits quantises nothing, and no method is asked
+        return replace(self, untouched=frozenset(name for name in names if apart and own.of(name).bits == 16))
 
     @property
     def head_dim(self) -> int:

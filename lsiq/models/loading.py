@@ -44,6 +44,7 @@ class Model:
         planting: outliers that the float model is given on purpose; None for the model as it is.
         residual: `(d, d)`, what rotates the residual stream between embeddings and final norm; None for nothing.
         prefix: tokens whose keys and values stand before those of every sequence; None for none.
+        float_skeleton: the skeleton with embeddings and head as they were, where those of `skeleton` are rounded.
     """
 
     config: Any
@@ -56,6 +57,12 @@ class Model:
     planting: PlantedOutliers | None = None
     residual: Tensor | None = None
     prefix: ModelPrefix | None = None
+    float_skeleton: nn.Module | None = None
+
+    @property
+    def as_float(self) -> Model:
+        """The model with embeddings and head as the checkpoint has them."""
+        return self if self.float_skeleton is None else replace(self, skeleton=self.float_skeleton, float_skeleton=None)
 
     @property
     def limit(self) -> int | None:

@@ -24,4 +24,6 @@ def online_multiplications(block: Block, rotations: Mapping[str, Rotation]) -> i
 
 def online_share(block: Block, rotations: Mapping[str, Rotation]) -> float:
     """Return the multiply-adds of a block's rotations over those of its linears, for one token."""
-    return online_multiplications(block, rotations) / sum(block.weights[name].numel() for name in block.linears)
+    return online_multiplications(block, rotations) / sum(
+        block.weights[f"{name}.weight"].numel() for name in block.spec.linears
+    )

@@ -19,8 +19,8 @@ class BlockResult:
     """What a method made of a block.
 
     Attributes:
-        weights: by dotted name of the linear's weight, its codes.
-        floats: by dotted name, norms and biases that were folded into; replaces the block's own.
+        weights: by dotted name of the linear's weight, its codes; linears that are not named stay in float.
+        floats: by dotted name, norms, biases and float linears that were folded into; replaces the block's own.
         metrics: numbers worth a row in the record.
         state: learned parameters worth keeping, by part and name.
         trace: rows of what happened while learning, for the run's trajectory table.

@@ -26,12 +26,14 @@ def input_widths(shape: Mapping[str, Any]) -> dict[str, int]:
 def check_groups(quant: QuantSettings, shape: Mapping[str, Any], model: str) -> None:
     """Raise ConfigError where groups of weights do not divide every width of the model, with a group that does.
 
+    Where linears have formats of their own, they are checked one by one instead, once they are known.
+
     Args:
         shape: the transformers configuration as plain data.
         model: its name.
     """
     group = quant.weight.width
-    if group is None or quant.weight.bits == 16:
+    if group is None or quant.weight.bits == 16 or quant.mixed:
         return
     widths = input_widths(shape)
     for key, width in widths.items():

@@ -107,7 +107,7 @@ def rate_of(part: Part, steps: int) -> float:
 
 def clipped_range(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor]:
     """Return both ends `(out, groups, 1)` of what a linear's grid spans under the draft's clipping."""
-    lo, hi = draft.extremes.get(name) or quant.weight.extremes(draft.weights[name])
+    lo, hi = draft.extremes.get(name) or quant.of(name).extremes(draft.weights[name])
     if name in draft.clip:
         low, high = draft.clip[name]
         lo, hi = low * lo, high * hi
@@ -116,7 +116,7 @@ def clipped_range(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor
 
 def quantized_ranges(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor]:
     """Return scale and zero point `(out, groups, 1)` of a linear's grid under the draft's clipping."""
-    return quant.weight.fit(*clipped_range(draft, name, quant))
+    return quant.of(name).fit(*clipped_range(draft, name, quant))
 
 
 def rounded_target(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,19 +124,20 @@ def rounded_target(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tenso
     scale, zero = quantized_ranges(draft, name, quant)
     weight = draft.weights[name]
     if (offset := draft.offsets.get(name)) is not None:
-        spacing = quant.weight.spacing(quant.weight.grouped(weight), scale)
-        weight = weight + (quant.weight.grouped(offset) * spacing).reshape(weight.shape)
+        fmt = quant.of(name)
+        spacing = fmt.spacing(fmt.grouped(weight), scale)
+        weight = weight + (fmt.grouped(offset) * spacing).reshape(weight.shape)
     return weight, scale, zero
 
 
 def rounded(draft: Draft, linears: tuple[str, ...], quant: QuantSettings) -> dict[str, Tensor]:
     """Return every tensor of the draft, its linears on their grids; gradients pass straight through the rounding."""
-    if quant.weight.bits == 16:
-        return dict(draft.weights)
     weights: dict[str, Tensor] = {}
     for name in linears:
+        if (fmt := quant.of(name)).bits == 16:
+            continue
         weight, scale, zero = rounded_target(draft, name, quant)
-        weights[name] = quant.weight.fake(weight, scale, zero)
+        weights[name] = fmt.fake(weight, scale, zero)
         if draft.softness is not None:
             weights[name] = weights[name] + draft.softness * (weight - weights[name])
     return {**draft.weights, **weights}

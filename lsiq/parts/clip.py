@@ -66,12 +66,12 @@ class Clip(PartTraits):
         ends: dict[str, Tensor] = {}
         constants: dict[str, Tensor] = {}
         for name in block.linears:
-            lo, hi = quant.weight.extremes(block.weights[name])
+            lo, hi = quant.of(name).extremes(block.weights[name])
             if self.span == "start":
                 constants |= {f"{name}:least": lo, f"{name}:largest": hi}
             full = lo.new_full(lo.shape, self._widest)
             ends |= {f"{name}:low": full, f"{name}:high": full.clone()}
-        if self.search and quant.weight.bits < 16:
+        if self.search:
             ends |= self._searched(block, quant, context)
         if self.form == "linear":
             return PartState(ends, constants, bounds=dict.fromkeys(ends, (0.0, 1.0)))
@@ -98,13 +98,13 @@ class Clip(PartTraits):
 
         assert context.inputs is not None  # the method asks for them
         first = [stage[0] for stage in block.spec.stages]
-        grams = input_grams(block, {}, context.inputs, context.batch, first, quant.activation)
+        grams = input_grams(block, {}, context.inputs, context.batch, first, quant.running)
         ends: dict[str, Tensor] = {}
         for stage in block.spec.stages:
             gram = grams[stage[0]].to(block.weights[f"{stage[0]}.weight"].dtype)
             for name in (f"{linear}.weight" for linear in stage):
-                factor = search_range(
-                    block.weights[name], gram, quant.weight, self._widest, SEARCH_STEPS, SEARCH_SHRINK
-                )
+                if name in block.untouched or (fmt := quant.of(name)).bits == 16:
+                    continue
+                factor = search_range(block.weights[name], gram, fmt, self._widest, SEARCH_STEPS, SEARCH_SHRINK)
                 ends |= {f"{name}:low": factor, f"{name}:high": factor.clone()}
         return ends

@@ -52,12 +52,14 @@ class Dense(PartTraits):
 
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
         del context
-        names = block.linears if self.tensors == "linears" else tuple(block.weights)
+        names = (
+            block.linears if self.tensors == "linears" else tuple(n for n in block.weights if n not in block.untouched)
+        )
         parameters = {f"{name}:change": block.weights[name].new_zeros(block.weights[name].shape) for name in names}
         constants: dict[str, Tensor] = {}
         if self.unit == "step":
             for name in names:
-                constants[f"{name}:step"] = quant.weight.mean_steps(block.weights[name])
+                constants[f"{name}:step"] = quant.of(name).mean_steps(block.weights[name])
         return PartState(parameters, constants, bulky=frozenset(parameters))
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:

@@ -118,7 +118,7 @@ class Equivalent(PartTraits):
         for group in self._groups(block):
             statistic = statistics[group.consumers[0]]
             judge = LinearError(statistic.gram)
-            scales[group.producer] = search_scale(block, group, statistic, quant.weight, SEARCH_RATIOS, judge)[1]
+            scales[group.producer] = search_scale(block, group, statistic, quant, SEARCH_RATIOS, judge)[1]
         return scales
 
     def _applies(self, block: Block, quant: QuantSettings) -> bool:

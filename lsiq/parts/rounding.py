@@ -43,11 +43,12 @@ class Rounding(PartTraits):
 
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
         del context
-        if quant.weight.bits == 16:
+        names = [name for name in block.linears if quant.of(name).bits < 16]
+        if not names:
             return PartState({})
-        parameters = {name: block.weights[name].new_zeros(block.weights[name].shape) for name in block.linears}
+        parameters = {name: block.weights[name].new_zeros(block.weights[name].shape) for name in names}
         bounds = dict.fromkeys(parameters, (-self.bound, self.bound))
-        weight = block.weights[block.linears[0]]
+        weight = block.weights[names[0]]
         constants = {"done": weight.new_ones(())} if self.hardening else {}
         return PartState(parameters, constants, bounds, frozenset(parameters))
 

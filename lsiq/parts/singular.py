@@ -117,12 +117,14 @@ class Singular(PartTraits):
 
     def _in_units(self, state: PartState, block: Block, quant: QuantSettings) -> PartState:
         """Return the state with its left directions scaled, so that increments count in steps of the grid."""
-        if self.unit == "value" or quant.weight.bits == 16:
+        if self.unit == "value":
             return state
         constants = dict(state.constants)
         for name in self._names(block):
+            if (fmt := quant.of(name)).bits == 16:
+                continue
             w = block.weights[name]
-            step = quant.weight.mean_steps(w).mean()
+            step = fmt.mean_steps(w).mean()
             trained = sum(p.numel() for key, p in state.parameters.items() if key.startswith(f"{name}:"))
             unit = step * math.sqrt(w.numel() / trained)
             constants |= {f"{name}:unit": unit, f"{name}:u": constants[f"{name}:u"] * unit}

@@ -122,16 +122,19 @@ class _Loop:
         tokens = torch.zeros(1, 1, dtype=torch.long)
         if self.tokens is not None:
             tokens = self.tokens[processes.share(len(self.tokens))]
-        hidden, kwargs = self.model.embed(tokens, self.batch)
+        quantised, kwargs = self.model.embed(tokens, self.batch)
+        hidden = quantised
+        if self.model.float_skeleton is not None:
+            hidden, _ = self.model.as_float.embed(tokens, self.batch)
         self.resident = fits(STREAMS * hidden.nbytes, self.model.device)
         if self.resident:
-            hidden = hidden.to(self.model.device)
+            hidden, quantised = hidden.to(self.model.device), quantised.to(self.model.device)
         self.position = 0
         self.before: Digest = ""
         self.errors: list[float | None] = []
-        self.blocks = _Blocks(self.model, kwargs)
+        self.blocks = _Blocks(self.model, kwargs, self.quant)
         self.floats = FloatStream(self.blocks, hidden, self.batch)
-        self.quantised = None if self.tokens is None else hidden
+        self.quantised = None if self.tokens is None else quantised
 
     def take_up(self) -> Iterator[BlockReport]:
         """Go to where an earlier try came, and yield the reports of its blocks up to there."""
@@ -171,7 +174,7 @@ class _Loop:
         self.position += 1
         if self.quantised is None or targets is None:
             return report
-        function = block.with_result(result, self.quant.activation)
+        function = block.with_result(result, self.quant.running)
         self.quantised = run_stream(function, self.quantised, self.batch, self.model.device)
         self.errors.append(_relative_error(self.quantised, targets, index))
         self.floats.forget_before(index)
@@ -181,7 +184,10 @@ class _Loop:
     def _make(self, block: Block, targets: Tensor | None, start: float) -> tuple[BlockResult, BlockReport]:
         """Let the method quantise a block, and store what it made; the clock ran from `start`."""
         assert not isinstance(self.method, WholeMethod)  # all its blocks were stored before the first one is taken up
-        result = self.method.quantize_block(block, self.quant, self._context(block.index, targets))
+        own = self.quant.in_block(block.index)
+        result = BlockResult({})  # of a block whose linears all stay in float
+        if block.linears:
+            result = self.method.quantize_block(block, own, self._context(block.index, targets))
         report = _report(block, result, self.quant, time.perf_counter() - start)
         report = self._with_rows(report, block, result)
         return self._store(block, result, report), report
@@ -194,7 +200,7 @@ class _Loop:
         self.before = self.store.model_digest()
         for index in range(self.model.depth):
             block = self.blocks(index)
-            result = by_block.quantize_block(block, self.quant, context)
+            result = by_block.quantize_block(block, self.quant.in_block(index), context)
             self._store(block, result, _report(block, result, self.quant, time.perf_counter() - start))
             start = time.perf_counter()
         return self.store.finished_blocks(self.model.depth)
@@ -214,7 +220,7 @@ class _Loop:
 
     def _with_rows(self, report: BlockReport, block: Block, result: BlockResult) -> BlockReport:
         """Return the report with a row for each linear, looked at on the first sequences that enter the block."""
-        rows = layer_rows(block, result, self.quant, first_tokens(self.quantised))
+        rows = layer_rows(block, result, self.quant.in_block(block.index), first_tokens(self.quantised))
         return replace(report, trace=[*report.trace, *rows])
 
     def _restored(self, index: int) -> StoredBlock | None:
@@ -244,27 +250,35 @@ class _Blocks:
 
     model: Model
     kwargs: Mapping[str, Any]
+    quant: QuantSettings
     at_hand: Block | None = None
 
     def __call__(self, index: int) -> Block:
         block = self.at_hand
-        return block if block is not None and block.index == index else self.model.block(index, self.kwargs)
+        return block if block is not None and block.index == index else self._read(index)
 
     def turn_to(self, index: int) -> Block:
         """Return the block that is worked on from now on."""
-        self.at_hand = self.model.block(index, self.kwargs)
+        self.at_hand = self._read(index)
         return self.at_hand
+
+    def _read(self, index: int) -> Block:
+        return self.model.block(index, self.kwargs).under(self.quant)
 
 
 def _report(block: Block, result: BlockResult, quant: QuantSettings, seconds: float) -> BlockReport:
     """Check what a method made of a block, and return the report on it, the error still open."""
     _check(result, block)
-    cost = block_cost(result, quant, online_multiplications(block, result.rotations))
+    cost = block_cost(result, quant, online_multiplications(block, result.rotations), _untouched(block))
     return BlockReport(block.index, seconds, None, cost, dict(result.metrics), result.trace, result.kernels)
 
 
+def _untouched(block: Block) -> int:
+    return sum(block.weights[name].numel() for name in block.untouched)
+
+
 def _check(result: BlockResult, block: Block) -> None:
-    """A result must cover every linear of the block and nothing else, in the right shapes."""
+    """A result must cover every linear of the block that is to be quantised and nothing else, in the right shapes."""
     if set(result.weights) != set(block.linears):
         raise AssertionError(f"block {block.index}: the method returned {sorted(result.weights)}, not {block.linears}")
     for name, weight in result.weights.items():

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lsiq.models.loading import Model
+from lsiq.models.outside import outside_modules
 from lsiq.models.result import BlockResult
 
 if TYPE_CHECKING:
+    from lsiq.formats.base import WeightFormat
     from lsiq.formats.quant import QuantSettings
 
 
@@ -38,11 +40,12 @@ class BlockCost:
     macs: Mapping[str, int] = field(default_factory=dict)
 
 
-def block_cost(result: BlockResult, quant: QuantSettings, online: int = 0) -> BlockCost:
+def block_cost(result: BlockResult, quant: QuantSettings, online: int = 0, untouched: int = 0) -> BlockCost:
     """Return what a quantised block costs; side branches multiply in the width of their factors, rotations in 16 bits.
 
     Args:
         online: multiply-accumulates per token of the rotations done online, as plain products of their small matrices.
+        untouched: how many weights of its linears stay in 16 bits.
     """
     macs: Counter[str] = Counter()
     bits = weights = 0
@@ -53,6 +56,9 @@ def block_cost(result: BlockResult, quant: QuantSettings, online: int = 0) -> Bl
     for branch in result.branches.values():
         macs[f"{branch.number}x{quant.activation.number}"] += branch.rank * sum(branch.shape)
         bits += branch.stored_bits
+    if untouched:
+        macs[f"16x{quant.activation.number}"] += untouched
+        weights, bits = weights + untouched, bits + 16 * untouched
     bits += sum(rotation.stored_bits for rotation in result.rotations.values())
     if online:
         macs["16x16"] += online
@@ -66,15 +72,20 @@ def float_cost(model: Model) -> BlockCost:
     return BlockCost(weights, 16 * weights, {"16x16": weights})
 
 
-def model_cost(model: Model, blocks: Iterable[BlockCost]) -> dict[str, Any]:
+def model_cost(
+    model: Model, blocks: Iterable[BlockCost], outside: Mapping[str, WeightFormat] | None = None
+) -> dict[str, Any]:
     """Return the costs of a model by name, plain data for the record.
 
-    average_bits: bits per original weight of the linears in the blocks.
+    Args:
+        outside: the formats of embeddings and head, by name, where they are rounded.
+
+    average_bits: bits per original weight of the linears in the blocks, and of embeddings and head that are rounded.
     checkpoint_bytes: those, and all other tensors (embeddings, norms, biases, head, what rotates the residual stream)
         in 16 bits, tied ones once.
     bytes_per_token: weights read to generate one token of one sequence: all, but of an embedding that is not the head
         as well only a row. The cache of keys and values is left out: it grows with the context.
-    macs_per_token: multiply-accumulates by width, weight times activation, the head included as 16x16. Products of
+    macs_per_token: multiply-accumulates by width, weight times activation, the head included in its own. Products of
         queries, keys and values are left out for the same reason.
     relative_area: see `relative_area`; of the blocks' linears.
     """
@@ -87,16 +98,27 @@ def model_cost(model: Model, blocks: Iterable[BlockCost]) -> dict[str, Any]:
     head: Any = model.skeleton.get_output_embeddings()  # type: ignore[operator]
     residual = 0 if model.residual is None else model.residual.numel()
     other_weights = sum(parameter.numel() for parameter in model.skeleton.parameters()) - weights + residual
-    unread = sum(
-        module.weight.numel() - module.embedding_dim
-        for module in model.skeleton.modules()
-        if isinstance(module, nn.Embedding) and module.weight is not head.weight
-    )
-    macs["16x16"] += head.weight.numel() + 2 * residual  # rotated where it enters the blocks and where it leaves them
+    unread = 0
+    for module in model.skeleton.modules():
+        if isinstance(module, nn.Embedding) and module.weight is not head.weight:
+            unread += module.weight.numel() - module.embedding_dim
+    looked_up, head_bits = 0, 16
+    float_head: Any = model.as_float.skeleton.get_output_embeddings()  # type: ignore[operator]
+    for module, fmt in outside_modules(model.as_float, outside or {}).values():
+        shape = module.weight.shape
+        weights, bits = weights + module.weight.numel(), bits + fmt.stored_bits(*shape)
+        other_weights -= module.weight.numel()
+        if isinstance(module, nn.Embedding) and module.weight is not float_head.weight:
+            looked_up = fmt.stored_bits(*shape) - fmt.stored_bits(1, shape[1])
+            unread -= module.weight.numel() - module.embedding_dim
+        else:
+            head_bits = fmt.bits
+    macs[f"{head_bits}x16"] += head.weight.numel()
+    macs["16x16"] += 2 * residual  # rotated where it enters the blocks and where it leaves them
     return {
         "average_bits": bits / weights,
         "checkpoint_bytes": bits // 8 + 2 * other_weights,
-        "bytes_per_token": bits // 8 + 2 * (other_weights - unread),
+        "bytes_per_token": (bits - looked_up) // 8 + 2 * (other_weights - unread),
         "macs_per_token": dict(macs),
         "relative_area": area,
     }

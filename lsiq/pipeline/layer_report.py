@@ -44,7 +44,7 @@ def layer_rows(block: Block, result: BlockResult, quant: QuantSettings, inputs: 
     Args:
         inputs: `(N, T, d)`, some of what the quantised model feeds the block.
     """
-    plain = {name: quantize(block.weights[name], quant.weight, name) for name in block.linears}
+    plain = {name: quantize(block.weights[name], quant.of(name), name) for name in block.linears}
     stored = result_weights(result, block.weights)
     comparable = bool(result.reference) or not (result.floats or result.rotations)
     before, after = _errors(block, result, plain, stored, comparable, inputs)
@@ -53,7 +53,7 @@ def layer_rows(block: Block, result: BlockResult, quant: QuantSettings, inputs: 
         codes, old = result.weights[name].codes.to(plain[name].codes.device), block.weights[name]
         nearest = plain[name].codes
         if name in result.reference:
-            nearest = quantize(result.reference[name].to(old.device), quant.weight, name).codes
+            nearest = quantize(result.reference[name].to(old.device), quant.of(name), name).codes
         reach = max(old.abs().max().item(), stored[name].abs().max().item(), 1e-12)
         rows.append(
             {
@@ -65,8 +65,8 @@ def layer_rows(block: Block, result: BlockResult, quant: QuantSettings, inputs: 
                 "flip_rate": (nearest != codes).float().mean().item() if comparable else float("nan"),
                 "histogram_before": _histogram(old, reach),
                 "histogram_after": _histogram(stored[name], reach),
-                "histogram_codes_before": _counts(plain[name].codes, quant),
-                "histogram_codes": _counts(codes, quant),
+                "histogram_codes_before": _counts(plain[name]),
+                "histogram_codes": _counts(result.weights[name]),
                 "histogram_range": reach,
             }
         )
@@ -107,8 +107,7 @@ def _output_errors(
     power = dict.fromkeys(block.linears, 0.0)
 
     def update(first: str, x: Tensor) -> None:
-        for linear in stages[first]:
-            name = f"{linear}.weight"
+        for name in (name for linear in stages[first] if (name := f"{linear}.weight") in power):
             w = weights[name].float()
             power[name] += (x @ w.T).square().sum().item()
             for sums, candidate in zip(errors, candidates, strict=True):
@@ -129,8 +128,8 @@ def _products(block: Block, result: BlockResult) -> dict[str, Tensor]:
     return {name: factors[0].float() @ factors[1].float() for name, factors in decoded.items()}
 
 
-def _counts(codes: Tensor, quant: QuantSettings) -> list[int]:
-    return torch.bincount(codes.flatten().int(), minlength=quant.weight.levels + 1).tolist()
+def _counts(weight: QuantizedTensor) -> list[int]:
+    return torch.bincount(weight.codes.flatten().int(), minlength=weight.format.levels + 1).tolist()
 
 
 def _histogram(w: Tensor, reach: float) -> list[float]:

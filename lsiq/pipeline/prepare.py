@@ -8,6 +8,7 @@ from torch import Tensor
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, ModelMethod, WholeMethod, chain
 from lsiq.models.loading import Model
+from lsiq.models.outside import outside_modules, with_rounded_outside
 from lsiq.results.memory_store import MemoryStore
 from lsiq.results.store import DAMAGED, BlockStore
 from lsiq.runtime import processes
@@ -32,10 +33,11 @@ def prepare(
     """
     if quant.name == "fp16":
         return model  # nothing is quantised
+    outside_modules(model, quant.outside())  # what does not fit is said before anything is made
     if processes.first():
         store.open()
     if processes.from_first(store.model_digest() not in ("", DAMAGED)):
-        return store.read_model(model)
+        return restored(model, quant, store)
     for position, link in enumerate(chain(method)):
         if isinstance(link, ModelMethod):
             generator = torch.Generator().manual_seed(seed * 100_003 + 50_021 + position)
@@ -43,4 +45,9 @@ def prepare(
     if processes.first():
         store.write_model(model)
     processes.wait()
-    return model
+    return with_rounded_outside(model, quant.outside())
+
+
+def restored(model: Model, quant: QuantSettings, store: BlockStore | MemoryStore) -> Model:
+    """Return the model as the blocks in `store` want it, embeddings and head rounded where they have a format."""
+    return with_rounded_outside(store.read_model(model), quant.outside())

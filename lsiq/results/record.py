@@ -52,6 +52,8 @@ class Record:
         protocol: by metric key, how it was measured: windows, tokens, hash of the tokens.
         cached: by metric key, the run that measured it and when, where a number was taken from the cache.
         calibration: samples, sequence length and token hash.
+        plan: of runs whose linears have formats of their own: the file beside the record that says which, its digest,
+            the average bits and the divergence that it foresees, and how many linears have each format.
         prefix: ids of the tokens that stand in the cache before every sequence of the quantised model.
         average_bits: bits per original weight of the quantised linears, with all that decodes, rotates, repairs them.
         cost: bits, bytes, multiply-accumulates and circuit area; see `lsiq.pipeline.cost.model_cost`.
@@ -78,6 +80,7 @@ class Record:
     protocol: dict[str, dict[str, Any]] = field(default_factory=dict)
     cached: dict[str, dict[str, str]] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
     prefix: list[int] = field(default_factory=list)
     average_bits: float | None = None
     cost: dict[str, Any] = field(default_factory=dict)

@@ -22,13 +22,15 @@ from lsiq.export.verify import verify
 from lsiq.formats.activation import Activation
 from lsiq.formats.fp8 import FP8, FP8Activation
 from lsiq.formats.integer import Integer
+from lsiq.formats.key_value import KeyValue
 from lsiq.formats.mxfp import MXFP, MXFPActivation
 from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.formats.nvfp4 import NVFP4, NVFP4Activation
+from lsiq.formats.placed import place
 from lsiq.formats.quant import QuantSettings
 from lsiq.models.rounding import round_to_nearest
 from lsiq.results.memory_store import MemoryStore
-from lsiq.settings import build
+from lsiq.settings import build, fill
 
 FLOAT = Activation()
 LINEARS_ONLY = Activation(bits=8, attention=False)
@@ -46,6 +48,10 @@ QUANTS = {
     "w8a8": QuantSettings(weight=Integer(bits=8, scale="float16"), activation=LINEARS_ONLY),
     "w8a8-attention": QuantSettings(weight=Integer(bits=8, scale="float16"), activation=Activation(bits=8)),
     "w4a4": QuantSettings(weight=Integer(bits=4, scale="float16"), activation=Activation(bits=4, attention=False)),
+    "kv8": QuantSettings(weight=Integer(bits=4, group=32, scale="float16"), activation=FLOAT, kv=KeyValue(bits=8)),
+    "kv8-groups": QuantSettings(
+        weight=Integer(bits=4, group=32, scale="float16"), activation=FLOAT, kv=KeyValue(bits=8, group=8)
+    ),
     "blocks": QuantSettings(weight=MXInt(bits=4), activation=FLOAT),
     "blocks-a8": QuantSettings(weight=MXInt(bits=4), activation=MXActivation(bits=8, attention=False)),
     "fp8": QuantSettings(weight=FP8(), activation=FLOAT),
@@ -66,10 +72,12 @@ FLOATS = {"fp8", "fp8-a8", "mxfp4", "mxfp4-a8", "mxfp6", "mxfp8", "nvfp4", "nvfp
 # What each layout holds, and nothing else of the above; other layouts say for themselves what they hold.
 HELD = {
     "compressed-tensors": {"w2g32", "w3", "w4g32-sym", "w4g16", "w5g32", "w8g32", "w8g32-sym", "wide-scales", "w8a8"}
-    | FLOATS,
+    | {"kv8", *FLOATS},
     "gguf": {"w2g32", "w3", "w4g32-sym", "w5g32", "w8g32-sym", "mxfp4"},
     "gptq": {"w2g32", "w3", "w4g32-sym", "w8g32", "w8g32-sym"},
-    "plain": {name for name, quant in QUANTS.items() if not quant.activation.active and name != "float"},
+    "plain": {
+        name for name, quant in QUANTS.items() if not (quant.activation.active or quant.kv.rounds or name == "float")
+    },
 }
 
 
@@ -109,6 +117,42 @@ def test_is_an_exporter(name: str) -> None:
     assert exporter.verify
     assert exporter.loaders
     assert (exporter.folder, exporter.push) == (None, None)
+
+
+# Formats of their own for some linears, by the layouts that hold them.
+MIXED = {
+    "integers": ([("*_proj", "0", "w4g32-sym"), ("self_attn.k_proj", None, "w3g32")], {"compressed-tensors", "gguf"}),
+    "symmetric": ([("*", None, "w4g32-sym"), ("mlp.*", "1", "w8-sym")], {"compressed-tensors", "gguf"}),
+    "some in float": ([("self_attn.*", "-1", "float"), ("self_attn.v_proj", "0", "w8")], {"compressed-tensors"}),
+    "a float block": ([("*", "0", "float")], {"compressed-tensors", "gguf"}),
+}
+
+
+@pytest.mark.parametrize("rules", MIXED)
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_linears_with_formats_of_their_own_read_back(
+    name: str, rules: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    given, held = MIXED[rules]
+    quant = fill(
+        QuantSettings,
+        {
+            "weight": Integer(bits=2, group=32, scale="float16"),
+            "activation": FLOAT,
+            "rules": [{"match": match, "blocks": blocks, "format": fmt} for match, blocks, fmt in given],
+        },
+    )
+    model = load_small(checkpoints["llama"])
+    placed = place(quant, model.depth, model.spec.linears, "llama")
+    exporter, source = exporter_of(name), source_of(placed, checkpoints["llama"])
+    refused = refusal(exporter, source)
+    assert (refused is None) == (name in {*held, "plain"})
+    if refused is not None:
+        return
+    exporter.write(source, tmp_path)
+    (found,) = verify(exporter, source, model_settings(checkpoints["llama"]), 0, tmp_path)
+    assert found["status"] == "read"
+    assert found["difference"] <= TOLERANCE / 100  # measured: 0.0
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -52,6 +52,7 @@ class TunedBlock:
         self.growth = {name: torch.zeros_like(grid.scale) for name, grid in self.grids.items() if settings.scales}
         self.floats = {name: w.clone() if settings.floats else w for name, w in floats.items()}
         self.block = settings.training.in_precision(replace(block, weights=self.floats), context.cache)
+        trained = {name: w for name, w in self.floats.items() if name not in block.untouched}
         self.groups: list[dict[str, Any]] = []
         assert context.tokens is not None
         steps = settings.training.steps(len(context.tokens))
@@ -59,7 +60,7 @@ class TunedBlock:
         for parameters, rate in (
             (self.state.parameters, part_rate),
             (self.growth, settings.scales),
-            (self.floats, settings.floats),
+            (trained, settings.floats),
         ):
             if rate is not None and parameters:
                 self.groups.append({"params": [p.requires_grad_() for p in parameters.values()], "lr": rate})
@@ -69,7 +70,7 @@ class TunedBlock:
         return checkpoint(self._run, hidden, use_reentrant=False)  # type: ignore[return-value]
 
     def _run(self, hidden: Tensor) -> Tensor:
-        return self.block.with_weights(self.weights(), self.quant.activation)(hidden)
+        return self.block.with_weights(self.weights(), self.quant.running)(hidden)
 
     def weights(self) -> dict[str, Tensor]:
         """Return every tensor of the block at the present parameters, its linears on their grids."""
@@ -101,7 +102,7 @@ class TunedBlock:
             for name, parameter in self.state.parameters.items()
             if self.part is not None and name not in self.state.bulky
         }
-        metrics = {"flip_rate": sum(flips) / len(flips), **metrics}
+        metrics = {"flip_rate": sum(flips) / max(len(flips), 1), **metrics}
         return BlockResult(weights, floats, metrics, state, rotations=self.initial.rotations)
 
     def _decoded(self) -> dict[str, Tensor]:
@@ -133,9 +134,9 @@ class TunedBlock:
     def _in_steps(self, draft: Draft, name: str) -> Tensor:
         """What is rounded of a linear, in steps of its grid as it was found."""
         weight = draft.weights[name]
-        return (self.quant.weight.grouped(weight) / self.grids[name].scale).reshape(weight.shape)
+        return (self.grids[name].format.grouped(weight) / self.grids[name].scale).reshape(weight.shape)
 
     def _rounded(self, draft: Draft, name: str) -> Tensor:
-        grid, fmt = self._grown(name), self.quant.weight
+        grid, fmt = self._grown(name), self.grids[name].format
         steps = fmt.fake(self._in_steps(draft, name), torch.ones_like(grid.scale), grid.zero)
         return (fmt.grouped(steps) * grid.scale).reshape(steps.shape)

@@ -53,7 +53,7 @@ def tune(settings: FineTune, quant: QuantSettings, context: Context) -> Method:
     store = BlockStore(Path(settings.run) / "blocks")
     results = [store.read(index) for index in range(context.ahead.depth)]
     for index, initial in enumerate(results):
-        _check(initial, context.ahead.block(index), quant, settings.run)
+        _check(initial, context.ahead.block(index), quant.in_block(index), settings.run)
         if settings.latents and set(initial.latents) != set(initial.weights):
             raise InputError(
                 f"method.latents=true: {settings.run} keeps no weights as they were before rounding; make it with a "
@@ -77,7 +77,7 @@ def _check(initial: BlockResult, block: Block, quant: QuantSettings, run: str) -
         weight = initial.weights.get(name)
         if weight is None or weight.codes.shape != block.weights[name].shape:
             raise InputError(f"method.run={run}: its blocks do not fit this model; give a run of the same model")
-        if weight.format != quant.weight:
+        if weight.format != quant.of(name):
             raise InputError(
                 f"method.run={run}: was quantised to {weight.format.bits} bits in groups of {weight.format.width}; "
                 "give the same quant= as that run"
@@ -107,12 +107,12 @@ class _Tuner:
         start = time.perf_counter()
         self._advance(group[0])
         tuned = [
-            TunedBlock(self.settings, self._block(index), self.results[index], self.quant, self.context)
-            for index in group
+            TunedBlock(self.settings, self._block(i), self.results[i], self.quant.in_block(i), self.context)
+            for i in group
         ]
         behind = [
             self.settings.training.in_precision(self._block(index), self.context.cache).with_result(
-                self.results[index], self.quant.activation
+                self.results[index], self.quant.running
             )
             for index in range(group[-1] + 1, len(self.results))
         ]
@@ -187,7 +187,7 @@ class _Tuner:
     def _advance(self, to: int) -> None:
         """Run the quantised stream up to the block `to`."""
         for index in range(self.reached, to):
-            function = self._block(index).with_result(self.results[index], self.quant.activation)
+            function = self._block(index).with_result(self.results[index], self.quant.running)
             self.hidden = run_stream(function, self.hidden, self.context.batch, self.device)
         self.reached = to
 

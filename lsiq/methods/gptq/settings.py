@@ -15,6 +15,7 @@ from lsiq.settings import settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lsiq.formats.base import WeightFormat
     from lsiq.formats.quant import QuantSettings
     from lsiq.formats.tensor import QuantizedTensor
     from lsiq.models.block import Block
@@ -72,15 +73,17 @@ class GPTQ(Traits):
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
         tensors: dict[str, QuantizedTensor] = {}
-        first = [measured_stage[0] for measured_stage in block.spec.stages]  # linears of a stage share their input
+        stages = [[f"{name}.weight" for name in stage] for stage in block.spec.stages]
+        stages = [names for stage in stages if (names := [name for name in stage if name in block.linears])]
+        first = [names[0].removesuffix(".weight") for names in stages]  # linears of a stage share their input
         grams = {} if self.true_sequential else self._grams(block, {}, first, quant, context)
         lost = 0.0
-        for linears in block.spec.stages:
+        for shown, names in zip(first, stages, strict=True):
             if self.true_sequential:
-                grams = self._grams(block, tensors, [linears[0]], quant, context)
-            rounded, error = self._round_stage(block, linears, grams[linears[0]], quant)
+                grams = self._grams(block, tensors, [shown], quant, context)
+            rounded, error = self._round_stage(block, names, grams[shown], quant)
             tensors |= rounded
-            lost += error / len(block.spec.stages)
+            lost += error / len(stages)
         return BlockResult(tensors, metrics={"output_error": lost})
 
     def _grams(
@@ -101,12 +104,12 @@ class GPTQ(Traits):
         product = torch.float64 if self.precision == "float64" else torch.float32
         weights = {name: tensor.decode() for name, tensor in tensors.items()}
         with measured_stage("statistics"):
-            return input_grams(block, weights, context.inputs, context.batch, linears, quant.activation, product)
+            return input_grams(block, weights, context.inputs, context.batch, linears, quant.running, product)
 
     def _round_stage(
-        self, block: Block, linears: tuple[str, ...], gram: Tensor, quant: QuantSettings
+        self, block: Block, names: list[str], gram: Tensor, quant: QuantSettings
     ) -> tuple[dict[str, QuantizedTensor], float]:
-        """Round the linears of one stage as one matrix, for they share its Hessian.
+        """Round the linears of one stage, for they share its Hessian; those of one format as one matrix.
 
         Also return the output error relative to the output's mean square.
         """
@@ -117,22 +120,25 @@ class GPTQ(Traits):
         from lsiq.methods.gptq.columns import factorise, round_with_feedback
         from lsiq.runtime.timing import measured_stage
 
-        names = [f"{name}.weight" for name in linears]
+        alike: dict[WeightFormat, list[str]] = {}
         for name in names:
+            alike.setdefault(quant.of(name), []).append(name)
             if not block.weights[name].isfinite().all():
                 raise NumericalError(
                     f"{name} holds values that are not finite; the checkpoint is damaged, fetch it again"
                 )
-        stacked = torch.cat([block.weights[name] for name in names])
-        where = f"block {block.index}, {linears[0]}"
+        where = f"block {block.index}, {names[0].removesuffix('.weight')}"
         with measured_stage("factorise"):
             curvature = factorise(gram, self.act_order, self.damping, self.precision, where)
-        with measured_stage("round"):
-            tensor = round_with_feedback(stacked, curvature, quant.weight, self.static_groups, self.block_size)
-        rows = [len(block.weights[name]) for name in names]
-        parts = zip(names, tensor.codes.split(rows), tensor.scale.split(rows), tensor.zero.split(rows), strict=True)
-        power = output_error(stacked, torch.zeros_like(stacked), gram)
-        return (
-            {name: QuantizedTensor(codes, scale, zero, quant.weight) for name, codes, scale, zero in parts},
-            output_error(stacked, tensor.decode(), gram) / max(power, 1e-30),
-        )
+        tensors: dict[str, QuantizedTensor] = {}
+        lost = power = 0.0
+        for fmt, same in alike.items():
+            stacked = torch.cat([block.weights[name] for name in same])
+            with measured_stage("round"):
+                tensor = round_with_feedback(stacked, curvature, fmt, self.static_groups, self.block_size)
+            rows = [len(block.weights[name]) for name in same]
+            parts = zip(same, tensor.codes.split(rows), tensor.scale.split(rows), tensor.zero.split(rows), strict=True)
+            tensors |= {name: QuantizedTensor(codes, scale, zero, fmt) for name, codes, scale, zero in parts}
+            power += output_error(stacked, torch.zeros_like(stacked), gram)
+            lost += output_error(stacked, tensor.decode(), gram)
+        return tensors, lost / max(power, 1e-30)

@@ -71,7 +71,7 @@ def input_costs(
     else:
         assert context.inputs is not None  # the method asks for them
         if settings.scale == "covariance":
-            costs = input_grams(block, weights, context.inputs, context.batch, heads, quant.activation)
+            costs = input_grams(block, weights, context.inputs, context.batch, heads, quant.running)
         else:
             costs = _diagonals(settings, weights, block, quant, context, heads)
     return {f"{name}.weight": costs[linears[0]] for linears in block.spec.stages for name in linears}
@@ -98,7 +98,7 @@ def _diagonals(
             squares = x.square().sum(0, dtype=torch.float64) / (tokens * samples)
             diagonals[name] = squares + diagonals[name] if name in diagonals else squares
 
-    visit_inputs(block, weights, context.inputs, context.batch, heads, update, quant.activation)
+    visit_inputs(block, weights, context.inputs, context.batch, heads, update, quant.running)
     reduce = processes.largest if settings.scale == "magnitude" else processes.add
     for name, statistic in diagonals.items():
         check_finite(reduce(statistic), block, name)

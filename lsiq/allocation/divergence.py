@@ -1,0 +1,98 @@
+"""How far what a model predicts moves when one unit of its linears is rounded and the rest stays in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lsiq.allocation.units import Unit
+from lsiq.evals.perplexity import score_tokens
+from lsiq.formats.base import WeightFormat
+from lsiq.formats.tensor import quantize
+from lsiq.models.block import Block, run_stream
+from lsiq.models.loading import Model
+
+_FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One unit in one format."""
+
+    unit: Unit
+    choice: int
+    format: WeightFormat
+
+    def function_of(self, block: Block):  # type: ignore[no-untyped-def]
+        """Return the block with the unit rounded to nearest."""
+        names = [f"{name}.weight" for name in self.unit.linears]
+        return block.with_weights({name: quantize(block.weights[name], self.format, name).decode() for name in names})
+
+
+@torch.no_grad()
+def divergences(
+    model: Model,
+    tokens: Tensor,
+    units: Sequence[Unit],
+    choices: Sequence[WeightFormat],
+    batch: int,
+    room: int,
+    advance: Callable[[], None],
+) -> Tensor:
+    """Return the mean divergence of predictions `(units, choices)`, float64, nats per predicted token.
+
+    KL(float ‖ tried), over the tokens of all sequences but the first of each. A trial leaves the float stream at its
+    own block, so that one pass over the weights serves as many trials as there is room for their streams.
+
+    Args:
+        tokens: `(N, T)`.
+        room: bytes that streams may take at once; more trials than fit take more passes.
+        advance: called after each block of each pass.
+    """
+    trials = [Trial(unit, index, fmt) for unit in units for index, fmt in enumerate(choices) if fmt.bits < 16]
+    hidden, kwargs = model.embed(tokens, batch)
+    many = max(1, room // max(hidden.nbytes, 1) - 2)
+    found = torch.zeros(len(units), len(choices), dtype=torch.float64)
+    place = {unit.name: row for row, unit in enumerate(units)}
+    for start in range(0, len(trials), many):
+        some = trials[start : start + many]
+        left = _run(model, hidden, kwargs, some, batch, advance)
+        split = {name: stream.split(batch) for name, stream in left.items()}
+        scores = score_tokens(model, tokens.split(batch), split, _FLOAT)
+        for number, trial in enumerate(some):
+            divergence = scores[str(number)].divergence
+            assert divergence is not None  # there is a reference
+            found[place[trial.unit.name], trial.choice] = divergence.double().mean().item()
+    return found
+
+
+def passes(model: Model, tokens: Tensor, units: int, choices: int, room: int) -> int:
+    """Return how many passes over the weights `divergences` takes."""
+    one = tokens.numel() * model.config.hidden_size * model.dtype.itemsize
+    return -(-units * choices // max(1, room // max(one, 1) - 2))
+
+
+def _run(
+    model: Model,
+    hidden: Tensor,
+    kwargs: Mapping[str, object],
+    trials: Sequence[Trial],
+    batch: int,
+    advance: Callable[[], None],
+) -> dict[str, Tensor]:
+    """Return what leaves the last block, `(N, T, d)`, of the float model and of each trial by its number."""
+    streams = {_FLOAT: hidden}
+    for index in range(model.depth):
+        block = model.block(index, kwargs)
+        whole = block.with_weights({})
+        begun = {
+            str(number): run_stream(trial.function_of(block), streams[_FLOAT], batch, model.device)
+            for number, trial in enumerate(trials)
+            if trial.unit.block == index
+        }
+        streams = {name: run_stream(whole, stream, batch, model.device) for name, stream in streams.items()} | begun
+        advance()
+    return {name: model.rotated_back(stream) for name, stream in streams.items()}

@@ -1,0 +1,199 @@
+"""The format of keys and values as a cache keeps them, apart from that of activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from lsiq.errors import ConfigError
+from lsiq.formats.base import ActivationFormat
+from lsiq.formats.grid import check_divides, divided, round_through
+from lsiq.formats.integer import MAX_SCALE, MIN_SCALE
+from lsiq.formats.names import named_activation
+from lsiq.settings import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@settings
+class KeyValue:
+    """How keys (after the rotary embedding) and values are rounded when a token's are appended to the cache.
+
+    Integers of `bits` bits over the range of what shares a scale, zero included, by the formulas of `Activation`; or a
+    named format of activations, such as a floating one.
+
+        per=token     each token's own, once it is there: all channels of a head, or `group` of them, share a range
+        per=channel   each channel's own over `group` tokens: rounded once the last of them is there, so that the
+                      newest tokens, fewer than a group, are attended to in float
+
+    With neither `bits` nor `format` keys and values are rounded as queries are, as `quant.activation` says.
+
+    Source: KIVI (arXiv 2402.02750, section 3) for keys per channel and the float residual.
+    Deviation: values per channel too where `per=channel`; KIVI keeps them per token. No other tokens stay in float.
+    """
+
+    bits: int | None = Field(
+        None, ge=2, le=16, description="2 to 8 bits, 16 to keep keys and values in float, or null for quant.activation"
+    )
+    format: str | None = Field(None, description="a format of activations by the name of its file, or null")
+    per: Literal["token", "channel"] = Field("token", description="token or channel: what has a range of its own")
+    group: int | None = Field(
+        None,
+        ge=1,
+        description="channels of a head (per=token) or tokens (per=channel) that share a range; null for all",
+    )
+    symmetric: bool = Field(False, description="true or false")
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and 8 < self.bits < 16:
+            raise ValueError(f"bits={self.bits}: nothing lies between 8 and 16; use 2 to 8, 16 for float, or null")
+        if self.bits is not None and self.format is not None:
+            raise ValueError(f"format={self.format}: says its own bits; set bits=null")
+        if self.per == "channel" and self.group is None:
+            raise ValueError("group=null: a channel's range is shared by a number of tokens; set group=32 or another")
+        if self.format is None:
+            return
+        if self.per == "channel" or self.group is not None:
+            raise ValueError(f"format={self.format}: shares ranges in its own way; use per=token and group=null")
+        if self.named.bits == 16:
+            raise ValueError(f"format={self.format}: leaves activations in float; name another file, or use bits")
+
+    @property
+    def active(self) -> bool:
+        """Whether keys and values have a format of their own, be it float."""
+        return self.bits is not None or self.format is not None
+
+    @property
+    def rounds(self) -> bool:
+        return self.active and self.bits != 16
+
+    @property
+    def named(self) -> ActivationFormat:
+        assert self.format is not None
+        return named_activation(self.format)
+
+    @property
+    def suffix(self) -> str:
+        """What the name of a setting says of it."""
+        if not self.active:
+            return ""
+        if self.format is not None:
+            return f"-kv-{self.format}"
+        shared = "" if self.group is None else f"{'t' if self.per == 'channel' else 'g'}{self.group}"
+        return f"-kv{self.bits}{shared}{'-sym' if self.symmetric else ''}"
+
+    @property
+    def words(self) -> str:
+        """The format in words, for model cards."""
+        if self.format is not None:
+            return self.named.words
+        shared = {"token": "channels of a head", "channel": "tokens of a channel"}[self.per]
+        count = "all" if self.group is None else f"{self.group}"
+        return f"{self.bits} bits, {'' if self.symmetric else 'a'}symmetric, a range for {count} {shared}"
+
+    def check(self, head_dim: int) -> None:
+        """Raise ConfigError unless groups of channels divide a head's."""
+        if self.rounds and self.per == "token":
+            check_divides("quant.kv.group", self.group, head_dim, "a head", " or null")
+
+    def fake(self, x: Tensor) -> Tensor:
+        """Return keys or values `(…, T, channels)` as the cache holds them; rounding lets gradients straight through.
+
+        With `per=channel` the last tokens, fewer than a group, stay as they are.
+        """
+        if not self.rounds:
+            return x
+        if self.format is not None:
+            return self.named.fake(x)
+        if self.per == "token":
+            groups = x.unflatten(-1, (-1, self.group or x.shape[-1]))
+            return self._rounded(groups, -1).flatten(-2)
+        import torch
+
+        assert self.group is not None
+        whole = x.shape[-2] // self.group * self.group
+        if not whole:
+            return x
+        groups = x[..., :whole, :].unflatten(-2, (-1, self.group))
+        return torch.cat([self._rounded(groups, -2).flatten(-3, -2), x[..., whole:, :]], -2)
+
+    def _rounded(self, x: Tensor, dim: int) -> Tensor:
+        assert self.bits is not None
+        wide = x.float()
+        lo, hi = wide.amin(dim, keepdim=True).clamp(max=0), wide.amax(dim, keepdim=True).clamp(min=0)
+        if self.symmetric:
+            half = 2 ** (self.bits - 1)
+            scale = divided((-lo).maximum(hi), half - 1).clamp(MIN_SCALE, MAX_SCALE)
+            return (round_through(wide / scale).clamp(-half, half - 1) * scale).to(x.dtype)
+        levels = 2**self.bits - 1
+        scale = divided(hi - lo, levels).clamp(MIN_SCALE, MAX_SCALE)
+        zero = round_through(-lo / scale)
+        return (((round_through(wide / scale) + zero).clamp(0, levels) - zero) * scale).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Running:
+    """What is rounded while a block runs: activations, and keys and values by a format of their own.
+
+    It stands wherever an activation format does, and is that format but for `cache`.
+    """
+
+    activation: ActivationFormat
+    cache: KeyValue
+
+    active = True
+
+    @property
+    def bits(self) -> int:
+        return self.activation.bits
+
+    @property
+    def attention(self) -> bool:
+        return self.activation.active and self.activation.attention
+
+    @property
+    def softmax(self) -> bool:
+        return self.activation.active and self.activation.softmax
+
+    @property
+    def suffix(self) -> str:
+        return self.activation.suffix
+
+    @property
+    def family(self) -> str:
+        return self.activation.family
+
+    @property
+    def number(self) -> str:
+        return self.activation.number
+
+    @property
+    def factors(self) -> str:
+        return self.activation.factors
+
+    @property
+    def words(self) -> str:
+        return self.activation.words
+
+    def fake(self, x: Tensor) -> Tensor:
+        return self.activation.fake(x)
+
+    def fake_softmax(self, weights: Tensor) -> Tensor:
+        return self.activation.fake_softmax(weights)
+
+
+def cache_of(fmt: ActivationFormat | None) -> KeyValue | None:
+    """Return the format of keys and values, where they have one of their own."""
+    return fmt.cache if isinstance(fmt, Running) else None
+
+
+def refuse_padded(kv: KeyValue, tasks: object) -> None:
+    """Raise ConfigError for tasks under ranges that tokens share: pads of a batch would count."""
+    if tasks and kv.rounds and kv.per == "channel":
+        raise ConfigError(
+            "quant.kv.per=channel: prompts of tasks are padded, and ranges that tokens share would count the padding; "
+            "use eval.tasks=[] or quant.kv.per=token"
+        )

@@ -1,0 +1,112 @@
+"""Keys and values have a format of their own, and are attended to as a cache would hold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.configuration import compose_run
+from helpers.models import load_small
+
+from lsiq.data.tokens import random_windows
+from lsiq.errors import ConfigError
+from lsiq.experiment.config import parse
+from lsiq.formats.activation import Activation
+from lsiq.formats.integer import Integer
+from lsiq.formats.key_value import KeyValue, Running
+from lsiq.formats.quant import QuantSettings
+from lsiq.models.attention import activations, attend
+from lsiq.models.loading import Model
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: dict[str, Path]) -> Model:
+    return load_small(checkpoints["llama"])
+
+
+def block_output(model: Model, kv: KeyValue | None, activation: Activation) -> torch.Tensor:
+    quant = QuantSettings(weight=Integer(bits=4), activation=activation, kv=kv or KeyValue())
+    hidden, kwargs = model.embed(random_windows(model.config.vocab_size, 2, 12, 0), 2)
+    return model.block(0, kwargs).with_weights({}, quant.running)(hidden)
+
+
+def test_without_a_format_of_their_own_nothing_changes() -> None:
+    activation = Activation(bits=8)
+    assert QuantSettings(weight=Integer(bits=8), activation=activation).running is activation
+
+
+def test_the_width_of_activations_for_keys_and_values_is_what_activations_do(model: Model) -> None:
+    activation = Activation(bits=6)
+    assert torch.equal(block_output(model, KeyValue(bits=6), activation), block_output(model, None, activation))
+    assert not torch.equal(block_output(model, KeyValue(bits=4), activation), block_output(model, None, activation))
+
+
+def test_float_keys_and_values_stand_beside_rounded_activations(model: Model) -> None:
+    linears_only = Activation(bits=6, attention=False)
+    kept = block_output(model, KeyValue(bits=16), linears_only)
+    assert torch.equal(kept, block_output(model, None, linears_only))
+    assert not torch.equal(
+        block_output(model, KeyValue(bits=16), Activation(bits=6)), block_output(model, None, Activation(bits=6))
+    )
+
+
+def test_groups_of_channels_have_their_own_ranges() -> None:
+    x = torch.randn(2, 3, 5, 16)
+    grouped = KeyValue(bits=3, group=4).fake(x)
+    for start in range(0, 16, 4):
+        part = slice(start, start + 4)
+        assert torch.equal(grouped[..., part], KeyValue(bits=3).fake(x[..., part].contiguous()))
+    assert (grouped - x).square().mean() < (KeyValue(bits=3).fake(x) - x).square().mean()
+
+
+@pytest.mark.parametrize("grouped_queries", [False, True])
+def test_ranges_shared_by_tokens_are_those_of_a_cache_that_grows(grouped_queries: bool) -> None:
+    """One pass over the sequence gives each query what a decoder that appends token by token would see."""
+    torch.manual_seed(0)
+    tokens, group = 11, 4
+    heads, own = 4, 2 if grouped_queries else 4
+    query, key, value = torch.randn(1, heads, tokens, 8), torch.randn(1, own, tokens, 8), torch.randn(1, own, tokens, 8)
+    kv = KeyValue(bits=2, per="channel", group=group)
+    module = torch.nn.Module()
+    with activations(module, (), Running(Activation(), kv)):
+        whole, _ = attend(module, query, key, value, None)
+    for at in range(tokens):
+        kept = [kv.fake(x[:, :, : at + 1]).repeat_interleave(heads // own, 1) for x in (key, value)]
+        scores = query[:, :, at : at + 1] @ kept[0].transpose(-1, -2) / 8**0.5
+        assert torch.allclose(whole[:, at], (scores.softmax(-1) @ kept[1])[:, :, 0], atol=1e-6), at
+    assert torch.equal(kv.fake(key)[:, :, 8:], key[:, :, 8:]), "the newest tokens stay in float"
+
+
+def test_a_cache_of_a_prefix_stays_in_float_before_groups_of_tokens() -> None:
+    torch.manual_seed(0)
+    kv = KeyValue(bits=2, per="channel", group=2)
+    query, key, value = (torch.randn(1, 2, size, 8) for size in (4, 7, 7))
+    module = torch.nn.Module()
+    with activations(module, (), Running(Activation(), kv), prefix=3):
+        found, _ = attend(module, query, key, value, None)
+    kept = [torch.cat([x[:, :, :3], kv.fake(x[:, :, 3:])], 2) for x in (key, value)]
+    scores = query[:, :, -1:] @ kept[0].transpose(-1, -2) / 8**0.5
+    assert torch.allclose(found[:, -1], (scores.softmax(-1) @ kept[1])[:, :, 0], atol=1e-6)
+
+
+def test_a_named_format_of_activations_serves_keys_and_values() -> None:
+    x = torch.randn(1, 2, 3, 16)
+    kv = KeyValue(format="w4a8-mxint")
+    assert torch.equal(kv.fake(x), kv.named.fake(x))
+    assert kv.suffix == "-kv-w4a8-mxint"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["quant.kv.bits=12"], "quant.kv.*bits=12: nothing lies between 8 and 16"),
+        (["quant.kv.bits=4", "quant.kv.per=channel"], "group=null: a channel's range is shared by a number of tokens"),
+        (["quant.kv.bits=4", "quant.kv.format=w4a4"], "format=w4a4: says its own bits"),
+        (["quant.kv.format=nothing"], "format=nothing: no file of conf/quant/ is called so"),
+        (["quant.kv.format=w4a16"], "format=w4a16: leaves activations in float"),
+    ],
+)
+def test_settings_that_mean_nothing_are_one_line(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse(compose_run(*overrides))
