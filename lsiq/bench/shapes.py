@@ -37,7 +37,7 @@ def random_model(options: argparse.Namespace, shape: dict[str, Any], depth: int,
 
 def formats(bits: int, group: int | None, activation: int = 16) -> QuantSettings:
     weight = fill(Integer, {"bits": bits, "group": group})
-    return QuantSettings(weight=weight, activation=fill(Activation, {"bits": activation}))
+    return fill(QuantSettings, {"weight": weight, "activation": fill(Activation, {"bits": activation})})
 
 
 def course(epochs: int, batch: int, precision: str, kernels: str, **settings: Any) -> Training:
