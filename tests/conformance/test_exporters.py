@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.configuration import CONF
+from helpers.marks import slow_but
 from helpers.models import SHAPES, load_small, model_settings
 from omegaconf import OmegaConf
 
@@ -156,7 +157,7 @@ def test_linears_with_formats_of_their_own_read_back(
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("family", sorted(SHAPES))
+@pytest.mark.parametrize("family", slow_but(["llama"], sorted(SHAPES)))
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_what_is_not_refused_at_once_reads_back(
     name: str, family: str, quant: str, checkpoints: dict[str, Path], tmp_path: Path

@@ -293,6 +293,7 @@ def test_debug_asks_for_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.slow
 def test_in_a_sweep_a_wrong_job_does_not_stop_the_others(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     done, _ = call(
         "-m",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import assert_one_line, call
 from helpers.interruption import only_run
+from helpers.marks import slow_but
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
 
@@ -76,7 +77,7 @@ def test_where_a_secret_lies_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert redacted(f"{tmp_path / 'nothing-there'}") == "[secret]"
 
 
-@pytest.mark.parametrize("name", ["hf", "sk", "ghp"])
+@pytest.mark.parametrize("name", slow_but(["hf"], ["hf", "sk", "ghp"]))
 def test_a_checkpoint_in_a_folder_called_like_a_token_is_named_everywhere(
     name: str, small_run: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

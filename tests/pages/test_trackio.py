@@ -65,6 +65,7 @@ def series(rows: list[dict[str, Any]], name: str) -> dict[int, Any]:
     return {row["step"]: row[name] for row in rows if name in row}
 
 
+@pytest.mark.slow
 def test_the_store_holds_names_losses_errors_tables_and_histograms(
     checkpoints: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:

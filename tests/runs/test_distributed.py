@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.configuration import ROOT, compose_run
-from helpers.marks import slow_but
 from helpers.summation import ORDER_OF_SUMMATION, learned_difference
 from omegaconf import DictConfig
 
@@ -103,7 +102,8 @@ def changes(one: Path, two: Path, record: Record) -> list[float]:
 
 
 @pytest.mark.xdist_group("two processes")
-@pytest.mark.parametrize("method", slow_but(QUICK, METHODS))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_two_processes_do_what_one_does(
     method: str, checkpoints: dict[str, Path], text_file: Path, tmp_path: Path, by_two: Callable[[str], Path]
 ) -> None:
@@ -123,6 +123,7 @@ def test_two_processes_do_what_one_does(
 
 
 @pytest.mark.xdist_group("two processes")
+@pytest.mark.slow
 def test_what_is_learned_agrees_before_a_code_flips(
     checkpoints: dict[str, Path], text_file: Path, tmp_path: Path, by_two: Callable[[str], Path]
 ) -> None:

@@ -20,6 +20,7 @@ def run(tmp_path: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_family_a_method_and_a_format_from_outside_run_together(tmp_path):
     shown = run(tmp_path, "model=helium-tiny", "quant=w4-coarse", "method=shrunk-range")
     assert "helium-tiny  w4a16-coarse32  shrunk-range" in shown

@@ -55,6 +55,7 @@ def statuses(folder: Path) -> list[str]:
     return sorted(json.loads(file.read_text())["status"] for file in folder.glob("runs/*/record.json"))
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_up_what_is_finished_and_tries_again_what_failed(
     sweep: Sweep, job: list[str], tmp_path: Path
 ) -> None:

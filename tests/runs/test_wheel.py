@@ -48,6 +48,7 @@ def test_the_installed_command_runs_and_reports_away_from_the_checkout(site, tmp
     assert "Errors by linear: the run had no calibration data" in text
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_licence_of_what_comes_with_it(site):
     (about,) = site.glob("lsiq-*.dist-info")
     told = [file.read_text(encoding="utf-8") for file in (about / "licenses").rglob("LICENSE*")]

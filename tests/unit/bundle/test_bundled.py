@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from helpers.configuration import ROOT
-from helpers.marks import slow_but
 from helpers.models import load_small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,7 +54,8 @@ def test_the_tokenizer_gives_back_every_text(name: str) -> None:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-@pytest.mark.parametrize("name", slow_but(["tiny-llama"], MODELS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_the_float_perplexity_on_the_bundled_text_is_the_golden_one(name: str) -> None:
     model = load_small(bundled_model(name))
     windows = cut_windows(read_corpus("bundled", "evaluation"), model.tokenizer, 512, "bundled")

@@ -32,6 +32,7 @@ def test_a_seed_gives_its_tokens_and_another_seed_others(checkpoint: Path) -> No
     assert not torch.isin(tokens, torch.tensor(model.tokenizer.all_special_ids)).any()
 
 
+@pytest.mark.slow
 def test_what_is_written_follows_the_models_own_distribution() -> None:
     model = load_small(bundled_model("tiny-llama"))
     tokens = write_sequences(model, 6, 128, seed=0)

@@ -63,6 +63,7 @@ def test_the_bundled_task_is_what_its_script_writes() -> None:
     assert all(len(set(row["choices"])) == 4 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_bundled_task_equals_a_hand_written_scorer_item_by_item(tmp_path: Path) -> None:
     record = run(
         compose_run(
@@ -143,6 +144,7 @@ def test_word_perplexity_has_a_key_of_its_own(
     assert not any(key.startswith(("ppl/", "float/ppl/")) for key in record.metrics)
 
 
+@pytest.mark.slow
 def test_a_name_nobody_knows_is_answered_with_near_ones() -> None:
     with pytest.raises(ConfigError, match="did you mean arc_easy"):
         load_tasks(settings("eval=none", "eval.tasks=[arc_eazy]"))

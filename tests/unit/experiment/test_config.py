@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.configuration import CONF, compose_run
+from helpers.marks import slow
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.composed import plain_config
@@ -22,7 +23,12 @@ FILES = sorted(
 )
 
 
-@pytest.mark.parametrize(("group", "choice"), FILES, ids=lambda part: part)
+# Model files differ in sizes alone.
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [slow(*file) if file[0] == "model" and file[1] not in ("tiny-llama", "opt-125m") else file for file in FILES],
+    ids=lambda part: part,
+)
 def test_every_file_composes_to_checked_settings(group: str, choice: str, text_file: Path) -> None:
     overrides = [f"{group}={choice}"]
     if choice == "file":

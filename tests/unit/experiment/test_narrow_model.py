@@ -59,6 +59,7 @@ def test_every_method_is_estimated(method: str, small_run: SmallRun, tmp_path: P
     assert record.peak_bytes["host"] > 0
 
 
+@pytest.mark.slow
 def test_training_whole_models_needs_sixteen_bytes_for_each_weight(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

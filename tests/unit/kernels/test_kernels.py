@@ -207,6 +207,7 @@ def test_activations_and_their_gradients_equal_the_plain_ones(dtype: torch.dtype
     assert distance(outcomes[1][1], outcomes[0][1]) < 1e-6  # measured: 2e-7; equal in half
 
 
+@pytest.mark.slow
 def test_learning_with_the_kernels_learns_what_the_plain_path_learns(small: dict[str, Path]) -> None:
     block, context = setting(small["llama"])
     parts = (Singular(corner=8, lr=1e-3), Clip(lr=1e-2))

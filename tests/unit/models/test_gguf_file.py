@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.configuration import compose_run
 from helpers.gguf_files import ARCHITECTURES, all_weights, finish, write_gguf
+from helpers.marks import slow, slow_but
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
 
@@ -75,8 +76,12 @@ def test_logits_are_those_of_the_model_that_was_written(family: str, folders: di
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = {("llama", "Q4_1"), ("qwen3", "F16")}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [(f, k) if (f, k) in QUICK else slow(f, k) for f in FAMILIES for k in TYPES]
+)
 def test_weights_are_those_that_transformers_reads(
     family: str, kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -106,7 +111,7 @@ def test_every_type_that_the_package_can_decode_is_read(kind: str, folders: dict
     assert found.abs().max() > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
 def test_config_and_tokenizer_are_those_of_transformers(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.configuration import compose_run
 from helpers.interruption import at_rename, before_rename, interrupt, only_run, outcome, soon_interrupted
+from helpers.marks import slow_but
 from helpers.models import load_small
 from omegaconf import DictConfig
 
@@ -90,7 +91,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(["gptq", "lsi"], METHODS))
 def test_the_files_are_those_of_waiting_for_each_block(
     model: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
