@@ -159,7 +159,8 @@ class Grid(ABC):
         """Return where in its cell each weight stands, in distances to the neighbour on its side; 0 is the centre.
 
         Args:
-            w, codes: `(out, groups, width)`, the codes in the dtype of the scale.
+            w: `(out, groups, width)`.
+            codes: of the same shape, in the dtype of the scale.
         """
         return w / scale - (codes - zero)
 

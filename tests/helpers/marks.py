@@ -13,6 +13,11 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def product(*values: Any) -> Any:
+    """Return the values as a case that only the whole product of methods, families and studies has."""
+    return pytest.param(*values, marks=pytest.mark.product)
+
+
 def slow_but(quick: Collection[str], names: Iterable[str]) -> list[Any]:
     """Return all names as parameters, those that are not among `quick` marked `slow`."""
     names = list(names)

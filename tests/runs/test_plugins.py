@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.configuration import ROOT
+from helpers.marks import product, slow
 
 PLUGINS = ROOT / "tests" / "plugins"
 RUN = ROOT / "run.py"
@@ -28,11 +29,11 @@ def test_a_family_a_method_and_a_format_from_outside_run_together(tmp_path):
     assert '"average_bits": 4.25' in record  # 4 bits, and 8 bits for each 32 weights
 
 
-CASES = [("gptq", "coarse"), ("lqer", "coarse"), ("lsi", "coarse"), ("dense", "coarse"), ("awq", "coarse")]
-CASES += [("gptq", "powers"), ("awq", "powers"), ("lqer", "powers"), ("lsi", "powers"), ("autoround", "powers")]
+CASES = [slow("lqer", "coarse"), slow("gptq", "powers"), slow("awq", "powers"), slow("lsi", "powers")]
+CASES += [product("gptq", "coarse"), product("lsi", "coarse"), product("dense", "coarse"), product("awq", "coarse")]
+CASES += [product("lqer", "powers"), product("autoround", "powers")]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("method", "fmt"), CASES)
 def test_a_format_from_outside_goes_through_methods_that_know_nothing_of_it(method, fmt, tmp_path):
     learned = ["method.training.epochs=1"] if method in ("lsi", "dense", "autoround") else []

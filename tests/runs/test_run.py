@@ -170,7 +170,7 @@ def test_the_objective_of_a_run_is_its_first_perplexity(checkpoint: Path, small_
     assert record.objective == record.metrics["ppl/file@64"]
 
 
-@pytest.mark.slow
+@pytest.mark.product
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
 def test_the_bundled_models_run_from_any_folder(model: str, tmp_path: Path) -> None:
     command = [sys.executable, str(CONF.parent / "run.py"), f"model={model}", "method=rtn", "tracker=none"]

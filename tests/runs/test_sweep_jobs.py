@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from helpers.configuration import CONF
+from helpers.marks import product, slow
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
@@ -154,8 +155,7 @@ def test_every_launcher_carries_out_the_jobs_and_names_the_one_that_fails(
         assert command.count("quant.weight.group=") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", ["the sweep", "one of its processes"])
+@pytest.mark.parametrize("killed", [slow("the sweep"), product("one of its processes")])
 def test_when_a_sweep_in_processes_ends_early_all_of_them_do_and_the_same_command_goes_on(
     killed: str, sweep: Sweep, job: list[str], tmp_path: Path
 ) -> None:
@@ -216,7 +216,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_ray_starts_a_job_again_whose_worker_died(sweep: Sweep, job: list[str], tmp_path: Path) -> None:
     pytest.importorskip("ray")
     killed: list[int] = []

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from helpers.configuration import CONF, compose_run
-from helpers.marks import slow_but
+from helpers.marks import product, slow
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.utils import instantiate
@@ -39,7 +39,10 @@ def at_end(override: Override, end: int) -> str:
     return f"{override.get_key_element()}={chosen}"
 
 
-@pytest.mark.parametrize("sweep", slow_but(["baselines"], SWEEPS))
+QUICK, SLOW = {"baselines"}, {"study", "learned"}
+
+
+@pytest.mark.parametrize("sweep", [s if s in QUICK else (slow if s in SLOW else product)(s) for s in SWEEPS])
 def test_every_job_of_a_study_is_a_run_that_would_start(sweep: str) -> None:
     found = jobs(sweep)
     assert len(found) > 1

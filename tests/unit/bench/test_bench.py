@@ -21,7 +21,7 @@ def test_a_small_block_is_timed_by_stage_beside_its_floor(
     assert all(word in told for word in (f"{method}: ", "statistics", "peak of the host", "TFLOP/s"))
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_one_block_is_timed_under_several_processes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.configuration import compose_run
 from helpers.learned import W2, fresh, schedule_of, setting
+from helpers.marks import product, slow
 from helpers.models import SHAPES, load_small, save_model
 from torch import Tensor
 
@@ -248,8 +249,7 @@ def test_an_unknown_way_to_make_weights_is_refused() -> None:
         parse(compose_run("method=lsi", "method.training.kernels=fast"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "activation"), [("llama", Activation(bits=4)), ("opt", A16)], ids=["a4", "a16"])
+@pytest.mark.parametrize(("family", "activation"), [slow("llama", Activation(bits=4)), product("opt", A16)])
 def test_a_compiled_block_equals_the_plain_one_and_is_compiled_once(
     small: dict[str, Path], family: str, activation: Activation
 ) -> None:
@@ -269,7 +269,7 @@ def test_a_compiled_block_equals_the_plain_one_and_is_compiled_once(
         assert len(COMPILED) - before == (index == 0)
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_compiled_weights_equal_the_plain_ones(small: dict[str, Path]) -> None:
     parts = (Singular(lr=1e-3, corner=0), Clip(lr=1e-2), Rounding())
     block, states = shaken(parts, small["llama"], W2, torch.float32)
