@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of workers side by side would
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,13 @@ if not torch.cuda.is_available():
 from helpers.configuration import compose_run
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
+
+# Whole files about what an extra brings are left out where it is not installed.
+NEEDED = {
+    "lm_eval": ["unit/evals/test_tasks.py", "unit/evals/test_generation.py"],
+    "matplotlib": ["pages/test_tables.py"],
+}
+collect_ignore = [file for package, files in NEEDED.items() if find_spec(package) is None for file in files]
 
 # Workers beyond this number mostly wait for memory: each holds torch and transformers.
 MOST_WORKERS = 8

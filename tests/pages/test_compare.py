@@ -87,6 +87,7 @@ def test_two_runs_are_compared_window_by_window(
 
 
 def test_items_of_tasks_are_compared_too(checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
     tasks = ("eval=zeroshot-bundled", "eval.path=null", "eval.items=10")
     coarse = run(small_run(checkpoints["llama"], "quant.weight.bits=2", *tasks))
     fine = run(small_run(checkpoints["llama"], "quant.weight.bits=4", *tasks))

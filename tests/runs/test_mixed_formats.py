@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_bits_are_shared_out_once_and_the_plan_serves_other_methods(
     assert sum(record.plan["counts"].values()) == 14
     assert len(record.plan["counts"]) > 1
     assert len(plan["sensitivities"]) == 14
-    assert (folder / "plan.svg").is_file()
+    assert (folder / "plan.svg").is_file() == (find_spec("matplotlib") is not None)
 
     monkeypatch.setattr(lsiq.experiment.allocate, "_measure", pytest.fail)  # what was measured is in the cache
     tighter = run(small_run(model, "quant.allocate.bits=3.0", *words[1:]))
