@@ -91,7 +91,7 @@ def test_the_store_holds_names_losses_errors_tables_and_histograms(
     assert series(rows, "status")[0]["_value"] == "finished"
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_a_run_that_begins_anew_takes_the_place_of_the_old_one(
     checkpoints: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:

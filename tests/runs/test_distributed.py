@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.configuration import ROOT, compose_run
+from helpers.marks import product, slow
 from helpers.summation import ORDER_OF_SUMMATION, learned_difference
 from omegaconf import DictConfig
 
@@ -102,8 +103,7 @@ def changes(one: Path, two: Path, record: Record) -> list[float]:
 
 
 @pytest.mark.xdist_group("two processes")
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [slow(m) if m in QUICK else product(m) for m in METHODS])
 def test_two_processes_do_what_one_does(
     method: str, checkpoints: dict[str, Path], text_file: Path, tmp_path: Path, by_two: Callable[[str], Path]
 ) -> None:

@@ -39,7 +39,7 @@ def at_end(override: Override, end: int) -> str:
     return f"{override.get_key_element()}={chosen}"
 
 
-QUICK, SLOW = {"baselines"}, {"study", "learned"}
+QUICK, SLOW = {"baselines"}, {"learned"}
 
 
 @pytest.mark.parametrize("sweep", [s if s in QUICK else (slow if s in SLOW else product)(s) for s in SWEEPS])

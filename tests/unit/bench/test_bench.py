@@ -32,7 +32,7 @@ def test_one_block_is_timed_under_several_processes(
     assert all(word in told for word in ("method=gptq", "1 processes: block", "2 processes: block", "peak host"))
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_a_whole_model_is_quantised_and_its_time_projected(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

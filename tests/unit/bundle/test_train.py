@@ -155,7 +155,7 @@ def test_card_tells_shape_recipe_and_curve(trained):
     assert str(trained.parent) not in card
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_two_processes_take_the_steps_of_one(trained, folder, tmp_path):
     family = json.loads((trained / "config.json").read_text())["model_type"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
