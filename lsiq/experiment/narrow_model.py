@@ -1,6 +1,6 @@
 """The dry run of what cannot be tried out in its true size: a narrow model is tried, and its costs are scaled up.
 
-The narrow model is about 384 channels wide and is given few short sequences. Of each thing that is timed, two lengths
+The narrow model is about 512 channels wide and is given few short sequences. Of each thing that is timed, two lengths
 of sequence tell what goes to the tokens from what goes to the weights. What goes to the tokens is scaled by
 floating-point operations, what goes to the weights by their number. That leaves out that factorisations are cubic in
 the width; scaled as cubic, a block of gptq came out two and a half times too long.
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # Tokens of the short and of the long sequences that are tried.
 SHORT, LONG = 64, 256
 # Channels of the narrow model, about; a multiple of the group and of a head.
-WIDTH = 384
+WIDTH = 512
 # A step of Adam in float32 keeps, of each number that is trained: itself, its gradient and two moments.
 ADAM_BYTES = 16
 # Epochs of fine-tuning that are tried.
