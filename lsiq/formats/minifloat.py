@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -106,8 +107,9 @@ class FloatGrid(Grid):
     """
 
     @property
+    @abstractmethod
     def element_type(self) -> Minifloat:
-        raise NotImplementedError
+        """The floating-point type of the codes."""
 
     @property
     def levels(self) -> int:
