@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,3 @@ def read_plan(folder: Path) -> Plan | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{file}: cannot be used ({error}); run again with force=true") from error
-
-
-def by_block(plan: Plan, depth: int, linears: Sequence[str]) -> list[list[Any]]:
-    """Return the formats as a table, a row for each linear and a column for each block."""
-    return [[plan.layers.get(f"{index}.{name}") for index in range(depth)] for name in linears]

@@ -63,18 +63,26 @@ class Activation:
         if not self.active:
             return x
         dims = (-1,) if self.per == "token" else tuple(range(x.dim()))
-        wide = x.float()  # the range of half precision is too small for the scale of a quiet token
-        lo, hi = wide.amin(dims, keepdim=True).clamp(max=0), wide.amax(dims, keepdim=True).clamp(min=0)
-        levels = 2**self.bits - 1
-        if self.symmetric:
-            half = 2 ** (self.bits - 1)
-            scale = divided((-lo).maximum(hi), half - 1).clamp(MIN_SCALE, MAX_SCALE)
-            return (round_through(wide / scale).clamp(-half, half - 1) * scale).to(x.dtype)
-        scale = divided(hi - lo, levels).clamp(MIN_SCALE, MAX_SCALE)
-        zero = round_through(-lo / scale)
-        return (((round_through(wide / scale) + zero).clamp(0, levels) - zero) * scale).to(x.dtype)
+        return rounded(x, dims, self.bits, self.symmetric)
 
     def fake_softmax(self, weights: Tensor) -> Tensor:
         """Return attention weights in 0 … 1 on the fixed grid of `bits` bits."""
         levels = 2**self.bits - 1
         return divided(round_through(weights * levels), levels)
+
+
+def rounded(x: Tensor, dims: tuple[int, ...], bits: int, symmetric: bool) -> Tensor:
+    """Return `x` as integers over the range that `dims` share, zero included; rounding lets gradients straight through.
+
+    Dtype and shape are those of `x`.
+    """
+    wide = x.float()  # the range of half precision is too small for the scale of a quiet token
+    lo, hi = wide.amin(dims, keepdim=True).clamp(max=0), wide.amax(dims, keepdim=True).clamp(min=0)
+    if symmetric:
+        half = 2 ** (bits - 1)
+        scale = divided((-lo).maximum(hi), half - 1).clamp(MIN_SCALE, MAX_SCALE)
+        return (round_through(wide / scale).clamp(-half, half - 1) * scale).to(x.dtype)
+    levels = 2**bits - 1
+    scale = divided(hi - lo, levels).clamp(MIN_SCALE, MAX_SCALE)
+    zero = round_through(-lo / scale)
+    return (((round_through(wide / scale) + zero).clamp(0, levels) - zero) * scale).to(x.dtype)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.errors import ConfigError
+from lsiq.formats.activation import rounded
 from lsiq.formats.base import ActivationFormat
-from lsiq.formats.grid import check_divides, divided, round_through
-from lsiq.formats.integer import MAX_SCALE, MIN_SCALE
+from lsiq.formats.grid import check_divides
 from lsiq.formats.names import named_activation
 from lsiq.settings import settings
 
@@ -122,16 +122,7 @@ class KeyValue:
 
     def _rounded(self, x: Tensor, dim: int) -> Tensor:
         assert self.bits is not None
-        wide = x.float()
-        lo, hi = wide.amin(dim, keepdim=True).clamp(max=0), wide.amax(dim, keepdim=True).clamp(min=0)
-        if self.symmetric:
-            half = 2 ** (self.bits - 1)
-            scale = divided((-lo).maximum(hi), half - 1).clamp(MIN_SCALE, MAX_SCALE)
-            return (round_through(wide / scale).clamp(-half, half - 1) * scale).to(x.dtype)
-        levels = 2**self.bits - 1
-        scale = divided(hi - lo, levels).clamp(MIN_SCALE, MAX_SCALE)
-        zero = round_through(-lo / scale)
-        return (((round_through(wide / scale) + zero).clamp(0, levels) - zero) * scale).to(x.dtype)
+        return rounded(x, (dim,), self.bits, self.symmetric)
 
 
 @dataclass(frozen=True)
