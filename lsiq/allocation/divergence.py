@@ -54,7 +54,7 @@ def divergences(
     """
     trials = [Trial(unit, index, fmt) for unit in units for index, fmt in enumerate(choices) if fmt.bits < 16]
     hidden, kwargs = model.embed(tokens, batch)
-    many = max(1, room // max(hidden.nbytes, 1) - 2)
+    many = _at_once(hidden.nbytes, room)
     found = torch.zeros(len(units), len(choices), dtype=torch.float64)
     place = {unit.name: row for row, unit in enumerate(units)}
     for start in range(0, len(trials), many):
@@ -72,7 +72,12 @@ def divergences(
 def passes(model: Model, tokens: Tensor, units: int, choices: int, room: int) -> int:
     """Return how many passes over the weights `divergences` takes."""
     one = tokens.numel() * model.config.hidden_size * model.dtype.itemsize
-    return -(-units * choices // max(1, room // max(one, 1) - 2))
+    return -(-units * choices // _at_once(one, room))
+
+
+def _at_once(stream: int, room: int) -> int:
+    """How many trials fit into `room` bytes beside the float stream and the one that is being made."""
+    return max(1, room // max(stream, 1) - 2)
 
 
 def _run(

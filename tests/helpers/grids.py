@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from hypothesis import strategies as st
 
@@ -42,29 +44,11 @@ def weights_and_integers(draw: st.DrawFn) -> tuple[torch.Tensor, Integer]:
 
 
 @st.composite
-def weights_and_blocks(draw: st.DrawFn) -> tuple[torch.Tensor, MXInt]:
-    block = draw(st.sampled_from([1, 4, 16, 32]))
-    rows, columns = draw(st.integers(1, 5)), block * draw(st.integers(1, 4))
+def matrices(draw: st.DrawFn, rows: int, columns: int, most: int, more: Sequence[str] = ()) -> torch.Tensor:
+    """Draw a matrix of numbers up to `10^most` in size, plain or with one of the peculiarities that grids meet."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    w = torch.randn(rows, columns, generator=generator) * 10.0 ** draw(st.integers(-42, 37))
-    kind = draw(st.sampled_from(["plain", "dead row", "powers of two", "one sign"]))
-    if kind == "dead row":
-        w[0] = 0.0
-    elif kind == "powers of two":
-        w = torch.exp2(torch.randint(-20, 20, w.shape, generator=generator).float())
-    elif kind == "one sign":
-        w = -w.abs()
-    fmt = MXInt(bits=draw(st.integers(2, 8)), block=block, exponent=draw(st.sampled_from([4, 8])))
-    return w, fmt
-
-
-@st.composite
-def weights_and_floats(draw: st.DrawFn) -> tuple[torch.Tensor, WeightFormat]:
-    block = draw(st.sampled_from([1, 4, 16, 32]))
-    rows, columns = draw(st.integers(1, 5)), block * draw(st.integers(1, 4))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    w = torch.randn(rows, columns, generator=generator) * 10.0 ** draw(st.integers(-42, 36))
-    kind = draw(st.sampled_from(["plain", "dead row", "powers of two", "one sign", "quiet row"]))
+    w = torch.randn(rows, columns, generator=generator) * 10.0 ** draw(st.integers(-42, most))
+    kind = draw(st.sampled_from(["plain", "dead row", "powers of two", "one sign", *more]))
     if kind == "dead row":
         w[0] = 0.0
     elif kind == "powers of two":
@@ -73,6 +57,23 @@ def weights_and_floats(draw: st.DrawFn) -> tuple[torch.Tensor, WeightFormat]:
         w = -w.abs()
     elif kind == "quiet row":
         w[0] *= 1e-5  # below what an 8-bit scale reaches beside the others
+    return w
+
+
+@st.composite
+def weights_and_blocks(draw: st.DrawFn) -> tuple[torch.Tensor, MXInt]:
+    block = draw(st.sampled_from([1, 4, 16, 32]))
+    rows, columns = draw(st.integers(1, 5)), block * draw(st.integers(1, 4))
+    w = draw(matrices(rows, columns, 37))
+    fmt = MXInt(bits=draw(st.integers(2, 8)), block=block, exponent=draw(st.sampled_from([4, 8])))
+    return w, fmt
+
+
+@st.composite
+def weights_and_floats(draw: st.DrawFn) -> tuple[torch.Tensor, WeightFormat]:
+    block = draw(st.sampled_from([1, 4, 16, 32]))
+    rows, columns = draw(st.integers(1, 5)), block * draw(st.integers(1, 4))
+    w = draw(matrices(rows, columns, 36, ["quiet row"]))
     fmt: WeightFormat = draw(
         st.one_of(
             st.builds(MXFP, element=st.sampled_from(list(ELEMENTS)), block=st.just(block), rule=st.sampled_from(RULES)),
