@@ -23,6 +23,7 @@ from lsiq.evals.perplexity import Perplexity
 from lsiq.evals.perplexity import perplexity as measure
 from lsiq.experiment.calibrate import calibration_tokens
 from lsiq.experiment.checks import check_formats
+from lsiq.experiment.composed import plain_config
 from lsiq.experiment.config import RunConfig, parse
 from lsiq.experiment.export import export
 from lsiq.experiment.quantize import block_row
@@ -40,7 +41,7 @@ from lsiq.pipeline.prepare import prepare
 from lsiq.results.memory_store import MemoryStore
 from lsiq.results.record import Record, source_state, versions
 from lsiq.results.store import BlockStore
-from lsiq.settings import fill
+from lsiq.settings import build, fill
 from lsiq.track.block_table import block_table
 
 if TYPE_CHECKING:
@@ -120,9 +121,13 @@ class QuantizedModel:
 
     def _config(self, origin: FloatModel, *words: str) -> RunConfig:
         """Return a run's settings that stand for this model."""
-        plain = parse(compose("method=rtn", "tracker=none", f"seed={self.seed}", *words))
+        composed = compose("method=rtn", "tracker=none", f"seed={self.seed}", *words)
+        exporter = build(plain_config(composed)["export"], "export")
+        composed["export"] = None  # it is checked with the formats of this model, not with those of the configuration
+        plain = parse(composed)
         values = {field.name: getattr(plain, field.name) for field in fields(plain)}
-        return fill(RunConfig, values | {"model": origin.settings, "quant": self.quant, "method": self.method})
+        own = {"model": origin.settings, "quant": self.quant, "method": self.method, "export": exporter}
+        return fill(RunConfig, values | own)
 
     def _record(self, config: RunConfig) -> Record:
         commit, clean = source_state()

@@ -73,6 +73,17 @@ def test_a_model_in_memory_is_exported_and_reads_back(tmp_path, checkpoints):
     assert found["checks"][0]["difference"] <= found["checks"][0]["tolerance"]
 
 
+def test_an_export_is_checked_against_the_formats_of_the_model(tmp_path, checkpoints):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    model = lsiq.load_model(checkpoints["llama"])
+    grid = ("w4a16", "quant.weight.group=32", "quant.weight.symmetric=true")
+    fits = lsiq.quantize(model, lsiq.recipe("rtn"), lsiq.format(*grid, "quant.weight.scale=float16"))
+    assert fits.export("gguf", tmp_path / "fits")["checks"][0]["status"] == "read"
+    with pytest.raises(lsiq.ConfigError, match=r"quant.weight.scale=float32; .*export.round_scales=true"):
+        lsiq.quantize(model, lsiq.recipe("rtn"), lsiq.format(*grid)).export("gguf", tmp_path / "wide")
+
+
 def test_wrong_words_are_the_errors_of_the_command_line(checkpoints):
     with pytest.raises(lsiq.ConfigError, match="quant=w9: no such choice; use one of"):
         lsiq.format("w9")
