@@ -20,13 +20,15 @@ from lsiq.export.source import Source
 from lsiq.formats.base import WeightFormat
 from lsiq.formats.tensor import QuantizedTensor
 
-# The pre-tokenizers that llama.cpp knows by name, by the expression that tokenizer.json splits words with; the plain
-# byte-level splitter of GPT-2 carries none. LLaMA-3 and Qwen differ in how many digits they keep together.
+# The pre-tokenizers that llama.cpp knows by name, by the steps in which tokenizer.json splits words: expressions,
+# digits one by one, the splitter of GPT-2. LLaMA-3 and Qwen differ in how many digits they keep together.
 _BEFORE_DIGITS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _AFTER_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITTERS = {
-    _BEFORE_DIGITS + r"\p{N}{1,3}" + _AFTER_DIGITS: "llama-bpe",
-    _BEFORE_DIGITS + r"\p{N}" + _AFTER_DIGITS: "qwen2",
+    ("GPT-2",): "gpt-2",
+    ("digits", "GPT-2"): "smollm",
+    (_BEFORE_DIGITS + r"\p{N}{1,3}" + _AFTER_DIGITS,): "llama-bpe",
+    (_BEFORE_DIGITS + r"\p{N}" + _AFTER_DIGITS,): "qwen2",
 }
 
 
@@ -228,15 +230,23 @@ def _pre_tokenizer(folder: Path) -> str | None:
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
     before = tokenizer.get("pre_tokenizer") or {}
     steps = before.get("pretokenizers", [before])
-    byte_level = next((step for step in steps if step.get("type") == "ByteLevel"), None)
-    if byte_level is None and tokenizer["model"].get("byte_fallback"):
+    byte_level = any(step.get("type") == "ByteLevel" for step in steps)
+    if not byte_level and tokenizer["model"].get("byte_fallback"):
         return None
-    patterns = [step["pattern"].get("Regex", "") for step in steps if step.get("type") == "Split"]
-    if byte_level is not None and not patterns and byte_level.get("use_regex", True):
-        return "gpt-2"
-    if byte_level is not None and len(patterns) == 1 and patterns[0] in _SPLITTERS:
-        return _SPLITTERS[patterns[0]]
+    name = _SPLITTERS.get(tuple(filter(None, map(_split, steps))))
+    if byte_level and name is not None:
+        return name
     raise InputError(
         f"export=gguf: {file} splits words in a way that llama.cpp is not known to have a name for; "
         "use export=compressed-tensors, gptq or plain"
     )
+
+
+def _split(step: dict[str, Any]) -> str:
+    """How a step of tokenizer.json splits words, as `_SPLITTERS` has it; nothing where it only spells them in bytes."""
+    kind = step.get("type", "nothing")
+    if kind == "ByteLevel":
+        return "GPT-2" if step.get("use_regex", True) else ""
+    if kind == "Digits" and step.get("individual_digits"):
+        return "digits"
+    return step["pattern"].get("Regex", kind) if kind == "Split" else kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lsiq.export.source import Source
 from lsiq.export.verify import verify
 from lsiq.formats.integer import Integer
 from lsiq.formats.tensor import QuantizedTensor
+from lsiq.models.gguf_file import read_header
 from lsiq.models.loading import load
 from lsiq.results.record import Record, read_record
 from lsiq.results.store import BlockStore
@@ -250,6 +252,38 @@ def test_a_gguf_file_brings_its_tokenizer(families: dict[str, Path], small_run: 
     read = AutoTokenizer.from_pretrained(record.exports["gguf"]["folder"], gguf_file="model.gguf")
     own = AutoTokenizer.from_pretrained(families["llama"])
     assert read(text, add_special_tokens=False).input_ids == own(text, add_special_tokens=False).input_ids
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def splitting(folder: Path, checkpoint: Path, *steps: dict[str, Any]) -> Path:
+    """A copy of a checkpoint whose tokenizer splits words by these steps."""
+    shutil.copytree(checkpoint, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.mark.parametrize(("steps", "name"), [([BYTES], "gpt-2"), ([DIGITS, BYTES], "smollm")])
+def test_a_gguf_file_names_the_way_words_are_split(
+    steps: list[dict[str, Any]], name: str, families: dict[str, Path], small_run: SmallRun, tmp_path: Path
+) -> None:
+    checkpoint = splitting(tmp_path / "model", families["llama"], *steps)
+    record = run(small_run(checkpoint, *QUICK, "export=gguf", "export.verify=false"))
+    header = read_header(Path(record.exports["gguf"]["folder"]) / "model.gguf")
+    assert header.metadata["tokenizer.ggml.pre"] == name
+
+
+@pytest.mark.parametrize("step", [{**DIGITS, "individual_digits": False}, {"type": "Punctuation"}], ids=str)
+def test_a_split_that_llama_cpp_has_no_name_for_is_refused(
+    step: dict[str, Any], families: dict[str, Path], small_run: SmallRun, tmp_path: Path
+) -> None:
+    checkpoint = splitting(tmp_path / "model", families["llama"], step, BYTES)
+    with pytest.raises(InputError, match="splits words in a way"):
+        run(small_run(checkpoint, *QUICK, "export=gguf"))
 
 
 def test_the_card_says_what_it_is_and_how_it_was_made(families: dict[str, Path], small_run: SmallRun) -> None:
