@@ -1,4 +1,4 @@
-"""Read GGUF exports with llama.cpp and compare tokens, logits and perplexity with transformers' reading of the same file.
+"""Read GGUF exports with llama.cpp; compare tokens, logits and perplexity with transformers' reading of the file.
 
     CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" VENV/bin/pip install llama-cpp-python==0.3.36
     VENV/bin/python analysis/peers/llamacpp.py run FILE.gguf OUT.npz     # in llama.cpp's own environment
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def compare(file: str, out: str) -> None:
     print(f"same first choice: {(own.argmax(-1) == theirs.argmax(-1)).float().mean():.3f}")
 
 
-def load(export: str):  # noqa: ANN201
+def load(export: str) -> tuple[Any, Any]:
     """The model in float32 and its tokenizer as transformers reads them, of a GGUF file or a checkpoint folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig

@@ -38,7 +38,7 @@ def check_architecture(source: Source) -> None:
     family = config.model_type
     if family not in ARCHITECTURES:
         raise ConfigError(
-            f"export=gguf: llama.cpp has no architecture for {family} models; "
+            f"export=gguf: writes {', '.join(ARCHITECTURES)} models, not {family}; "
             "use export=compressed-tensors, gptq or plain"
         )
     rope = getattr(config, "rope_parameters", None) or {}

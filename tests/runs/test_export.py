@@ -314,7 +314,7 @@ def test_large_checkpoints_are_cut_into_shards(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {
-    "gguf-opt": ("opt", ["export=gguf"], r"llama\.cpp has no architecture for opt models; use export="),
+    "gguf-opt": ("opt", ["export=gguf"], r"writes llama, mistral, qwen2, qwen3 models, not opt; use export="),
     "gguf-group": ("llama", ["export=gguf", "quant.weight.group=16"], r"quant\.weight\.group=16; use a multiple of 32"),
     "gguf-bits": ("llama", ["export=gguf", "quant.weight.bits=8"], r"the nearest is Q8_0 with quant\.weight\.bits=7"),
     "gguf-type": ("llama", ["export=gguf", "quant.weight.bits=4", "export.type=Q4_0"], r"smallest type .* is Q5_0"),
