@@ -64,10 +64,13 @@ class Dense(PartTraits):
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
         del block
-        changed: dict[str, Tensor] = {}
-        for key, change in state.parameters.items():
-            name = key.removesuffix(":change")
-            if (step := state.constants.get(f"{name}:step")) is not None:
-                change = (change.unflatten(1, (step.shape[1], -1)) * step).flatten(1)
-            changed[name] = draft.weights[name] + change
+        names = [key.removesuffix(":change") for key in state.parameters]
+        changed = {name: draft.weights[name] + self.change(state, name) for name in names}
         return replace(draft, weights={**draft.weights, **changed})
+
+    def change(self, state: PartState, name: str) -> Tensor:
+        """Return what is added to a tensor."""
+        change = state.parameters[f"{name}:change"]
+        if (step := state.constants.get(f"{name}:step")) is None:
+            return change
+        return (change.unflatten(1, (step.shape[1], -1)) * step).flatten(1)

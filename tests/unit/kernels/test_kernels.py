@@ -27,6 +27,7 @@ from lsiq.learning.weight_path import choose
 from lsiq.models.block import Block
 from lsiq.parts.base import Part, PartState
 from lsiq.parts.clip import Clip
+from lsiq.parts.dense import Dense
 from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.expansion import Expansion
 from lsiq.parts.rounding import Rounding
@@ -52,6 +53,20 @@ CASES: dict[str, tuple[tuple[Part, ...], Integer]] = {
     "upper band, few directions, larger corner": (
         (Expansion(width=2, sides="upper", top=20, corner=30, lr=1e-3), Clip(lr=1e-2)),
         Integer(bits=2, group=32),
+    ),
+    "offsets, ranges": (
+        (Rounding(), Clip(form="linear", start_logit=None, lr=None)),
+        Integer(bits=3, group=32),
+    ),
+    "diagonal and offsets": (
+        (Singular(corner=0, lr=1e-3), Equivalent(weight_only_families=None), Clip(lr=1e-2), Rounding()),
+        Integer(bits=2, group=32),
+    ),
+    "offsets alone, symmetric by channel": ((Rounding(),), Integer(bits=4, group=None, symmetric=True)),
+    "every weight, in steps": ((Dense(lr=1e-3, unit="step"), Clip(lr=1e-2)), Integer(bits=2, group=32)),
+    "every weight, scales, offsets": (
+        (Dense(lr=1e-3), Equivalent(weight_only_families=None), Clip(lr=1e-2), Rounding()),
+        Integer(bits=4, group=None),
     ),
     "one linear": (
         (Singular(linears=["self_attn.q_proj"], lr=1e-3, corner=0), Clip(lr=1e-2)),
@@ -229,7 +244,8 @@ def test_what_the_kernels_do_not_cover_is_refused_with_the_reason(
     mx = QuantSettings(weight=MXInt(bits=4), activation=A16)
     for parts, quant, reason in (
         ((Clip(lr=1e-2),), mx, "integers of 2 to 8 bits"),
-        ((Rounding(), Clip(lr=1e-2)), W2, "in this order"),
+        ((Rounding(hardening=0.5), Clip(lr=1e-2)), W2, "hardening=0"),
+        ((Dense(lr=1e-3), Singular(lr=1e-3, corner=0)), W2, "not both"),
         ((Equivalent(weight_only_families=None), Singular(lr=1e-3, corner=0)), W2, "in this order"),
         ((Equivalent(shift="always", weight_only_families=None),), W2, "not shifts"),
     ):
