@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from lsiq.methods.finetune.tuned_block import TunedBlock
 from lsiq.methods.finetune.tuner import tune
 from lsiq.models.context import Ahead, Context
 from lsiq.models.loading import Model
+from lsiq.models.shape import Shape
 from lsiq.pipeline.block_loop import STREAMS
 from lsiq.results.store import BlockStore
 from lsiq.runtime.memory import peak_bytes
@@ -45,47 +46,6 @@ WIDTH = 512
 ADAM_BYTES = 16
 # Epochs of fine-tuning that are tried.
 TUNED = 2
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Counts of a model that costs go by.
-
-    Attributes:
-        weights: of the linears of one block.
-        width, inner: channels of the residual stream and inside the MLP.
-    """
-
-    weights: int
-    width: int
-    inner: int
-    vocabulary: int
-    outside: int
-
-    @classmethod
-    def of(cls, architecture: Mapping[str, Any]) -> Shape:
-        """Count a transformers configuration of a supported family."""
-        opt = architecture["model_type"] == "opt"
-        width, heads = int(architecture["hidden_size"]), int(architecture["num_attention_heads"])
-        inner = int(architecture["ffn_dim" if opt else "intermediate_size"])
-        head = int(architecture.get("head_dim") or width // heads)
-        values = int(architecture.get("num_key_value_heads") or heads) * head
-        weights = 2 * width * heads * head + 2 * width * values + (2 if opt else 3) * width * inner
-        vocabulary = int(architecture["vocab_size"])
-        tied = bool(architecture.get("tie_word_embeddings", opt))
-        positions = int(architecture.get("max_position_embeddings", 0)) * width if opt else 0
-        return cls(weights, width, inner, vocabulary, (1 if tied else 2) * vocabulary * width + positions)
-
-    def operations(self, tokens: int) -> float:
-        """Floating-point operations of one sequence through a block."""
-        return tokens * (2 * self.weights + 4 * tokens * self.width)
-
-    def head_operations(self, tokens: int) -> float:
-        return 2 * tokens * self.width * self.vocabulary
-
-    def activations(self, tokens: int) -> int:
-        """Numbers that one sequence leaves behind in a block, if all are kept."""
-        return tokens * (8 * self.width + 3 * self.inner)  # attention scores are not kept
 
 
 def narrowed(architecture: Mapping[str, Any], quant: QuantSettings, depth: int) -> dict[str, Any]:
@@ -207,6 +167,7 @@ class Narrow:
     def tune(self, method: FineTune, samples: int) -> tuple[float, float]:
         """Return the seconds of fine-tuning, and how many numbers are trained for each weight of a block."""
         quick = replace(method, training=replace(method.training, batch=1, epochs=TUNED), blocks=None, together=True)
+        quick = replace(quick, trained="all", window=None)
         finetune = quick.after(str(self.store.folder.parent))
         took = []
         for tokens in (SHORT, LONG):

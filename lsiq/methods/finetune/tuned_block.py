@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,47 +20,61 @@ if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
     from lsiq.methods.finetune.settings import FineTune
 
+Trained = Literal["all", "grid", "nothing"]
+
 
 class TunedBlock:
     """One block on its grids, and the parameters that change it.
 
     A weight is `round(W' / h) · h · exp(g)`: `W'` is the decoded or latent weight with the part's increment, `h` the
     step size as it was found, `g` the trained growth of the step. At the start, with increment and growth 0, that is
-    what was found, bit for bit. Codes stay on the device and are decoded where they are needed, so that whole models
-    fit.
+    what was found, bit for bit. Codes are decoded where they are needed, so that whole models fit.
+
+    Args:
+        trained: what is trained of it: all, its grid (step sizes, norms and biases), or nothing, so that it rests.
+        steps: how many the optimizer takes; None for those of the whole schedule.
+        place: where codes lie; None for the block's own device.
 
     Attributes:
         groups: the parameters and their learning rates, as optimizers take them.
     """
 
     def __init__(
-        self, settings: FineTune, block: Block, initial: BlockResult, quant: QuantSettings, context: Context
+        self,
+        settings: FineTune,
+        block: Block,
+        initial: BlockResult,
+        quant: QuantSettings,
+        context: Context,
+        trained: Trained = "all",
+        steps: int | None = None,
+        place: torch.device | None = None,
     ) -> None:
-        device = next(iter(block.weights.values())).device
-        self.initial, self.quant, self.part = initial, quant, settings.part
-        self.latents = {name: w.to(device) for name, w in initial.latents.items()} if settings.latents else {}
+        self.device = device = next(iter(block.weights.values())).device
+        self.initial, self.quant = initial, quant
+        self.part = settings.part if trained == "all" else None
+        scales, floats_rate = (None, None) if trained == "nothing" else (settings.scales, settings.floats)
+        latents = initial.latents if settings.latents and self.part is not None else {}
+        self.latents = {name: w.to(device) for name, w in latents.items()}
         block = block.with_rotations_of(initial)
-        self.grids = {
-            name: replace(w, codes=w.codes.to(device), scale=w.scale.to(device), zero=w.zero.to(device))
-            for name, w in initial.weights.items()
-        }
+        self.grids = {name: _moved(grid, place or device) for name, grid in initial.weights.items()}
         self.checkpoint = {name: w for name, w in block.weights.items() if name not in self.grids}
         floats = {**self.checkpoint, **{name: w.to(device) for name, w in initial.floats.items()}}
         self.state = PartState({})
         if self.part is not None:
             self.state = self.part.start(replace(block, weights={**floats, **self._decoded()}), quant, context)
-        self.growth = {name: torch.zeros_like(grid.scale) for name, grid in self.grids.items() if settings.scales}
-        self.floats = {name: w.clone() if settings.floats else w for name, w in floats.items()}
+        self.growth = {name: torch.zeros_like(grid.scale) for name, grid in self.grids.items() if scales}
+        self.floats = {name: w.clone() if floats_rate else w for name, w in floats.items()}
         self.block = settings.training.in_precision(replace(block, weights=self.floats), context.cache)
-        trained = {name: w for name, w in self.floats.items() if name not in block.untouched}
+        floating = {name: w for name, w in self.floats.items() if name not in block.untouched}
         self.groups: list[dict[str, Any]] = []
         assert context.tokens is not None
-        steps = settings.training.steps(len(context.tokens))
+        steps = settings.training.steps(len(context.tokens)) if steps is None else max(1, steps)
         part_rate = None if self.part is None else rate_of(self.part, steps)
         for parameters, rate in (
             (self.state.parameters, part_rate),
-            (self.growth, settings.scales),
-            (trained, settings.floats),
+            (self.growth, scales),
+            (floating, floats_rate),
         ):
             if rate is not None and parameters:
                 self.groups.append({"params": [p.requires_grad_() for p in parameters.values()], "lr": rate})
@@ -124,8 +138,8 @@ class TunedBlock:
         return self.part.apply(Draft({**self.floats, **self._decoded()}), self.state, self.block)
 
     def _grown(self, name: str) -> QuantizedTensor:
-        """The grid of a linear at the present step sizes."""
-        grid = self.grids[name]
+        """The grid of a linear at the present step sizes, on the device that computes."""
+        grid = _moved(self.grids[name], self.device)
         if name not in self.growth:
             return grid
         assert grid.format.trains_steps  # the configuration refuses to train other formats' step sizes
@@ -140,3 +154,7 @@ class TunedBlock:
         grid, fmt = self._grown(name), self.grids[name].format
         steps = fmt.fake(self._in_steps(draft, name), torch.ones_like(grid.scale), grid.zero)
         return (fmt.grouped(steps) * grid.scale).reshape(steps.shape)
+
+
+def _moved(grid: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    return replace(grid, codes=grid.codes.to(device), scale=grid.scale.to(device), zero=grid.zero.to(device))

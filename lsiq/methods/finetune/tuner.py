@@ -6,22 +6,27 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lsiq.errors import InputError, NumericalError
+from lsiq.errors import InputError, NumericalError, ResourceError
 from lsiq.methods.base import Method, Traits
-from lsiq.methods.finetune.tuned_block import TunedBlock
+from lsiq.methods.finetune.loss import float_loss, text_loss
+from lsiq.methods.finetune.progress import Course, Progress
+from lsiq.methods.finetune.tuned_block import Trained, TunedBlock
+from lsiq.methods.finetune.windows import Window, windows
 from lsiq.models.block import Block, BlockFunction, run_stream
 from lsiq.models.context import Context, Need
 from lsiq.models.result import BlockResult
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes
 from lsiq.runtime.batch_exchange import fetch
-from lsiq.runtime.micro_batch import MicroBatch
+from lsiq.runtime.memory import free_bytes
+from lsiq.runtime.micro_batch import AGAIN, MicroBatch
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
@@ -59,11 +64,10 @@ def tune(settings: FineTune, quant: QuantSettings, context: Context) -> Method:
                 f"method.latents=true: {settings.run} keeps no weights as they were before rounding; make it with a "
                 "learned method and method.latents=true, or use method.latents=false"
             )
-    first = max(0, len(results) - (settings.blocks or len(results)))
-    indices = list(range(first, len(results)))
+    assert settings.trained != "auto"  # whoever knows the model and its device has chosen by `form`
     tuner = _Tuner(settings, results, quant, context)
-    for group in [indices] if settings.together else [[index] for index in indices]:
-        tuner.train(group)
+    for window in tuner.left():
+        tuner.train(window)
     return Finished(settings.name, tuner.results)
 
 
@@ -84,13 +88,26 @@ def _check(initial: BlockResult, block: Block, quant: QuantSettings, run: str) -
             )
 
 
+def _smaller(settings: FineTune) -> str:
+    """What to do where not even one sequence fits."""
+    again = "method.memory=GIB chooses a smaller form by trained=auto and keeps the finished blocks"
+    if not settings.together or settings.trained == "grid":
+        return f"this is the least form; use a shorter calib.seqlen, or {AGAIN}"
+    if settings.trained == "window" and settings.window != 1:
+        fewer = "fewer" if settings.window is None else str(settings.window // 2)
+        return f"use method.window={fewer}, or method.trained=grid; {again}; or {AGAIN}"
+    smaller = "window" if settings.trained == "all" else "grid"
+    return f"use method.trained={smaller}; {again}; or {AGAIN}"
+
+
 class _Tuner:
-    """Trains groups of blocks of one model, each group through all that lies behind it."""
+    """Trains windows of blocks of one model, each through all that lies behind it."""
 
     def __init__(
         self, settings: FineTune, results: Sequence[BlockResult], quant: QuantSettings, context: Context
     ) -> None:
         assert context.inputs is not None
+        assert context.ahead is not None
         self.settings, self.quant, self.context = settings, quant, context
         self.results = list(results)
         self.hidden, self.reached = context.inputs, 0  # what the quantised model feeds the block `reached`
@@ -98,56 +115,112 @@ class _Tuner:
         block = self._block(0)
         self.device = next(iter(block.weights.values())).device
         self.dtype = settings.training.in_precision(block, context.cache).dtype
-        self.micro = MicroBatch(settings.training.batch, "fine-tuning")
+        self.micro = MicroBatch(settings.training.batch, "fine-tuning", _smaller(settings))
+        with torch.no_grad():
+            self.vocabulary = context.ahead.logits(self.hidden[:1, :1].to(self.device)).shape[-1]
         self.reference = self._float_outputs() if settings.loss == "float" else None
+        self.windows = windows(settings, len(results), context.samples)
+        self.progress = Progress(context.unfinished, {"trained": settings.trained, "window": settings.window})
 
-    def train(self, group: Sequence[int]) -> None:
-        """Train the blocks of consecutive indices together and replace their results."""
-        assert self.context.tokens is not None
+    def left(self) -> list[Window]:
+        """Return the windows that are to be trained, once the results of those that were are taken up."""
+        for window in self.windows[:-1]:
+            finished = self.progress.read_window(window.number)
+            if finished is None:
+                return self.windows[window.number :]
+            for index, result in finished.items():
+                self.results[index] = result
+        return self.windows[-1:]
+
+    def train(self, window: Window) -> None:
+        """Train the blocks of a window together and replace their results."""
         start = time.perf_counter()
-        self._advance(group[0])
-        tuned = [
-            TunedBlock(self.settings, self._block(i), self.results[i], self.quant.in_block(i), self.context)
-            for i in group
-        ]
+        self._advance(window.blocks[0])
+        trained = "grid" if self.settings.trained == "grid" else "all"
+        tuned = {index: self._tuned(index, trained, len(window.steps)) for index in window.blocks}
+        resting = self._resting_place(window)
         behind = [
-            self.settings.training.in_precision(self._block(index), self.context.cache).with_result(
-                self.results[index], self.quant.running
-            )
-            for index in range(group[-1] + 1, len(self.results))
+            self._tuned(index, "nothing", 0, resting) for index in range(window.blocks[-1] + 1, len(self.results))
         ]
-        chain = [*(block.forward for block in tuned), *behind]
-        optimizer = torch.optim.AdamW([group for block in tuned for group in block.groups], weight_decay=0.0)
-        losses = self._epochs(group[0], chain, optimizer)
-        metrics = {"seconds": time.perf_counter() - start}
+        chain = [block.forward for block in (*tuned.values(), *behind)]
+        groups = [group for block in (*tuned.values(), *behind) for group in block.groups]
+        # fused: without copies as large as all that is trained, which decide whether a window fits.
+        fused = self.settings.trained == "window" and self.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)
+        losses = self._steps(window, chain, optimizer)
+        metrics: dict[str, float] = {"seconds": time.perf_counter() - start}
         if losses:
             metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
-        for index, block in zip(group, tuned, strict=True):
-            self.results[index] = block.result(metrics)
+        if self.settings.trained == "window":
+            metrics["window"] = window.number
+        results = {index: block.result(metrics) for index, block in tuned.items()}
+        if window.number < len(self.windows) - 1:
+            self.progress.write_window(window.number, results)
+        for index, result in results.items():
+            self.results[index] = result
 
-    def _epochs(self, first: int, chain: Sequence[BlockFunction], optimizer: torch.optim.Optimizer) -> list[float]:
-        """Train through `chain`, the blocks from `first` on; return the epochs' mean losses."""
-        training, samples = self.settings.training, self.context.samples
-        generator = torch.Generator().manual_seed(self.context.generator.initial_seed() + first)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        steps, total = 0, training.steps(samples)
-        losses: list[float] = []
-        for epoch in range(training.epochs):
-            sums = []
-            for indices in torch.randperm(samples, generator=generator).split(training.batch):
+    def _tuned(self, index: int, trained: Trained, steps: int, place: torch.device | None = None) -> TunedBlock:
+        quant, result = self.quant.in_block(index), self.results[index]
+        return TunedBlock(self.settings, self._block(index), result, quant, self.context, trained, steps, place)
+
+    def _resting_place(self, window: Window) -> torch.device:
+        """Where the codes of blocks lie that are not trained: the device, or the host where they take half its room."""
+        behind = self.results[window.blocks[-1] + 1 :]
+        size = sum(weight.codes.nbytes for result in behind for weight in result.weights.values())
+        roomy = self.device.type == "cpu" or 2 * size <= free_bytes(self.device)
+        return self.device if roomy else torch.device("cpu")
+
+    def _steps(self, window: Window, chain: Sequence[BlockFunction], optimizer: torch.optim.Optimizer) -> list[float]:
+        """Take the steps of a window that are left, and return the means of the losses of its epochs.
+
+        What is stopped between two steps is kept.
+        """
+        batches, rates = self._batches(window), [group["lr"] for group in optimizer.param_groups]
+        course = self.progress.read_state(window.number, optimizer) or Course(window.steps.start, self.micro.size)
+        self.micro.size = course.size
+        moving = False  # in the middle of a step there is nothing to go on from
+        try:
+            for step in range(course.steps, window.steps.stop):
+                if self.progress.due:
+                    self.progress.write_state(window.number, optimizer, course)
+                factor = self.settings.training.rate_factor((step - window.steps.start) / len(window.steps))
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * training.rate_factor(steps / total)
-                sums.append(self.micro.fitting(lambda indices=indices: self._gradients(chain, indices, optimizer)))
+                    group["lr"] = rate * factor
+                gradients = partial(self._gradients, chain, batches[step], optimizer)
+                loss = processes.add(self.micro.fitting(gradients))
                 processes.add_gradients(p for group in optimizer.param_groups for p in group["params"])
+                moving = True
                 optimizer.step()
-                steps += 1
-            losses.append(processes.add(torch.stack(sums).mean()).item())
-            if not math.isfinite(losses[-1]):
-                raise NumericalError(
-                    f"block {first}: the loss is not finite in epoch {epoch}; lower the learning rates of method"
-                )
-            self.context.log({"finetune/loss": losses[-1], "finetune/block": first, "finetune/epoch": epoch})
-        return losses
+                course.sums.append(loss)
+                course.steps, course.size = step + 1, self.micro.size
+                self._end_epoch(window, course)
+                moving = False
+        except (KeyboardInterrupt, ResourceError):
+            if not moving:
+                self.progress.write_state(window.number, optimizer, course)
+            raise
+        return course.losses
+
+    def _batches(self, window: Window) -> list[Tensor]:
+        """Return the indices of the sequences of each step of the schedule, in an order of their own for each epoch."""
+        training, samples = self.settings.training, self.context.samples
+        generator = torch.Generator().manual_seed(self.context.generator.initial_seed() + window.drawn)
+        orders = [torch.randperm(samples, generator=generator) for _ in range(training.epochs)]
+        return [batch for order in orders for batch in order.split(training.batch)]
+
+    def _end_epoch(self, window: Window, course: Course) -> None:
+        """Where an epoch ends, or the window, note and tell the mean of its losses."""
+        per_epoch = math.ceil(self.context.samples / self.settings.training.batch)
+        if course.steps % per_epoch and course.steps != window.steps.stop:
+            return
+        first, epoch = window.blocks[0], len(course.losses)
+        course.losses.append(torch.stack(course.sums).mean().item())
+        course.sums.clear()
+        if not math.isfinite(course.losses[-1]):
+            raise NumericalError(
+                f"block {first}: the loss is not finite in epoch {epoch}; lower the learning rates of method"
+            )
+        self.context.log({"finetune/loss": course.losses[-1], "finetune/block": first, "finetune/epoch": epoch})
 
     def _gradients(self, chain: Sequence[BlockFunction], samples: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         """Leave the gradients of a batch in the parameters, and return its loss."""
@@ -171,14 +244,9 @@ class _Tuner:
         hidden = hidden.to(self.hidden.dtype)
         if self.reference is None:
             tokens = fetch(self.context.tokens[self.sequences], samples, self.context.samples)[0]
-            targets = tokens[:, 1:].to(self.device)
-            loss = torch.nn.functional.cross_entropy(logits_of(hidden[:, :-1]).flatten(0, 1), targets.flatten())
-            return loss * weight
-        with torch.no_grad():
-            reference = fetch(self.reference, samples, self.context.samples)[0].to(self.device)
-            expected = logits_of(reference).flatten(0, 1).log_softmax(-1)
-        log_probabilities = logits_of(hidden).flatten(0, 1).log_softmax(-1)
-        return torch.nn.functional.kl_div(log_probabilities, expected, reduction="batchmean", log_target=True) * weight
+            return text_loss(logits_of, hidden, tokens, self.vocabulary) * weight
+        reference = fetch(self.reference, samples, self.context.samples)[0].to(self.device)
+        return float_loss(logits_of, hidden, reference, self.vocabulary) * weight
 
     def _block(self, index: int) -> Block:
         assert self.context.ahead is not None
