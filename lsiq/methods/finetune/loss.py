@@ -63,4 +63,4 @@ def _parts(hidden: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
 
 def _recomputed(loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, expected: Tensor) -> Tensor:
     """Return a loss whose logits are made again on the way back instead of being kept."""
-    return checkpoint(loss, hidden, expected, use_reentrant=False)  # type: ignore[return-value]
+    return checkpoint(loss, hidden, expected, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]

@@ -81,7 +81,7 @@ class TunedBlock:
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the block's outputs; what leads to them is computed again on the way back instead of being kept."""
-        return checkpoint(self._run, hidden, use_reentrant=False)  # type: ignore[return-value]
+        return checkpoint(self._run, hidden, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
     def _run(self, hidden: Tensor) -> Tensor:
         return self.block.with_weights(self.weights(), self.quant.running)(hidden)

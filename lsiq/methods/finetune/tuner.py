@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lsiq.errors import InputError, NumericalError, ResourceError
 from lsiq.methods.base import Method, Traits
 from lsiq.methods.finetune.loss import float_loss, text_loss
 from lsiq.methods.finetune.progress import Course, Progress
+from lsiq.methods.finetune.recorder import Recorder, recordable
 from lsiq.methods.finetune.tuned_block import Trained, TunedBlock
 from lsiq.methods.finetune.windows import Window, windows
 from lsiq.models.block import Block, BlockFunction, run_stream
@@ -143,10 +144,7 @@ class _Tuner:
             self._tuned(index, "nothing", 0, resting) for index in range(window.blocks[-1] + 1, len(self.results))
         ]
         chain = [block.forward for block in (*tuned.values(), *behind)]
-        groups = [group for block in (*tuned.values(), *behind) for group in block.groups]
-        # fused: without copies as large as all that is trained, which decide whether a window fits.
-        fused = self.settings.trained == "window" and self.device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)
+        optimizer = self._optimizer([group for block in (*tuned.values(), *behind) for group in block.groups], behind)
         losses = self._steps(window, chain, optimizer)
         metrics: dict[str, float] = {"seconds": time.perf_counter() - start}
         if losses:
@@ -158,6 +156,15 @@ class _Tuner:
             self.progress.write_window(window.number, results)
         for index, result in results.items():
             self.results[index] = result
+
+    def _optimizer(self, groups: list[dict[str, Any]], behind: Sequence[TunedBlock]) -> torch.optim.Optimizer:
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if self.settings.training.graphs and recordable(self.device, parameters, len(behind)):
+            # A recorded step reads its rates where they lie.
+            groups = [{**group, "lr": torch.tensor(group["lr"], device=self.device)} for group in groups]
+            return torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=True)
+        fused = self.device.type == "cuda" and sum(p.numel() for p in parameters) >= FUSED
+        return torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)
 
     def _tuned(self, index: int, trained: Trained, steps: int, place: torch.device | None = None) -> TunedBlock:
         quant, result = self.quant.in_block(index), self.results[index]
@@ -175,9 +182,13 @@ class _Tuner:
 
         What is stopped between two steps is kept.
         """
-        batches, rates = self._batches(window), [group["lr"] for group in optimizer.param_groups]
+        batches, rates = self._batches(window), [float(group["lr"]) for group in optimizer.param_groups]
         course = self.progress.read_state(window.number, optimizer) or Course(window.steps.start, self.micro.size)
         self.micro.size = course.size
+        recorder = None
+        if any(group["capturable"] for group in optimizer.param_groups):
+            gradients = partial(self._gradients, chain, optimizer)
+            recorder = Recorder(optimizer, gradients, self.settings.training.batch, self.micro)
         moving = False  # in the middle of a step there is nothing to go on from
         try:
             for step in range(course.steps, window.steps.stop):
@@ -185,12 +196,17 @@ class _Tuner:
                     self.progress.write_state(window.number, optimizer, course)
                 factor = self.settings.training.rate_factor((step - window.steps.start) / len(window.steps))
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor
-                gradients = partial(self._gradients, chain, batches[step], optimizer)
-                loss = processes.add(self.micro.fitting(gradients))
-                processes.add_gradients(p for group in optimizer.param_groups for p in group["params"])
-                moving = True
-                optimizer.step()
+                    _set_rate(group, rate * factor)
+                hidden, target, weight = self._batch(batches[step])
+                if recorder is not None:
+                    moving = True
+                    loss = recorder.step(hidden, target)
+                else:
+                    gradients = partial(self._gradients, chain, optimizer, hidden, target, weight)
+                    loss = processes.add(self.micro.fitting(gradients))
+                    processes.add_gradients(p for group in optimizer.param_groups for p in group["params"])
+                    moving = True
+                    optimizer.step()
                 course.sums.append(loss)
                 course.steps, course.size = step + 1, self.micro.size
                 self._end_epoch(window, course)
@@ -222,31 +238,43 @@ class _Tuner:
             )
         self.context.log({"finetune/loss": course.losses[-1], "finetune/block": first, "finetune/epoch": epoch})
 
-    def _gradients(self, chain: Sequence[BlockFunction], samples: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    def _batch(self, samples: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return this process's part of a batch: what enters the window, what is to come of it, and its weight."""
+        hidden, weight = fetch(self.hidden, samples, self.context.samples)
+        if self.reference is not None:
+            target = fetch(self.reference, samples, self.context.samples)[0]
+        else:
+            assert self.context.tokens is not None
+            target = fetch(self.context.tokens[self.sequences], samples, self.context.samples)[0]
+        return hidden.to(self.device, self.dtype), target.to(self.device), weight
+
+    def _gradients(
+        self,
+        chain: Sequence[BlockFunction],
+        optimizer: torch.optim.Optimizer,
+        hidden: Tensor,
+        target: Tensor,
+        weight: float = 1.0,
+    ) -> Tensor:
         """Leave the gradients of a batch in the parameters, and return its loss."""
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for part in self.micro.parts(len(samples)):
-            loss = self._loss(chain, samples[part]) * ((part.stop - part.start) / len(samples))
+        for part in self.micro.parts(len(hidden)):
+            share = weight * ((part.stop - part.start) / len(hidden))
+            loss = self._loss(chain, hidden[part], target[part]) * share
             loss.backward()
             total += loss.detach()
         return total
 
-    def _loss(self, chain: Sequence[BlockFunction], samples: Tensor) -> Tensor:
-        """The loss of a batch; of several processes each returns its part of it."""
-        assert self.context.tokens is not None
+    def _loss(self, chain: Sequence[BlockFunction], hidden: Tensor, target: Tensor) -> Tensor:
+        """The loss of a batch."""
         assert self.context.ahead is not None
         logits_of = self.context.ahead.logits
-        hidden, weight = fetch(self.hidden, samples, self.context.samples)
-        hidden = hidden.to(self.device, self.dtype)
         for function in chain:
             hidden = function(hidden)
         hidden = hidden.to(self.hidden.dtype)
-        if self.reference is None:
-            tokens = fetch(self.context.tokens[self.sequences], samples, self.context.samples)[0]
-            return text_loss(logits_of, hidden, tokens, self.vocabulary) * weight
-        reference = fetch(self.reference, samples, self.context.samples)[0].to(self.device)
-        return float_loss(logits_of, hidden, reference, self.vocabulary) * weight
+        loss = text_loss if self.reference is None else float_loss
+        return loss(logits_of, hidden, target, self.vocabulary)
 
     def _block(self, index: int) -> Block:
         assert self.context.ahead is not None
@@ -265,3 +293,11 @@ class _Tuner:
         for index in range(len(self.results)):
             hidden = run_stream(self._block(index).with_weights({}), hidden, self.context.batch, self.device)
         return hidden
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    """Let the next step run at a rate; a recorded one reads it where it lies."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
