@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import device as Device
+    import torch
 
 
 def reset_peak() -> None:
@@ -42,7 +42,7 @@ def _host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def free_bytes(device: Device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Return the bytes that this process can still get of a device's memory."""
     if device.type == "cuda":
         import torch
@@ -58,8 +58,8 @@ def free_bytes(device: Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def taken_bytes(device: Device) -> int:
-    """Return the bytes of a device's memory that tensors of this process take; 0 for a CPU, which does not count them."""
+def taken_bytes(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory that this process's tensors take; 0 for a CPU, which does not count them."""
     if device.type != "cuda":
         return 0
     import torch

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 # A step of Adam in float32 keeps, of each number that is trained: itself, its gradient and two moments.
 ADAM_BYTES = 16
+# Of so many numbers and more the optimizer moves each where it lies; of fewer it makes one copy, which takes less time
+# to launch, and gives what runs before there were forms gave.
+FUSED = 2**30
 # Singular vectors of both sides, which stand beside increments of singular values, in bytes for each weight.
 VECTOR_BYTES = 12
 # Copies in float32 of the weights of a block while they are made and rounded, and gradients go back through that.
@@ -53,6 +56,15 @@ class Form:
     sequences: int
 
     @property
+    def fits(self) -> bool:
+        return self.bytes <= self.room
+
+    @property
+    def words(self) -> str:
+        """What it is called."""
+        return self.trained if self.window is None else f"{self.trained} of {self.window} blocks"
+
+    @property
     def reason(self) -> str:
         """Why this one, in words for the record."""
         return f"{self.bytes / GIB:.1f} of {self.room / GIB:.1f} GiB with {self.sequences} sequences at once"
@@ -75,8 +87,22 @@ def form_for(settings: FineTune, model: Model, quant: QuantSettings, samples: in
     own = processes.share(samples, process=0)
     load = Load.of(settings, shape, model.depth, model.dtype, quant, own.stop - own.start, seqlen)
     if settings.memory is not None:
-        return choose(settings, load, int(settings.memory * GIB) - taken_bytes(model.device))
-    return choose(settings, load, min(processes.gather(int(USABLE * free_bytes(model.device)))))
+        room = int(settings.memory * GIB) - taken_bytes(model.device)
+    else:
+        room = min(processes.gather(int(USABLE * free_bytes(model.device))))
+    form = choose(settings, load, room)
+    if settings.trained == "auto" and settings.together and not form.fits:
+        raise ResourceError(f"method.trained=auto: {refusal(settings, form)}")
+    return form
+
+
+def refusal(settings: FineTune, least: Form) -> str:
+    """Say that not even the least form fits, and what to do."""
+    return (
+        f"no form of {settings.name} fits {least.room / GIB:.1f} GiB; the least, {least.words}, takes "
+        f"{least.bytes / GIB:.1f} with {least.sequences} sequences at once: use a device with more memory, a shorter "
+        f"calib.seqlen, or method.trained={least.trained} to try it nevertheless"
+    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +145,6 @@ class Load:
 
     def bytes(self, settings: FineTune, trained: str, window: int | None, sequences: int, room: int) -> int:
         """Return the bytes of the device that a form takes with so many sequences at once."""
-        blocks = self._blocks(settings, trained, window)
         # Codes; step sizes and zero points in float32.
         resting = int(self.depth * self.shape.weights * (1 + 8 / self.group))
         tokens = sequences * self.seqlen
@@ -128,10 +153,14 @@ class Load:
         logits = 4 * LOGIT_COPIES * min(LOGITS, tokens * self.shape.vocabulary)
         streams = STREAMS * self.samples * self.seqlen * self.shape.width * self.itemsize
         resident = streams if streams <= RESIDENT_SHARE * room else 0
-        return self.trained_bytes(settings, trained, blocks) + resting + block + between + logits + resident
+        trained_bytes = self.trained_bytes(settings, trained, window)
+        copy = 4 * min(FUSED, trained_bytes // ADAM_BYTES)
+        # The copy is made once the rest of a step is done.
+        return trained_bytes + resting + max(block + between + logits, copy) + resident
 
-    def trained_bytes(self, settings: FineTune, trained: str, blocks: int) -> int:
-        """Return the bytes that are kept of what is trained in so many blocks at once, Adam's moments included."""
+    def trained_bytes(self, settings: FineTune, trained: str, window: int | None) -> int:
+        """Return the bytes that are kept of what is trained at once, Adam's moments included."""
+        blocks = self._blocks(settings, trained, window)
         each = 0.0
         if settings.part is not None and trained != "grid":
             each = ADAM_BYTES + (0 if isinstance(settings.part, Dense) else VECTOR_BYTES)
@@ -154,26 +183,13 @@ class Load:
 
 
 def choose(settings: FineTune, load: Load, room: int) -> Form:
-    """Return the form that the settings ask for, or for `auto` the first that fits into `room` bytes.
+    """Return the form that the settings ask for, or for `auto` the first that fits into `room` bytes, else the least.
 
     A form fits if it does with one sequence at a time. Of a window that is to be as large as fits, the size is told for
     the whole batch, or, where not even one block fits beside that, for half of it, and so on.
-
-    Raises:
-        ResourceError: `auto`, and no form fits.
     """
     forms = list(_forms(settings, load, room))
-    fitting = next((form for form in forms if form.bytes <= room), None)
-    if settings.trained != "auto" or not settings.together:
-        return fitting or forms[-1]
-    if fitting is None:
-        least = min(forms, key=lambda form: form.bytes)
-        raise ResourceError(
-            f"method.trained=auto: no form of {settings.name} fits {room / GIB:.1f} GiB; the least, "
-            f"{least.trained}, takes {least.bytes / GIB:.1f} with one sequence at a time: use a device with more memory, "
-            f"a shorter calib.seqlen, or method.trained={least.trained} to try it nevertheless"
-        )
-    return fitting
+    return next((form for form in forms if form.fits), min(forms, key=lambda form: form.bytes))
 
 
 def _forms(settings: FineTune, load: Load, room: int) -> Iterator[Form]:

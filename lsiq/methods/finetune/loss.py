@@ -35,7 +35,11 @@ def text_loss(logits_of: Logits, hidden: Tensor, tokens: Tensor, vocabulary: int
 
 
 def float_loss(logits_of: Logits, hidden: Tensor, reference: Tensor, vocabulary: int) -> Tensor:
-    """Return the mean of `KL(float ‖ quantised)` over all tokens, in nats, from what left the last blocks, `(n, T, d)`."""
+    """Return the mean of `KL(float ‖ quantised)` over all tokens, in nats.
+
+    Args:
+        hidden, reference: `(n, T, d)`, what left the last block of the quantised and of the float model.
+    """
     parts = _parts(hidden, vocabulary)
     if len(parts) == 1:
         return _divergence(logits_of, hidden, reference, "batchmean")

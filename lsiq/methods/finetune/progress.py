@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,15 +25,16 @@ SECONDS, TIMES_WRITING = 180.0, 10.0
 
 @dataclass
 class Course:
-    """Where the training of a window stands, between two steps.
+    """Where training stands between two steps.
 
     Attributes:
-        steps: how many are behind.
+        group, steps: how many groups are behind, and how many steps of the one in training.
         size: how many sequences pass at once.
-        losses: the means of its finished epochs.
+        losses: the means of the finished epochs of this group.
         sums: the losses of the batches since.
     """
 
+    group: int
     steps: int
     size: int
     losses: list[float] = field(default_factory=list)
@@ -41,95 +42,107 @@ class Course:
 
 
 class Progress:
-    """What is kept of windows that are trained, and of the one in training.
+    """Where training stood when the run was stopped, and where it stands.
 
     Args:
-        unfinished: where; None for nowhere.
-        form: names what is trained at once: what was kept in another form is not taken up.
+        unfinished: where that is kept; None for nowhere.
+        form: what is trained at once: a state of another form is not taken up.
+
+    Attributes:
+        stored: where an earlier try stopped; None where there is none, or once the training is there.
     """
 
     def __init__(self, unfinished: Unfinished | None, form: Mapping[str, Any]) -> None:
         self._unfinished, self._form = unfinished, json.dumps(form, sort_keys=True)
         self._written, self._wait = time.monotonic(), SECONDS
+        stored = None if unfinished is None else unfinished.read("state")
+        exists = stored is not None and stored.metadata["form"] == self._form
+        self.stored: Stored | None = stored if all(processes.gather(exists)) else None
 
     @property
     def due(self) -> bool:
         """Whether so much has been done since the state was last written that it should be again."""
         return self._unfinished is not None and time.monotonic() - self._written > self._wait
 
-    def write_window(self, number: int, results: Mapping[int, BlockResult]) -> None:
-        """Keep the blocks that a window was trained to, by index."""
-        tensors: dict[str, Tensor] = {}
-        metadata: dict[str, str] = {}
-        for index, result in results.items():
-            block_tensors, block_metadata = to_tensors(result)
-            tensors |= {f"{index}/{name}": tensor for name, tensor in block_tensors.items()}
-            metadata[str(index)] = json.dumps(block_metadata)
-        self._write(f"window_{number:03d}", tensors, {"blocks": json.dumps(metadata)})
+    def write(
+        self,
+        course: Course,
+        optimizers: Sequence[torch.optim.Optimizer],
+        settled: Mapping[int, Mapping[str, Tensor]],
+        finished: Mapping[int, BlockResult],
+    ) -> None:
+        """Keep where training stands.
 
-    def read_window(self, number: int) -> dict[int, BlockResult] | None:
-        """Return the blocks that a window was trained to, by index; None where they are not there."""
-        stored = self._read(f"window_{number:03d}")
-        if stored is None:
-            return None
-        assert self._unfinished is not None
-        results = {}
-        for index, metadata in json.loads(stored.metadata["blocks"]).items():
-            tensors = {
-                name.removeprefix(f"{index}/"): tensor
-                for name, tensor in stored.tensors.items()
-                if name.startswith(f"{index}/")
-            }
-            file = self._unfinished.folder / f"window_{number:03d}.safetensors"
-            results[int(index)] = to_result(file, replace(stored, tensors=tensors, metadata=json.loads(metadata)))
-        return results
-
-    def write_state(self, number: int, optimizer: torch.optim.Optimizer, course: Course) -> None:
-        """Keep the state of the window in training."""
+        Args:
+            settled: by index, what blocks of this group's earlier windows keep.
+            finished: by index, the blocks of earlier groups.
+        """
+        if self._unfinished is None:
+            return
         start = time.monotonic()
-        tensors: dict[str, Tensor] = {}
-        for index, parameter in enumerate(_parameters(optimizer)):
-            tensors[f"{index}/parameter"] = parameter
-            tensors |= {f"{index}/{name}": value for name, value in optimizer.state[parameter].items()}
+        tensors = {f"settled/{i}/{name}": tensor for i, kept in settled.items() for name, tensor in kept.items()}
+        for number, optimizer in enumerate(optimizers):
+            for index, parameter in enumerate(_parameters(optimizer)):
+                place = f"optimizer/{number}/{index}"
+                tensors[f"{place}/parameter"] = parameter
+                tensors |= {f"{place}/{name}": value for name, value in optimizer.state[parameter].items()}
         if course.sums:
             tensors["sums"] = torch.stack(course.sums)
-        described = {"window": number, "steps": course.steps, "size": course.size, "losses": course.losses}
-        self._write("state", tensors, {"course": json.dumps(described)})
+        blocks: dict[int, dict[str, str]] = {}
+        for index, result in finished.items():
+            block, blocks[index] = to_tensors(result)
+            tensors |= {f"block/{index}/{name}": tensor for name, tensor in block.items()}
+        facts = asdict(replace(course, sums=[]))
+        metadata = {"form": self._form, "course": json.dumps(facts), "blocks": json.dumps(blocks)}
+        self._unfinished.write("state", tensors, metadata)
         self._written = time.monotonic()
         self._wait = max(SECONDS, TIMES_WRITING * (self._written - start))
 
-    def read_state(self, number: int, optimizer: torch.optim.Optimizer) -> Course | None:
-        """Bring the parameters and their optimizer to where the window's training stood; None where nothing is kept."""
-        stored = self._read("state")
-        if stored is None or (course := json.loads(stored.metadata["course"])).pop("window") != number:
+    def course(self, device: torch.device) -> Course | None:
+        """Return where an earlier try stopped."""
+        if self.stored is None:
             return None
-        _restore(optimizer, stored.tensors)
-        device = next(iter(_parameters(optimizer))).device
-        sums = stored.tensors.get("sums")
-        return Course(**course, sums=[] if sums is None else list(sums.to(device)))
+        sums = self.stored.tensors.get("sums")
+        sums = [] if sums is None else list(sums.to(device))
+        return Course(**{**json.loads(self.stored.metadata["course"]), "sums": sums})
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        if self._unfinished is not None:
-            self._unfinished.write(name, tensors, {**metadata, "form": self._form})
+    def finished(self) -> dict[int, BlockResult]:
+        """Return the blocks of groups that an earlier try finished, by index."""
+        if self.stored is None or self._unfinished is None:
+            return {}
+        return {
+            int(index): to_result(
+                self._unfinished.folder / "state.safetensors",
+                replace(self.stored, tensors=self._below(f"block/{index}/"), metadata=metadata),
+            )
+            for index, metadata in json.loads(self.stored.metadata["blocks"]).items()
+        }
 
-    def _read(self, name: str) -> Stored | None:
-        """Return what is kept under a name; of several processes all do or none."""
-        stored = None if self._unfinished is None else self._unfinished.read(name)
-        exists = stored is not None and stored.metadata["form"] == self._form
-        return stored if all(processes.gather(exists)) else None
+    def settled(self) -> dict[int, dict[str, Tensor]]:
+        """Return, by index, what blocks of earlier windows keep."""
+        blocks: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in self._below("settled/").items():
+            index, _, name = key.partition("/")
+            blocks.setdefault(int(index), {})[name] = tensor
+        return blocks
+
+    def restore(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Bring parameters and optimizers to where an earlier try stopped, and let go of what was kept of it."""
+        for number, optimizer in enumerate(optimizers):
+            states: dict[int, dict[str, Tensor]] = {}
+            for index, parameter in enumerate(_parameters(optimizer)):
+                values = self._below(f"optimizer/{number}/{index}/")
+                with torch.no_grad():
+                    parameter.copy_(values.pop("parameter"))
+                if values:  # none before the first step, and of what never had a gradient
+                    states[index] = values
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.stored = None
+
+    def _below(self, prefix: str) -> dict[str, Tensor]:
+        tensors = {} if self.stored is None else self.stored.tensors
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Sequence[Tensor]:
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-@torch.no_grad()
-def _restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    states: dict[int, dict[str, Tensor]] = {}
-    for index, parameter in enumerate(_parameters(optimizer)):
-        prefix = f"{index}/"
-        values = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        parameter.copy_(values.pop("parameter"))
-        if values:  # none before the first step, and of what never had a gradient
-            states[index] = values
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -25,14 +25,16 @@ class Recorder:
     A replay launches what the recorded step launched, so its result is the same.
 
     Args:
-        optimizer: one that a graph can hold, whose rates are tensors on the device; see `recordable`.
+        optimizers: such as a graph can hold, whose rates are tensors on the device.
         gradients: what comes before the optimizer moves.
         size: sequences of the batches that are recorded; others take their step as it comes.
         micro: how many of them pass at once; where that changes a step is recorded anew.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, gradients: Gradients, size: int, micro: MicroBatch) -> None:
-        self.optimizer, self.gradients, self.size, self.micro = optimizer, gradients, size, micro
+    def __init__(
+        self, optimizers: Sequence[torch.optim.Optimizer], gradients: Gradients, size: int, micro: MicroBatch
+    ) -> None:
+        self.optimizers, self.gradients, self.size, self.micro = optimizers, gradients, size, micro
         self.graph: torch.cuda.CUDAGraph | None = None
         self.recorded_size = micro.size
         self.warm = 0
@@ -46,7 +48,7 @@ class Recorder:
         """
         if len(hidden) != self.size or self.warm < WARM_STEPS:
             loss = self.micro.fitting(lambda: self.gradients(hidden, target))
-            self.optimizer.step()
+            self._move()
             self.warm += len(hidden) == self.size
             return loss
         if self.graph is None or self.recorded_size != self.micro.size:
@@ -60,18 +62,16 @@ class Recorder:
     def _record(self, hidden: Tensor, target: Tensor) -> None:
         self.hidden, self.target = hidden.clone(), target.clone()
         self.graph, self.recorded_size = torch.cuda.CUDAGraph(), self.micro.size
-        self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()  # what a graph takes it takes beside what is kept for reuse
         with torch.cuda.graph(self.graph):
             self.loss = self.gradients(self.hidden, self.target)
-            self.optimizer.step()
+            self._move()
+
+    def _move(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
 
 
-def recordable(device: torch.device, parameters: Sequence[Tensor], resting: int) -> bool:
-    """Return whether steps are recorded: on a GPU, in one process, of small models of which all blocks are trained.
-
-    Args:
-        resting: blocks that are passed without being trained, whose codes may lie on the host.
-    """
-    numbers = sum(parameter.numel() for parameter in parameters)
-    return device.type == "cuda" and processes.size() == 1 and resting == 0 and 0 < numbers <= LARGEST
+def recordable(device: torch.device, weights: int) -> bool:
+    """Return whether steps on a device are recorded: on a GPU, in one process, of models with few weights."""
+    return device.type == "cuda" and processes.size() == 1 and weights <= LARGEST

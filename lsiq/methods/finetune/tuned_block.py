@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,13 @@ from lsiq.formats.tensor import QuantizedTensor
 from lsiq.models.block import Block
 from lsiq.models.context import Context
 from lsiq.models.result import BlockResult
-from lsiq.parts.base import Draft, PartState, rate_of
+from lsiq.parts.base import Draft, Part, PartState, rate_of
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
     from lsiq.methods.finetune.settings import FineTune
 
-Trained = Literal["all", "grid", "nothing"]
+Tensors = Mapping[str, Tensor]
 
 
 class TunedBlock:
@@ -28,15 +28,16 @@ class TunedBlock:
 
     A weight is `round(W' / h) · h · exp(g)`: `W'` is the decoded or latent weight with the part's increment, `h` the
     step size as it was found, `g` the trained growth of the step. At the start, with increment and growth 0, that is
-    what was found, bit for bit. Codes are decoded where they are needed, so that whole models fit.
+    what was found, bit for bit. There are increments between `open` and `settle`; before and after, the weights are
+    those of codes, which are decoded where they are needed, so that whole models fit.
 
     Args:
-        trained: what is trained of it: all, its grid (step sizes, norms and biases), or nothing, so that it rests.
-        steps: how many the optimizer takes; None for those of the whole schedule.
-        place: where codes lie; None for the block's own device.
+        rests: whether nothing is trained.
+        place: where codes lie while there are no increments; None for the block's own device.
 
     Attributes:
-        groups: the parameters and their learning rates, as optimizers take them.
+        growth, floats: what is trained throughout, unless the block rests.
+        groups: of these, parameters and learning rates, as optimizers take them.
     """
 
     def __init__(
@@ -46,38 +47,81 @@ class TunedBlock:
         initial: BlockResult,
         quant: QuantSettings,
         context: Context,
-        trained: Trained = "all",
-        steps: int | None = None,
+        rests: bool = False,
         place: torch.device | None = None,
     ) -> None:
         self.device = device = next(iter(block.weights.values())).device
-        self.initial, self.quant = initial, quant
-        self.part = settings.part if trained == "all" else None
-        scales, floats_rate = (None, None) if trained == "nothing" else (settings.scales, settings.floats)
-        latents = initial.latents if settings.latents and self.part is not None else {}
-        self.latents = {name: w.to(device) for name, w in latents.items()}
+        self.settings, self.initial, self.quant, self.context = settings, initial, quant, context
         block = block.with_rotations_of(initial)
-        self.grids = {name: _moved(grid, place or device) for name, grid in initial.weights.items()}
+        self.place = place or device
+        self.grids = {name: _moved(grid, self.place) for name, grid in initial.weights.items()}
         self.checkpoint = {name: w for name, w in block.weights.items() if name not in self.grids}
         floats = {**self.checkpoint, **{name: w.to(device) for name, w in initial.floats.items()}}
-        self.state = PartState({})
-        if self.part is not None:
-            self.state = self.part.start(replace(block, weights={**floats, **self._decoded()}), quant, context)
-        self.growth = {name: torch.zeros_like(grid.scale) for name, grid in self.grids.items() if scales}
-        self.floats = {name: w.clone() if floats_rate else w for name, w in floats.items()}
+        self._plain = replace(block, weights={})
+        self.part: Part | None = None
+        self.state, self.latents = PartState({}), dict[str, Tensor]()
+        self.learned: dict[str, Tensor] = {}
+        scales, rate = (None, None) if rests else (settings.scales, settings.floats)
+        self.growth = {name: torch.zeros_like(grid.scale, device=device) for name, grid in self.grids.items() if scales}
+        self.floats = {name: w.clone() if rate else w for name, w in floats.items()}
         self.block = settings.training.in_precision(replace(block, weights=self.floats), context.cache)
         floating = {name: w for name, w in self.floats.items() if name not in block.untouched}
-        self.groups: list[dict[str, Any]] = []
-        assert context.tokens is not None
-        steps = settings.training.steps(len(context.tokens)) if steps is None else max(1, steps)
-        part_rate = None if self.part is None else rate_of(self.part, steps)
-        for parameters, rate in (
-            (self.state.parameters, part_rate),
-            (self.growth, scales),
-            (floating, floats_rate),
-        ):
-            if rate is not None and parameters:
-                self.groups.append({"params": [p.requires_grad_() for p in parameters.values()], "lr": rate})
+        self.groups = [*_trainable(self.growth, scales), *_trainable(floating, rate)]
+
+    def open(self, steps: int) -> list[dict[str, Any]]:
+        """Let the weights have increments, trained for so many steps; return those as optimizers take them."""
+        if (part := self.settings.part) is None:
+            return []
+        self.grids = {name: _moved(grid, self.device) for name, grid in self.grids.items()}
+        if self.settings.latents:
+            self.latents = {name: w.to(self.device) for name, w in self.initial.latents.items()}
+        with torch.no_grad():
+            start = replace(self._plain, weights={**self.floats, **self._decoded()})
+            self.part, self.state = part, part.start(start, self.quant, self.context)
+        return _trainable(self.state.parameters, rate_of(part, max(1, steps)))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let the weights stand where the increments have brought them, as codes of the grid that is there."""
+        if self.part is None:
+            return
+        draft = self._draft()
+        codes = {
+            name: grid.format.encode(self._in_steps(draft, name), torch.ones_like(grid.scale), grid.zero)
+            for name, grid in self.grids.items()
+        }
+        for name, tensor in self.floats.items():  # some parts have increments of norms and biases
+            if tensor.requires_grad:
+                tensor.copy_(draft.weights[name])
+            else:
+                self.floats[name] = draft.weights[name].detach()
+        self.learned = {
+            f"{self.part.name}:{name}": parameter.detach()
+            for name, parameter in self.state.parameters.items()
+            if name not in self.state.bulky
+        }
+        self.part, self.state, self.latents = None, PartState({}), {}
+        self._take_codes(codes)
+
+    def settled(self) -> dict[str, Tensor]:
+        """Return, by kind and name, what `settle` changed that no optimizer holds."""
+        kept = {f"codes/{name}": grid.codes for name, grid in self.grids.items()}
+        kept |= {f"float/{name}": tensor for name, tensor in self.floats.items() if not tensor.requires_grad}
+        return kept | {f"learned/{name}": tensor for name, tensor in self.learned.items()}
+
+    def take_settled(self, tensors: Tensors) -> None:
+        """Let the block be what it was when `settled` returned this."""
+        kinds: dict[str, dict[str, Tensor]] = {"codes": {}, "float": {}, "learned": {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            kinds[kind][name] = tensor.to(self.device)
+        self._take_codes(kinds["codes"])
+        self.floats.update(kinds["float"])
+        self.learned = kinds["learned"]
+
+    def _take_codes(self, codes: Tensors) -> None:
+        grids = {name: replace(grid, codes=codes[name]) for name, grid in self.grids.items()}
+        self.grids = {name: _moved(grid, self.place) for name, grid in grids.items()}
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the block's outputs; what leads to them is computed again on the way back instead of being kept."""
@@ -95,29 +139,17 @@ class TunedBlock:
 
     @torch.no_grad()
     def result(self, metrics: Mapping[str, float]) -> BlockResult:
-        """Return the block as it can be stored; decoding gives what `weights` gave, bit for bit."""
-        draft = self._draft()
+        """Return the block, settled, as it can be stored; decoding gives what `weights` gave, bit for bit."""
+        assert self.part is None
         weights = {name: self._grown(name) for name in self.grids}
-        if self.part is not None:
-            weights = {
-                name: replace(
-                    grid, codes=grid.format.encode(self._in_steps(draft, name), torch.ones_like(grid.scale), grid.zero)
-                )
-                for name, grid in weights.items()
-            }
         flips = [(weights[n].codes.cpu() != self.initial.weights[n].codes).float().mean().item() for n in weights]
         floats = {
-            name: draft.weights[name].detach()
+            name: self.floats[name].detach()
             for name, before in self.checkpoint.items()
-            if name in self.initial.floats or not torch.equal(draft.weights[name], before)
-        }
-        state = {
-            f"{self.part.name}:{name}": parameter.detach()
-            for name, parameter in self.state.parameters.items()
-            if self.part is not None and name not in self.state.bulky
+            if name in self.initial.floats or not torch.equal(self.floats[name], before)
         }
         metrics = {"flip_rate": sum(flips) / max(len(flips), 1), **metrics}
-        return BlockResult(weights, floats, metrics, state, rotations=self.initial.rotations)
+        return BlockResult(weights, floats, metrics, self.learned, rotations=self.initial.rotations)
 
     def _decoded(self) -> dict[str, Tensor]:
         """What increments are added to: the weights that the codes stand for, or those that were rounded to them."""
@@ -154,6 +186,13 @@ class TunedBlock:
         grid, fmt = self._grown(name), self.grids[name].format
         steps = fmt.fake(self._in_steps(draft, name), torch.ones_like(grid.scale), grid.zero)
         return (fmt.grouped(steps) * grid.scale).reshape(steps.shape)
+
+
+def _trainable(parameters: Mapping[str, Tensor], rate: float | None) -> list[dict[str, Any]]:
+    """Return parameters, which gather gradients from here on, as a group of an optimizer; none without a rate."""
+    if rate is None or not parameters:
+        return []
+    return [{"params": [parameter.requires_grad_() for parameter in parameters.values()], "lr": rate}]
 
 
 def _moved(grid: QuantizedTensor, device: torch.device) -> QuantizedTensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from lsiq.errors import InputError, NumericalError, ResourceError
 from lsiq.methods.base import Method, Traits
+from lsiq.methods.finetune.form import FUSED
 from lsiq.methods.finetune.loss import float_loss, text_loss
 from lsiq.methods.finetune.progress import Course, Progress
 from lsiq.methods.finetune.recorder import Recorder, recordable
-from lsiq.methods.finetune.tuned_block import Trained, TunedBlock
-from lsiq.methods.finetune.windows import Window, windows
+from lsiq.methods.finetune.tuned_block import TunedBlock
+from lsiq.methods.finetune.windows import Group, Window, groups
 from lsiq.models.block import Block, BlockFunction, run_stream
 from lsiq.models.context import Context, Need
 from lsiq.models.result import BlockResult
@@ -67,8 +68,7 @@ def tune(settings: FineTune, quant: QuantSettings, context: Context) -> Method:
             )
     assert settings.trained != "auto"  # whoever knows the model and its device has chosen by `form`
     tuner = _Tuner(settings, results, quant, context)
-    for window in tuner.left():
-        tuner.train(window)
+    tuner.train()
     return Finished(settings.name, tuner.results)
 
 
@@ -101,8 +101,37 @@ def _smaller(settings: FineTune) -> str:
     return f"use method.trained={smaller}; {again}; or {AGAIN}"
 
 
+def _adam(groups: list[dict[str, Any]], device: torch.device, recorded: bool = False) -> list[torch.optim.Optimizer]:
+    """Return an optimizer of these parameters, which a recorder may be given; none where there are none."""
+    if not groups:
+        return []
+    if recorded:  # a recorded step reads its rates where they lie
+        groups = [{**group, "lr": torch.tensor(group["lr"], device=device)} for group in groups]
+        return [torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=True)]
+    fused = device.type == "cuda" and sum(p.numel() for group in groups for p in group["params"]) >= FUSED
+    return [torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)]
+
+
+class _Rates:
+    """The learning rates of some optimizers over some of the steps of the schedule."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], steps: range) -> None:
+        self._steps = steps
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._groups = [(group, float(group["lr"])) for group in groups]
+
+    def set(self, settings: FineTune, step: int) -> None:
+        """Let the step run at the rates' share of its place among the steps."""
+        factor = settings.training.rate_factor((step - self._steps.start) / len(self._steps))
+        for group, rate in self._groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
+
+
 class _Tuner:
-    """Trains windows of blocks of one model, each through all that lies behind it."""
+    """Trains groups of blocks of one model, each group through all that lies behind it."""
 
     def __init__(
         self, settings: FineTune, results: Sequence[BlockResult], quant: QuantSettings, context: Context
@@ -110,7 +139,7 @@ class _Tuner:
         assert context.inputs is not None
         assert context.ahead is not None
         self.settings, self.quant, self.context = settings, quant, context
-        self.results = list(results)
+        self.results, self.finished = list(results), dict[int, BlockResult]()
         self.hidden, self.reached = context.inputs, 0  # what the quantised model feeds the block `reached`
         self.sequences = processes.share(context.samples)
         block = self._block(0)
@@ -120,116 +149,143 @@ class _Tuner:
         with torch.no_grad():
             self.vocabulary = context.ahead.logits(self.hidden[:1, :1].to(self.device)).shape[-1]
         self.reference = self._float_outputs() if settings.loss == "float" else None
-        self.windows = windows(settings, len(results), context.samples)
         self.progress = Progress(context.unfinished, {"trained": settings.trained, "window": settings.window})
+        self.course = self.progress.course(self.device) or Course(0, 0, self.micro.size)
+        self.micro.size = self.course.size
 
-    def left(self) -> list[Window]:
-        """Return the windows that are to be trained, once the results of those that were are taken up."""
-        for window in self.windows[:-1]:
-            finished = self.progress.read_window(window.number)
-            if finished is None:
-                return self.windows[window.number :]
-            for index, result in finished.items():
-                self.results[index] = result
-        return self.windows[-1:]
+    def train(self) -> None:
+        """Train all groups and replace their blocks' results, from where an earlier try stopped."""
+        self._finish(self.progress.finished())
+        for number, group in enumerate(groups(self.settings, len(self.results), self.context.samples)):
+            if number < self.course.group:
+                continue
+            if number > self.course.group:
+                self.course = Course(number, 0, self.micro.size)
+            self._finish(self._train(group))
 
-    def train(self, window: Window) -> None:
-        """Train the blocks of a window together and replace their results."""
-        start = time.perf_counter()
-        self._advance(window.blocks[0])
-        trained = "grid" if self.settings.trained == "grid" else "all"
-        tuned = {index: self._tuned(index, trained, len(window.steps)) for index in window.blocks}
-        resting = self._resting_place(window)
-        behind = [
-            self._tuned(index, "nothing", 0, resting) for index in range(window.blocks[-1] + 1, len(self.results))
-        ]
-        chain = [block.forward for block in (*tuned.values(), *behind)]
-        optimizer = self._optimizer([group for block in (*tuned.values(), *behind) for group in block.groups], behind)
-        losses = self._steps(window, chain, optimizer)
-        metrics: dict[str, float] = {"seconds": time.perf_counter() - start}
-        if losses:
-            metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
-        if self.settings.trained == "window":
-            metrics["window"] = window.number
-        results = {index: block.result(metrics) for index, block in tuned.items()}
-        if window.number < len(self.windows) - 1:
-            self.progress.write_window(window.number, results)
+    def _finish(self, results: Mapping[int, BlockResult]) -> None:
+        self.finished |= results
         for index, result in results.items():
             self.results[index] = result
 
-    def _optimizer(self, groups: list[dict[str, Any]], behind: Sequence[TunedBlock]) -> torch.optim.Optimizer:
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        if self.settings.training.graphs and recordable(self.device, parameters, len(behind)):
-            # A recorded step reads its rates where they lie.
-            groups = [{**group, "lr": torch.tensor(group["lr"], device=self.device)} for group in groups]
-            return torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=True)
-        fused = self.device.type == "cuda" and sum(p.numel() for p in parameters) >= FUSED
-        return torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)
+    def _train(self, group: Group) -> dict[int, BlockResult]:
+        """Return the blocks of a group, trained together: the increments window by window, all else throughout."""
+        start = time.perf_counter()
+        self._advance(group.blocks[0])
+        place = self._resting_place(group.blocks[0])
+        blocks = {
+            index: self._tuned(index, index not in group.blocks, place)
+            for index in range(group.blocks[0], len(self.results))
+        }
+        chain = [block.forward for block in blocks.values()]
+        recorded = self._recorded(group, place)
+        throughout = _adam([own for block in blocks.values() for own in block.groups], self.device, recorded)
+        for index, tensors in self.progress.settled().items():
+            blocks[index].take_settled(tensors)
+        metrics: dict[int, dict[str, float]] = {}
+        for number, window in enumerate(group.windows):
+            opened = {index: blocks[index] for index in window.blocks}
+            if self.course.steps < window.steps.stop or not window.steps:
+                increments = [own for block in opened.values() for own in block.open(len(window.steps))]
+                own = _adam(increments, self.device, recorded)
+                seconds = self._steps(group, number, chain, throughout, own, blocks)
+                for block in opened.values():
+                    block.settle()
+                own = {"step_seconds": seconds, "window": float(number)}
+                metrics |= dict.fromkeys(opened, own if len(group.windows) > 1 else {"step_seconds": seconds})
+        shared = {"seconds": time.perf_counter() - start}
+        if losses := self.course.losses:
+            shared |= {"loss_first": losses[0], "loss_last": losses[-1]}
+        return {index: blocks[index].result({**shared, **metrics.get(index, {})}) for index in group.blocks}
 
-    def _tuned(self, index: int, trained: Trained, steps: int, place: torch.device | None = None) -> TunedBlock:
+    def _tuned(self, index: int, rests: bool, place: torch.device) -> TunedBlock:
         quant, result = self.quant.in_block(index), self.results[index]
-        return TunedBlock(self.settings, self._block(index), result, quant, self.context, trained, steps, place)
+        return TunedBlock(self.settings, self._block(index), result, quant, self.context, rests, place)
 
-    def _resting_place(self, window: Window) -> torch.device:
-        """Where the codes of blocks lie that are not trained: the device, or the host where they take half its room."""
-        behind = self.results[window.blocks[-1] + 1 :]
-        size = sum(weight.codes.nbytes for result in behind for weight in result.weights.values())
+    def _recorded(self, group: Group, place: torch.device) -> bool:
+        """Whether steps are recorded: those of small models of which all blocks are trained at once."""
+        whole = len(group.windows) == 1 and group.blocks[-1] == len(self.results) - 1 and place == self.device
+        weights = sum(weight.codes.numel() for result in self.results for weight in result.weights.values())
+        return self.settings.training.graphs and whole and recordable(self.device, weights)
+
+    def _resting_place(self, first: int) -> torch.device:
+        """Where codes lie of which no weights are trained: the device, or the host where they take half its room."""
+        size = sum(weight.codes.nbytes for result in self.results[first:] for weight in result.weights.values())
         roomy = self.device.type == "cpu" or 2 * size <= free_bytes(self.device)
         return self.device if roomy else torch.device("cpu")
 
-    def _steps(self, window: Window, chain: Sequence[BlockFunction], optimizer: torch.optim.Optimizer) -> list[float]:
-        """Take the steps of a window that are left, and return the means of the losses of its epochs.
+    def _steps(
+        self,
+        group: Group,
+        number: int,
+        chain: Sequence[BlockFunction],
+        throughout: Sequence[torch.optim.Optimizer],
+        increments: Sequence[torch.optim.Optimizer],
+        blocks: Mapping[int, TunedBlock],
+    ) -> float:
+        """Take the steps of a window that are left, and return the seconds that one took.
 
         What is stopped between two steps is kept.
         """
-        batches, rates = self._batches(window), [float(group["lr"]) for group in optimizer.param_groups]
-        course = self.progress.read_state(window.number, optimizer) or Course(window.steps.start, self.micro.size)
-        self.micro.size = course.size
+        window, course = group.windows[number], self.course
+        optimizers, batches = [*throughout, *increments], self._batches(group)
+        parameters = [p for optimizer in optimizers for own in optimizer.param_groups for p in own["params"]]
+        rates = [_Rates(throughout, range(group.steps)), _Rates(increments, window.steps)]
+        if self.progress.stored is not None:
+            self.progress.restore(optimizers)
         recorder = None
-        if any(group["capturable"] for group in optimizer.param_groups):
-            gradients = partial(self._gradients, chain, optimizer)
-            recorder = Recorder(optimizer, gradients, self.settings.training.batch, self.micro)
-        moving = False  # in the middle of a step there is nothing to go on from
+        if any(own["capturable"] for optimizer in optimizers for own in optimizer.param_groups):
+            recorder = Recorder(
+                optimizers, partial(self._gradients, chain, parameters), self.settings.training.batch, self.micro
+            )
+        before, start, moving = course.steps, time.perf_counter(), False
         try:
             for step in range(course.steps, window.steps.stop):
                 if self.progress.due:
-                    self.progress.write_state(window.number, optimizer, course)
-                factor = self.settings.training.rate_factor((step - window.steps.start) / len(window.steps))
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    _set_rate(group, rate * factor)
+                    self._write(optimizers, group.windows[:number], blocks)
+                for own in rates:
+                    own.set(self.settings, step)
                 hidden, target, weight = self._batch(batches[step])
-                if recorder is not None:
+                if recorder is None:
+                    gradients = partial(self._gradients, chain, parameters, hidden, target, weight)
+                    loss = processes.add(self.micro.fitting(gradients))
+                    processes.add_gradients(parameters)
+                    moving = True  # in the middle of a step there is nothing to go on from
+                    for optimizer in optimizers:
+                        optimizer.step()
+                else:
                     moving = True
                     loss = recorder.step(hidden, target)
-                else:
-                    gradients = partial(self._gradients, chain, optimizer, hidden, target, weight)
-                    loss = processes.add(self.micro.fitting(gradients))
-                    processes.add_gradients(p for group in optimizer.param_groups for p in group["params"])
-                    moving = True
-                    optimizer.step()
                 course.sums.append(loss)
                 course.steps, course.size = step + 1, self.micro.size
-                self._end_epoch(window, course)
+                self._end_epoch(group)
                 moving = False
         except (KeyboardInterrupt, ResourceError):
             if not moving:
-                self.progress.write_state(window.number, optimizer, course)
+                self._write(optimizers, group.windows[:number], blocks)
             raise
-        return course.losses
+        return (time.perf_counter() - start) / max(1, course.steps - before)
 
-    def _batches(self, window: Window) -> list[Tensor]:
+    def _write(
+        self, optimizers: Sequence[torch.optim.Optimizer], behind: Sequence[Window], blocks: Mapping[int, TunedBlock]
+    ) -> None:
+        """Keep where training stands; the blocks of the windows `behind` are settled."""
+        settled = {index: blocks[index].settled() for window in behind for index in window.blocks}
+        self.progress.write(self.course, optimizers, settled, self.finished)
+
+    def _batches(self, group: Group) -> list[Tensor]:
         """Return the indices of the sequences of each step of the schedule, in an order of their own for each epoch."""
         training, samples = self.settings.training, self.context.samples
-        generator = torch.Generator().manual_seed(self.context.generator.initial_seed() + window.drawn)
+        generator = torch.Generator().manual_seed(self.context.generator.initial_seed() + group.blocks[0])
         orders = [torch.randperm(samples, generator=generator) for _ in range(training.epochs)]
         return [batch for order in orders for batch in order.split(training.batch)]
 
-    def _end_epoch(self, window: Window, course: Course) -> None:
-        """Where an epoch ends, or the window, note and tell the mean of its losses."""
-        per_epoch = math.ceil(self.context.samples / self.settings.training.batch)
-        if course.steps % per_epoch and course.steps != window.steps.stop:
+    def _end_epoch(self, group: Group) -> None:
+        """Where an epoch ends, note and tell the mean of its losses."""
+        course, first = self.course, group.blocks[0]
+        if course.steps % math.ceil(self.context.samples / self.settings.training.batch):
             return
-        first, epoch = window.blocks[0], len(course.losses)
+        epoch = len(course.losses)
         course.losses.append(torch.stack(course.sums).mean().item())
         course.sums.clear()
         if not math.isfinite(course.losses[-1]):
@@ -239,7 +295,7 @@ class _Tuner:
         self.context.log({"finetune/loss": course.losses[-1], "finetune/block": first, "finetune/epoch": epoch})
 
     def _batch(self, samples: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return this process's part of a batch: what enters the window, what is to come of it, and its weight."""
+        """Return this process's part of a batch: what enters the group, what is to come of it, and its weight."""
         hidden, weight = fetch(self.hidden, samples, self.context.samples)
         if self.reference is not None:
             target = fetch(self.reference, samples, self.context.samples)[0]
@@ -251,13 +307,14 @@ class _Tuner:
     def _gradients(
         self,
         chain: Sequence[BlockFunction],
-        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[Tensor],
         hidden: Tensor,
         target: Tensor,
         weight: float = 1.0,
     ) -> Tensor:
         """Leave the gradients of a batch in the parameters, and return its loss."""
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         total = torch.zeros((), device=self.device)
         for part in self.micro.parts(len(hidden)):
             share = weight * ((part.stop - part.start) / len(hidden))
@@ -269,12 +326,10 @@ class _Tuner:
     def _loss(self, chain: Sequence[BlockFunction], hidden: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch."""
         assert self.context.ahead is not None
-        logits_of = self.context.ahead.logits
         for function in chain:
             hidden = function(hidden)
-        hidden = hidden.to(self.hidden.dtype)
         loss = text_loss if self.reference is None else float_loss
-        return loss(logits_of, hidden, target, self.vocabulary)
+        return loss(self.context.ahead.logits, hidden.to(self.hidden.dtype), target, self.vocabulary)
 
     def _block(self, index: int) -> Block:
         assert self.context.ahead is not None
@@ -293,11 +348,3 @@ class _Tuner:
         for index in range(len(self.results)):
             hidden = run_stream(self._block(index).with_weights({}), hidden, self.context.batch, self.device)
         return hidden
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    """Let the next step run at a rate; a recorded one reads it where it lies."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate

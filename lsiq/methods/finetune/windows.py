@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,23 +13,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive blocks that are trained at once.
+    """Consecutive blocks whose weights are trained at once.
 
     Attributes:
-        number: its place among the windows, from 0.
         blocks: their indices.
-        steps: of all steps that the schedule has, those in which they are trained.
-        drawn: the first block of those whose batches are drawn in one order.
+        steps: of all steps that the schedule has, those in which they are.
     """
 
-    number: int
     blocks: range
     steps: range
-    drawn: int
 
 
-def windows(settings: FineTune, depth: int, samples: int) -> list[Window]:
-    """Return the windows of a model of so many blocks, in the order in which they are trained.
+@dataclass(frozen=True)
+class Group:
+    """Consecutive blocks that are trained together: their grids, norms and biases in all steps.
+
+    Attributes:
+        windows: in which the increments of their weights are trained, one after another; all steps belong to one.
+    """
+
+    blocks: range
+    windows: tuple[Window, ...]
+
+    @property
+    def steps(self) -> int:
+        return self.windows[-1].steps.stop
+
+
+def groups(settings: FineTune, depth: int, samples: int) -> list[Group]:
+    """Return what is trained of a model of so many blocks, in its order.
 
     Windows share the steps in proportion to their blocks, and differ by one block at most. Blocks that are not trained
     together have all steps each.
@@ -37,10 +50,12 @@ def windows(settings: FineTune, depth: int, samples: int) -> list[Window]:
     count = depth - first
     steps = settings.training.epochs * math.ceil(samples / settings.training.batch)
     if not settings.together:
-        return [Window(i, range(first + i, first + i + 1), range(steps), first + i) for i in range(count)]
+        singles = (range(index, index + 1) for index in range(first, depth))
+        return [Group(blocks, (Window(blocks, range(steps)),)) for blocks in singles]
     number = math.ceil(count / (settings.window or count)) if settings.trained == "window" else 1
     ends = [count * i // number for i in range(number + 1)]
-    return [
-        Window(i, range(first + a, first + b), range(steps * a // count, steps * b // count), first)
-        for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))
-    ]
+    windows = (
+        Window(range(first + a, first + b), range(steps * a // count, steps * b // count))
+        for a, b in itertools.pairwise(ends)
+    )
+    return [Group(range(first, depth), tuple(windows))]
