@@ -17,7 +17,12 @@ from lsiq.models.folder import fingerprint
 # How and where a run is carried out, against what it is.
 NOT_IDENTITY = ("tracker", "paths", "force", "trace", "dry_run", "export")
 # Settings of methods that came later, at the values which stand for what was done before: runs keep their names.
-BEFORE = (("unit", "value"), ("travel", 1.0), ("span", "present"), ("latents", False))
+BEFORE = (
+    *(("unit", "value"), ("travel", 1.0), ("span", "present"), ("latents", False), ("trained", "auto")),
+    ("window", None),
+)
+# Settings of methods that say where a run comes from, or how much room it has.
+NOT_METHOD = ("run", "memory")
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -33,7 +38,7 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
     identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
     identity["calib"] = _calib_identity(identity["calib"])
     identity["quant"] = _quant_identity(identity["quant"], config)
-    identity["method"] = _as_before({key: value for key, value in identity["method"].items() if key != "run"})
+    identity["method"] = _as_before({key: value for key, value in identity["method"].items() if key not in NOT_METHOD})
     text = json.dumps({"config": identity, "inputs": dict(inputs)}, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
     return f"{config.model.name}_{config.quant.name}_{config.method.name}_s{config.seed}_{digest}"

@@ -28,6 +28,7 @@ class TrainingSchedule:
         description="of the block while it is trained: auto (what the machine multiplies fastest; the record says what "
         "that was), model (the model's), float32, bfloat16 or float16",
     )
+    graphs: bool = Field(True, description="true records a step on a GPU as a CUDA graph and replays it")
 
     def steps(self, samples: int) -> int:
         """Optimizer steps per block."""
@@ -108,7 +109,6 @@ class Training(TrainingSchedule):
     seconds: float | None = Field(
         None, gt=0, description="stop a block after the epoch that passes this; null for none"
     )
-    graphs: bool = Field(True, description="true records a step on a GPU as a CUDA graph and replays it")
     kernels: Literal["auto", "triton", "compile", "plain"] = Field(
         "auto",
         description="auto (triton for large blocks on a GPU where its kernels cover the method, else plain), triton, "

@@ -139,8 +139,11 @@ class _Loop:
     def take_up(self) -> Iterator[BlockReport]:
         """Go to where an earlier try came, and yield the reports of its blocks up to there."""
         stored = processes.from_first(self.store.finished_blocks(self.model.depth) if processes.first() else [])
-        if isinstance(self.method, WholeMethod) and len(stored) < self.model.depth:
-            stored = self._store_whole(self.method)
+        if isinstance(self.method, WholeMethod):
+            if len(stored) < self.model.depth:
+                stored = self._store_whole(self.method)
+            if self.store.unfinished is not None:
+                self.store.unfinished.clear()
         if self.tokens is None:  # no streams have to be brought to where the blocks end
             self.position = len(stored)
             self.errors += [None] * len(stored)
@@ -216,6 +219,7 @@ class _Loop:
             tokens=self.tokens,
             ahead=Ahead(self.model.depth, self.blocks, self.model.logits, self.floats.after),
             cache=self.cache,
+            unfinished=self.store.unfinished,
         )
 
     def _with_rows(self, report: BlockReport, block: Block, result: BlockResult) -> BlockReport:

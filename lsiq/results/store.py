@@ -21,6 +21,7 @@ from lsiq.runtime import processes
 from lsiq.runtime.background_writer import Background
 from lsiq.runtime.files import DamagedError, Stored, read_tensors, remove_partial, write_tensors
 from lsiq.runtime.terminal import warn
+from lsiq.runtime.unfinished import Unfinished
 
 # So many bytes or more are written beside the next block: streams of 7 billion parameters take as long as an epoch.
 LARGE = 2**26
@@ -87,6 +88,7 @@ class BlockStore:
         """Leave nothing behind."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._streams_file.unlink(missing_ok=True)
+        self.unfinished.clear()
 
     def open(self) -> None:
         """Make the folder, and remove what a killed writer left.
@@ -177,6 +179,11 @@ class BlockStore:
             return self._save(self._file(index), tensors, metadata)
         staged = self._blocks.in_memory(tensors)
         return self._blocks.start(lambda: self._save(self._file(index), staged, metadata))
+
+    @property
+    def unfinished(self) -> Unfinished:
+        """Where a method that makes all blocks together keeps what it has not finished."""
+        return Unfinished(self.folder.with_name("unfinished"), self.stamp)
 
     @property
     def _streams_file(self) -> Path:

@@ -44,6 +44,20 @@ def test_a_run_on_a_gpu_ends_where_one_on_a_cpu_does(
     assert [row["error"] for row in there.blocks] == pytest.approx([row["error"] for row in here.blocks], rel=0.2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_of_fine_tuning_is_the_step_it_records(
+    checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path
+) -> None:
+    epochs = ["method.weight_only.start.training.epochs=1", "method.weight_only.training.epochs=8"]
+    best = [checkpoints["llama"], "method=best", *epochs]
+    recorded = run(small_run(*best))
+    plain = run(small_run(*best, "+method.weight_only.training.graphs=false", f"paths.runs={tmp_path / 'plain'}"))
+    # The optimizer of recorded steps is one kernel, whose sums are in another order.
+    losses = [[row["loss_last"] for row in record.blocks] for record in (recorded, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] != [row["loss_first"] for row in recorded.blocks]
+
+
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 def test_a_gpu_named_without_its_number_gets_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
