@@ -18,6 +18,8 @@ from lsiq.models.folder import fingerprint
 NOT_IDENTITY = ("tracker", "paths", "force", "trace", "dry_run", "export")
 # Settings of methods that came later, at the values which stand for what was done before: runs keep their names.
 BEFORE = (("unit", "value"), ("travel", 1.0), ("span", "present"), ("latents", False))
+# The same of GPTQ alone: learned methods had the key from the start, so that it is part of their names.
+GPTQ, BEFORE_OF_GPTQ = "lsiq.methods.gptq.", (("kernels", "auto"),)
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -63,7 +65,8 @@ def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, An
 def _as_before(node: Any) -> Any:
     """Return a method's settings without those that change nothing about what was done before they came."""
     if isinstance(node, Mapping):
-        return {key: _as_before(value) for key, value in node.items() if (key, value) not in BEFORE}
+        before = BEFORE + (BEFORE_OF_GPTQ if str(node.get("_target_")).startswith(GPTQ) else ())
+        return {key: _as_before(value) for key, value in node.items() if (key, value) not in before}
     return [_as_before(value) for value in node] if isinstance(node, list) else node
 
 

@@ -1,4 +1,4 @@
-"""Columns rounded one after the other, each with its error fed back into those that follow: one kernel for a block of them.
+"""Columns rounded one after the other, each with its error fed back into those that follow: one kernel for a block.
 
 The plain version is `lsiq.methods.gptq.columns.round_in_turn`, whose operations these are, in the same order. One
 program holds all columns of some rows in registers, for rows do not depend on each other.
