@@ -23,6 +23,8 @@ BEFORE = (
 )
 # Settings of methods that say where a run comes from, or how much room it has.
 NOT_METHOD = ("run", "memory")
+# The same of GPTQ alone: learned methods had the key from the start, so that it is part of their names.
+GPTQ, BEFORE_OF_GPTQ = "lsiq.methods.gptq.", (("kernels", "auto"),)
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -68,7 +70,8 @@ def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, An
 def _as_before(node: Any) -> Any:
     """Return a method's settings without those that change nothing about what was done before they came."""
     if isinstance(node, Mapping):
-        return {key: _as_before(value) for key, value in node.items() if (key, value) not in BEFORE}
+        before = BEFORE + (BEFORE_OF_GPTQ if str(node.get("_target_")).startswith(GPTQ) else ())
+        return {key: _as_before(value) for key, value in node.items() if (key, value) not in before}
     return [_as_before(value) for value in node] if isinstance(node, list) else node
 
 

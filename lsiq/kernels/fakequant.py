@@ -30,8 +30,10 @@ ROWS_PER_SUM = 64  # rows whose gradients one program adds up for each column fa
 def _divide(x, y):
     # `/` on float32 is off by up to two units in the last place, and weights on a boundary would fall the other way.
     if x.dtype == tl.float64:
-        return x / y
-    return tl.div_rn(x, y)
+        quotient = x / y
+    else:  # not after a return: Triton would compile it for float64, which `div_rn` does not take
+        quotient = tl.div_rn(x, y)
+    return quotient
 
 
 @triton.jit

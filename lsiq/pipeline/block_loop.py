@@ -45,7 +45,7 @@ class BlockReport:
         cost: bits and multiply-accumulates of its linears and what runs beside them.
         metrics: what the method reported.
         trace: the rows of its trajectory: how each linear was learned, and what became of it.
-        kernels: how its weights were made while it was learned; empty where nothing was.
+        kernels: which of equal ways made its weights, as `BlockResult.kernels` has it.
     """
 
     index: int
