@@ -53,7 +53,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not asked and whole and cores > 1 and not config.option.usepdb and not config.option.collectonly:
         config.option.numprocesses = min(cores, MOST_WORKERS)
-        config.option.dist = "loadgroup"  # what one costly fixture is made for stays in one process
+        config.option.dist = "loadfile"  # what the tests of a file share is made in one process
 
 
 def pytest_collection_finish() -> None:
