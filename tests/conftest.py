@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
+if gc.isenabled():  # again once all is imported and collected: the two million objects that come with it stay
+    gc.disable()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of workers side by side would wait for each other
@@ -13,6 +16,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis  # noqa: F401  # asks the collector who holds a generator of trio's, before that is frozen
 import pytest
 import torch
 
@@ -49,7 +53,14 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not asked and whole and cores > 1 and not config.option.usepdb and not config.option.collectonly:
         config.option.numprocesses = min(cores, MOST_WORKERS)
-        config.option.dist = "loadgroup"  # what one costly fixture is made for stays in one process
+        config.option.dist = "loadfile"  # what the tests of a file share is made in one process
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from what was imported, which it would look through ever again."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lsiq.data.tokens import random_windows
-from lsiq.experiment.probe import ProbedBlock, probe_block, probe_evaluation, shortened
+from lsiq.experiment.probe import EPOCHS, ProbedBlock, probe_block, probe_evaluation, shortened
 from lsiq.experiment.quantize import prepare_model
 from lsiq.methods.base import Method, chain
 from lsiq.methods.finetune import FineTune
@@ -113,17 +113,17 @@ class Narrow:
         if not samples:
             cost = self._probe(quick, 0, SHORT)
             return self.depth * cost.seconds * self.grown, {"host": self._peak(cost, None, 1)}
-        self._probe(quick, 2, SHORT)  # libraries load
-        low, high, more = (self._probe(quick, n, t) for n, t in ((2, SHORT), (2, LONG), (4, SHORT)))
+        self._probe(shortened(quick, 1), 1, SHORT)  # libraries load
+        low, high = (self._probe(quick, 2, tokens) for tokens in (SHORT, LONG))
         trainings = [link.training for link in chain(method) if link.training is not None]
-        tried = max((min(t.epochs, 3) for t in trainings), default=0)
+        tried = max((min(t.epochs, EPOCHS) for t in trainings), default=0)
         step = self._line(low.epoch_seconds / 2, high.epoch_seconds / 2)
         trained = 0.0
         for training in trainings:
             steps = training.epochs * -(-samples // training.batch)
             learning = steps * (step[0] * self.grown + step[1] * self._operations() * min(training.batch, samples))
             trained += learning if training.seconds is None else min(learning, training.seconds)
-        rests = [cost.seconds - tried * cost.epoch_seconds for cost in (low, high, more)]
+        rests = [cost.seconds - tried * cost.epoch_seconds for cost in (low, high)]
         per_operation = max(0.0, rests[1] - rests[0]) / (2 * (self._tried(LONG) - self._tried(SHORT)))
         fixed = max(0.0, rests[0] - 2 * per_operation * self._tried(SHORT))
         seconds = fixed * self.grown + samples * per_operation * self._operations() + trained
@@ -153,9 +153,8 @@ class Narrow:
 
     def evaluate(self, windows: int) -> tuple[float, int]:
         """Return the seconds in which so many windows are measured on all models, and how many models there are."""
-        config = self._cut(LONG)
-        probe_evaluation(config, self.model, self.prepared, 1, self.store)
-        cost = probe_evaluation(config, self.model, self.prepared, 2, self.store)
+        probe_evaluation(self._cut(SHORT), self.model, self.prepared, 1, self.store)  # libraries load
+        cost = probe_evaluation(self._cut(LONG), self.model, self.prepared, 2, self.store)
         seqlen = self.config.eval.seqlen
         running = max(0.0, cost.block_seconds - self.model.depth * cost.preparing) / (2 * self.model.depth)
         window_seconds = running * self.true.operations(seqlen) / self._tried(LONG)

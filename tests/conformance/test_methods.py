@@ -90,8 +90,9 @@ def config(method: str, checkpoint: Path) -> RunConfig:
 
 @functools.cache
 def composed(method: str, checkpoint: Path) -> RunConfig:
-    fitted = FITTED.get(method, [])
-    return parse(compose_run(f"model.path={checkpoint}", f"method={method}", "quant.weight.group=32", *fitted))
+    cfg = compose_run(f"method={method}", "quant.weight.group=32", *FITTED.get(method, []))  # once for all families
+    cfg.model.path = str(checkpoint)
+    return parse(cfg)
 
 
 def stream(checkpoint: Path) -> tuple[Tensor, Block]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,8 @@ def test_every_file_composes_to_checked_settings(group: str, choice: str, text_f
         overrides.append("quant.weight.scale=float16")
     config = parse(compose_run(*overrides))
     assert config.model.seqlen >= 8
+    if group == "quant":
+        assert config.quant.name == choice
 
 
 @pytest.mark.parametrize(("group", "choice"), FILES, ids=lambda part: part)
@@ -64,27 +68,34 @@ def test_the_best_recipe_follows_the_format() -> None:
     assert "weight_only" not in plain["method"]  # the record holds what was carried out
 
 
-def test_quant_files_are_called_what_they_are() -> None:
-    for file in (CONF / "quant").glob("*.yaml"):
-        assert parse(compose_run(f"quant={file.stem}")).quant.name == file.stem
+WITHOUT_TORCH = """
+import importlib, json, sys
+jobs, modules = json.loads(sys.argv[1])
+import lsiq.experiment.run
+from lsiq.cli.compose import compose
+from lsiq.experiment.config import parse
+for words in jobs:
+    parse(compose(*words))
+for module in modules:
+    importlib.import_module(module)
+assert not {'torch', 'transformers', 'wandb', 'datasets'} & set(sys.modules), sorted(sys.modules)
+"""
 
 
 def test_settings_are_checked_without_importing_torch() -> None:
-    code = (
-        "import sys; sys.argv=['run.py']\n"
-        "import lsiq.experiment.run\n"
-        "from lsiq.experiment.config import parse\n"
-        "from hydra import compose, initialize_config_dir\n"
-        f"with initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
-        "    from pathlib import Path\n"
-        f"    for file in sorted(Path({str(CONF)!r}, 'method').glob('*.yaml')):\n"
-        "        run = ['method.run=x'] if 'run: ???' in file.read_text() else []\n"
-        "        parse(compose('config', overrides=[f'method={file.stem}', *run]))\n"
-        f"    for file in Path({str(CONF)!r}, 'export').glob('*.yaml'):\n"
-        "        parse(compose('config', overrides=[f'export={file.stem}', 'quant.weight.scale=float16']))\n"
-        "assert not {'torch', 'transformers', 'wandb', 'datasets'} & set(sys.modules), sorted(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    """The first file of each class is composed; the modules of all classes are imported."""
+    jobs: dict[str, list[str]] = {}
+    modules: set[str] = set()
+    for file in sorted(file for group in ("method", "export") for file in (CONF / group).rglob("*.yaml")):
+        text = file.read_text()
+        for target in re.findall(r"^ *_target_: (\S+)$", text, re.M):
+            modules.add(target.rpartition(".")[0])
+            if file.parent.parent == CONF:
+                words = [f"{file.parent.name}={file.stem}", "quant.weight.scale=float16"]
+                jobs.setdefault(target, words + (["method.run=x"] if "run: ???" in text else []))
+    assert len(jobs) > 10
+    command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps([list(jobs.values()), sorted(modules)])]
+    subprocess.run(command, check=True)
 
 
 def test_a_run_is_named_by_what_decides_its_numbers() -> None:
