@@ -88,7 +88,8 @@ class GPTQ(Traits):
         stages = [names for stage in stages if (names := [name for name in stage if name in block.linears])]
         first = [names[0].removesuffix(".weight") for names in stages]  # linears of a stage share their input
         grams = {} if self.true_sequential else self._grams(block, {}, first, quant, context)
-        kernels = {name: choose_kernels(self.kernels, block.weights[name], quant.of(name)) for name in block.linears}
+        kernels: dict[str, Kernels] = {}
+        kernels |= {name: choose_kernels(self.kernels, block.weights[name], quant.of(name)) for name in block.linears}
         lost = 0.0
         for shown, names in zip(first, stages, strict=True):
             if self.true_sequential:
