@@ -44,7 +44,7 @@ class GPTQ(Traits):
     its relative error, stays under 1 %, and float64 otherwise; it decides linear by linear.
 
     `kernels` says what rounds a block of columns on a GPU: one Triton kernel for formats that count equal steps, or the
-    plain loop, with some ten launches a column. The kernel's operations are those of the loop, in the same order.
+    plain loop, with eleven launches a column. The kernel's operations are those of the loop, in the same order.
 
     Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1; `act_order`, `true_sequential`, `static_groups` as
     options of its public code.

@@ -161,7 +161,7 @@ def test_a_wide_gram_matrix_is_that_of_one_product(monkeypatch: pytest.MonkeyPat
 
 def test_the_result_says_what_rounded_the_columns(checkpoint: Path) -> None:
     block, hidden = small_block(checkpoint)
-    assert run(GPTQ(), block, hidden[:2], formats(4)).kernels == "plain"  # there is no GPU
+    assert run(GPTQ(), block, hidden[:2], formats(4)).kernels == "plain"  # it lies on a CPU
 
 
 def test_inputs_are_those_after_activation_rounding(checkpoint: Path) -> None:
