@@ -92,7 +92,7 @@ def chosen_methods(options: argparse.Namespace) -> list[Method]:
     if options.method in SCALES:
         return [LQER(scale=SCALES[options.method], rank=options.rank)]  # type: ignore[arg-type]
     if options.method == "gptq":
-        return [GPTQ(kernels=kernels) for kernels in options.kernels]
+        return [fill(GPTQ, {"kernels": kernels}) for kernels in options.kernels]
     return [{"rtn": RTN, "awq": AWQ}[options.method]()]
 
 

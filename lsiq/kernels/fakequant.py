@@ -29,11 +29,8 @@ ROWS_PER_SUM = 64  # rows whose gradients one program adds up for each column fa
 @triton.jit
 def _divide(x, y):
     # `/` on float32 is off by up to two units in the last place, and weights on a boundary would fall the other way.
-    if x.dtype == tl.float64:
-        quotient = x / y
-    else:  # not after a return: Triton would compile it for float64, which `div_rn` does not take
-        quotient = tl.div_rn(x, y)
-    return quotient
+    # In one expression: after a `return` Triton compiles `div_rn` for float64 too, which it does not take.
+    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
 
 
 @triton.jit

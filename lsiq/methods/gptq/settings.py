@@ -44,7 +44,7 @@ class GPTQ(Traits):
     its relative error, stays under 1 %, and float64 otherwise; it decides linear by linear.
 
     `kernels` says what rounds a block of columns on a GPU: one Triton kernel for formats that count equal steps, or the
-    plain loop, with some ten launches a column. The kernel's operations are those of the loop, in the same order.
+    plain loop, with eleven launches a column. The kernel's operations are those of the loop, in the same order.
 
     Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1; `act_order`, `true_sequential`, `static_groups` as
     options of its public code.
@@ -88,7 +88,8 @@ class GPTQ(Traits):
         stages = [names for stage in stages if (names := [name for name in stage if name in block.linears])]
         first = [names[0].removesuffix(".weight") for names in stages]  # linears of a stage share their input
         grams = {} if self.true_sequential else self._grams(block, {}, first, quant, context)
-        kernels = {name: choose_kernels(self.kernels, block.weights[name], quant.of(name)) for name in block.linears}
+        kernels: dict[str, Kernels] = {}
+        kernels |= {name: choose_kernels(self.kernels, block.weights[name], quant.of(name)) for name in block.linears}
         lost = 0.0
         for shown, names in zip(first, stages, strict=True):
             if self.true_sequential:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 from helpers.marks import slow
 
 from lsiq.bench import block, processes, step
@@ -19,6 +20,24 @@ def test_a_small_block_is_timed_by_stage_beside_its_floor(
     block.main()
     told = capsys.readouterr().out
     assert all(word in told for word in (f"{method}: ", "statistics", "peak of the host", "TFLOP/s"))
+
+
+def test_gptq_is_timed_with_both_kernels_in_turn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = ["--hidden", "64", "--intermediate", "128", "--heads", "2", "--samples", "2", "--seqlen", "16"]
+    monkeypatch.setattr(
+        sys, "argv", ["block", "--method", "gptq", "--kernels", "auto", "plain", "--group", "32", *shape]
+    )
+    block.main()
+    told = capsys.readouterr().out
+    assert told.count("gptq: ") == 2
+    assert "kernels=plain; output_error 0." in told
+    assert "codes that are those of the first: 1.000000" in told or torch.cuda.is_available()
+    monkeypatch.setattr(sys, "argv", ["block", "--method", "awq", "--kernels", "plain"])
+    with pytest.raises(SystemExit):
+        block.main()
+    assert "--kernels plain: only gptq has a choice" in capsys.readouterr().err
 
 
 @pytest.mark.product

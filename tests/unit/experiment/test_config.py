@@ -133,6 +133,27 @@ def test_runs_from_before_templates_and_mixtures_keep_their_names(text_file: Pat
     assert run_id(parse(rendered), plain_config(rendered), {}) != name
 
 
+@pytest.mark.parametrize("overrides", [["method=gptq"], ["method=rotate", "method@method.then=gptq"]])
+def test_runs_of_gptq_from_before_its_kernels_keep_their_names(overrides: list[str]) -> None:
+    cfg = compose_run(*overrides)
+    plain = plain_config(cfg)
+    name = run_id(parse(cfg), plain, {})
+    gptq = plain["method"].get("then", plain["method"])
+    assert gptq["kernels"] == "auto"
+    del gptq["kernels"]
+    assert run_id(parse(cfg), plain, {}) == name
+    gptq["kernels"] = "plain"
+    assert run_id(parse(cfg), plain, {}) != name
+
+
+def test_the_kernels_of_learned_methods_are_part_of_the_name_as_ever() -> None:
+    cfg = compose_run("method=lsi")
+    plain = plain_config(cfg)
+    name = run_id(parse(cfg), plain, {})
+    del plain["method"]["training"]["kernels"]
+    assert run_id(parse(cfg), plain, {}) != name
+
+
 def test_a_mixture_is_named_by_its_weights_whatever_their_order() -> None:
     def name(*overrides: str) -> str:
         cfg = compose_run("calib=mix", *overrides)
