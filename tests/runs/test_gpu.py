@@ -61,7 +61,7 @@ def test_a_recorded_step_of_fine_tuning_is_the_step_it_records(
     assert losses[0] != [row["loss_first"] for row in recorded.blocks]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason=\"needs a GPU\")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(
