@@ -50,8 +50,8 @@ def main() -> None:
         with collect_stages() as stages:
             results.append(carry_out(method, block, quant, hidden, options.batch))
         report(method, time.perf_counter() - start, stages, results[-1])
-    for later in results[1:]:
-        print(f"codes that are those of the first: {share_of_equal_codes(results[0], later):.6f}")
+    for result in results[1:]:
+        print(f"codes that are those of the first: {share_of_equal_codes(results[0], result):.6f}")
     report_floor(count_flops(methods[0], block, quant, hidden, options.batch), device)
 
 

@@ -34,18 +34,18 @@ def round_block(
     at = j[:, None] * height + r[None, :]  # a block has far fewer than 2³¹ weights
     tile = tl.load(columns_ptr + at, mask=(j < count)[:, None] & inside[None, :], other=0.0)
     for i in range(count):
-        here = i * height + r
-        scale = tl.load(scale_ptr + here, mask=inside, other=1.0)
-        zero = tl.load(zero_ptr + here, mask=inside, other=0.0)
-        following = tl.load(factor_ptr + i * count + j, mask=(j > i) & (j < count), other=0.0)
+        place = i * height + r
+        scale = tl.load(scale_ptr + place, mask=inside, other=1.0)
+        zero = tl.load(zero_ptr + place, mask=inside, other=0.0)
+        factor_row = tl.load(factor_ptr + i * count + j, mask=(j > i) & (j < count), other=0.0)
         w = tl.sum(tl.where((j == i)[:, None], tile, 0.0), 0)
         codes = _round(_divide(w, scale), MAGIC) + zero
         codes = tl.minimum(tl.maximum(codes, LOWEST), LEVELS)
         diagonal = tl.broadcast_to(tl.load(factor_ptr + i * count + i), w.shape)
         errors = _divide(w - (codes - zero) * scale, diagonal)
-        tile -= following[:, None] * errors[None, :]
-        tl.store(codes_ptr + here, codes.to(tl.uint8), mask=inside)
-        tl.store(errors_ptr + here, errors, mask=inside)
+        tile -= factor_row[:, None] * errors[None, :]
+        tl.store(codes_ptr + place, codes.to(tl.uint8), mask=inside)
+        tl.store(errors_ptr + place, errors, mask=inside)
 
 
 def covers(fmt: WeightFormat) -> bool:
@@ -66,10 +66,10 @@ def round_columns(
     count, height = columns.shape
     codes, errors = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
     scale, zero = (part.contiguous() for part in grid)
-    most = max(16, triton.next_power_of_2(count))
-    rows = max(1, TILE_BYTES // (most * columns.element_size()))
+    width = max(16, triton.next_power_of_2(count))
+    rows = max(1, TILE_BYTES // (width * columns.element_size()))
     round_block[(triton.cdiv(height, rows),)](
-        columns, factor.contiguous(), scale, zero, codes, errors, count, height, COLUMNS=most, ROWS=rows,
+        columns, factor.contiguous(), scale, zero, codes, errors, count, height, COLUMNS=width, ROWS=rows,
         LOWEST=fmt.lowest, LEVELS=fmt.levels, MAGIC=1.5 * 2.0 ** (52 if columns.dtype == torch.float64 else 23),
         num_warps=1, enable_fp_fusion=False,  # products are rounded before they are subtracted, as torch does it
     )  # fmt: skip

@@ -87,8 +87,8 @@ def test_in_float32_few_codes_lie_close_enough_to_a_boundary_to_fall_the_other_w
 def test_the_kernel_is_for_formats_of_equal_steps_and_for_a_gpu(fmt: WeightFormat, covered: bool) -> None:
     assert columns.covers(fmt) == covered
     assert choose_kernels("auto", torch.zeros(2, 32), fmt) == "plain"
-    there = "triton" if covered and torch.cuda.is_available() else "plain"
-    assert choose_kernels("auto", torch.zeros(2, 32, device=device()), fmt) == there
+    expected = "triton" if covered and torch.cuda.is_available() else "plain"
+    assert choose_kernels("auto", torch.zeros(2, 32, device=device()), fmt) == expected
     assert choose_kernels("plain", torch.zeros(2, 32, device=device()), fmt) == "plain"
 
 
