@@ -12,7 +12,7 @@ from collections.abc import Iterator
 def uncollected_imports() -> Iterator[None]:
     """Import torch and what builds on it without garbage collections, now and later.
 
-    Some two million objects come with them and stay until the process ends. The collector would look through them again
+    Some 700,000 objects come with them and stay until the process ends. The collector would look through them again
     and again, which is a fifth of the time of importing them. Where torch is there already nothing is changed: what
     lies beside it by then may well be garbage.
     """

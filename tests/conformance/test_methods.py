@@ -32,9 +32,8 @@ from lsiq.models.rounding import round_to_nearest
 METHODS = sorted(
     file.stem for file in (CONF / "method").glob("*.yaml") if not re.search("FineTune|best-end", file.read_text())
 )
-# A search that is long by default, and a recipe whose only epoch is two steps here: its rate is meant for the 64 of 128
-# sequences, and two steps leave 8 to 14 times the error of rounding.
-FITTED = {"duquant": ["method.steps=8"], "lsi-quick": ["method.training.epochs=8"]}
+# A search that is long by default.
+FITTED = {"duquant": ["method.steps=8"]}
 CPU = torch.device("cpu")
 
 

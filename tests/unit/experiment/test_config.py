@@ -25,10 +25,14 @@ FILES = sorted(
 )
 
 
-# Model files differ in sizes alone.
+# Model files differ in sizes alone. Methods that train single blocks are composed by tests/conformance/test_methods.py,
+# and studies by tests/runs/test_sweeps.py.
+QUICK = {"model": {"tiny-llama", "opt-125m"}, "method": {"best", "e2e"}, "sweep": {"baselines"}}
+
+
 @pytest.mark.parametrize(
     ("group", "choice"),
-    [slow(*file) if file[0] == "model" and file[1] not in ("tiny-llama", "opt-125m") else file for file in FILES],
+    [file if file[1] in QUICK.get(file[0], {file[1]}) else slow(*file) for file in FILES],
     ids=lambda part: part,
 )
 def test_every_file_composes_to_checked_settings(group: str, choice: str, text_file: Path) -> None:
