@@ -107,6 +107,7 @@ class Bench:
     def blocks(self, store: BlockStore, count: int) -> float:
         """Quantise some blocks by the recipe and round the others; return the projected seconds of all."""
         assert self.method.start is not None
+        store.open()
         reset_peak()
         seconds: list[float] = []
         before = time.perf_counter()
@@ -143,6 +144,7 @@ class Bench:
         epochs = max(1, round(share * method.training.epochs))
         part = replace(method, training=replace(method.training, epochs=epochs))
         say(f"end stage: {whole.words} ({whole.reason}); {epochs} of {method.training.epochs} epochs")
+        store.open()
         reset_peak()
         before = time.perf_counter()
         loop = quantize(self.model, part, self.config.quant, self.tokens, self.config.calib.batch, 0, store, _quiet)
@@ -154,9 +156,9 @@ class Bench:
     def _left(self, part: FineTune, method: FineTune, reports: Sequence[BlockReport]) -> float:
         """Tell what a step took in each window, and return the seconds of the steps that were not taken."""
         (taken,), (whole,) = (groups(tried, self.model.depth, len(self.tokens)) for tried in (part, method))
-        left = 0.0
+        left, longest = 0.0, max(report.metrics["step_seconds"] for report in reports)
         for some, all_of_them in zip(taken.windows, whole.windows, strict=True):
-            step = reports[some.blocks[0]].metrics["step_seconds"]
+            step = reports[some.blocks[0]].metrics["step_seconds"] if some.steps else longest
             left += (len(all_of_them.steps) - len(some.steps)) * step
             say(
                 f"weights of blocks {some.blocks[0]} to {some.blocks[-1]}: {step:.2f} s a step, {len(some.steps)} of "

@@ -132,6 +132,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     assert record is not None
     numbers = {key: value for key, value in asdict(record).items() if key not in _OF_THE_PROCESS}
+    numbers["training_form"].pop("why", None)  # how much memory was free
     numbers["errors"] = [block["error"] for block in record.blocks]
     stored = sorted(folder.glob("**/block*/*.safetensors"))
     return numbers | {"stored": {str(file.relative_to(folder)): read_tensors(file).digest for file in stored}}

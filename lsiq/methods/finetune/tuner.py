@@ -106,18 +106,19 @@ def _adam(groups: list[dict[str, Any]], device: torch.device) -> list[torch.opti
     return [torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)] if groups else []
 
 
-class _Rates:
-    """The learning rates of some optimizers over some of the steps of the schedule."""
+class _Optimizers:
+    """Optimizers of some parameters, whose learning rates run their course over some of the steps of the schedule."""
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], steps: range) -> None:
-        self._steps = steps
-        self._groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+    def __init__(self, groups: list[dict[str, Any]], steps: range, device: torch.device) -> None:
+        self.each = _adam(groups, device)
+        self._steps, self._rates = steps, [[group["lr"] for group in each.param_groups] for each in self.each]
 
-    def set(self, settings: FineTune, step: int) -> None:
+    def set_rates(self, settings: FineTune, step: int) -> None:
         """Let the step run at the rates' share of its place among the steps."""
         factor = settings.training.rate_factor((step - self._steps.start) / len(self._steps))
-        for group, rate in self._groups:
-            group["lr"] = rate * factor
+        for optimizer, rates in zip(self.each, self._rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
 
 
 class _Tuner:
@@ -168,15 +169,17 @@ class _Tuner:
             for index in range(group.blocks[0], len(self.results))
         }
         chain = [block.forward for block in blocks.values()]
-        throughout = _adam([own for block in blocks.values() for own in block.groups], self.device)
+        trained = [own for block in blocks.values() for own in block.groups]
+        throughout = _Optimizers(trained, range(group.steps), self.device)
         for index, tensors in self.progress.settled().items():
             blocks[index].take_settled(tensors)
         metrics: dict[int, dict[str, float]] = {}
         for number, window in enumerate(group.windows):
             opened = {index: blocks[index] for index in window.blocks}
             if self.course.steps < window.steps.stop or not window.steps:
-                increments = [own for block in opened.values() for own in block.open(len(window.steps))]
-                seconds = self._steps(group, number, chain, throughout, _adam(increments, self.device), blocks)
+                weights = [own for block in opened.values() for own in block.open(len(window.steps))]
+                increments = _Optimizers(weights, window.steps, self.device)
+                seconds = self._steps(group, number, chain, throughout, increments, blocks)
                 for block in opened.values():
                     block.settle()
                 own = {"step_seconds": seconds, "window": float(number)}
@@ -201,8 +204,8 @@ class _Tuner:
         group: Group,
         number: int,
         chain: Sequence[BlockFunction],
-        throughout: Sequence[torch.optim.Optimizer],
-        increments: Sequence[torch.optim.Optimizer],
+        throughout: _Optimizers,
+        increments: _Optimizers,
         blocks: Mapping[int, TunedBlock],
     ) -> float:
         """Take the steps of a window that are left, and return the seconds that one took.
@@ -210,9 +213,8 @@ class _Tuner:
         What is stopped between two steps is kept.
         """
         window, course = group.windows[number], self.course
-        optimizers, batches = [*throughout, *increments], self._batches(group)
+        optimizers, batches = [*throughout.each, *increments.each], self._batches(group)
         parameters = [p for optimizer in optimizers for own in optimizer.param_groups for p in own["params"]]
-        rates = [_Rates(throughout, range(group.steps)), _Rates(increments, window.steps)]
         if self.progress.stored is not None:
             self.progress.restore(optimizers)
         before, start, moving = course.steps, time.perf_counter(), False
@@ -220,8 +222,8 @@ class _Tuner:
             for step in range(course.steps, window.steps.stop):
                 if self.progress.due:
                     self._write(optimizers, group.windows[:number], blocks)
-                for own in rates:
-                    own.set(self.settings, step)
+                for own in (throughout, increments):
+                    own.set_rates(self.settings, step)
                 gradients = partial(self._gradients, chain, batches[step], parameters)
                 loss = processes.add(self.micro.fitting(gradients))
                 processes.add_gradients(parameters)

@@ -108,12 +108,15 @@ def test_increments_and_step_sizes_train_together_and_are_stored_as_trained(
     context = Context(hidden, None, torch.Generator().manual_seed(0), 2, lambda values: None, tokens)
     found = BlockStore(Path(config.paths.runs) / parent.run_id / "blocks").read(1)
     tuned = TunedBlock(config.method, block, found, config.quant, context)
+    increments = tuned.open(6)
     assert all(torch.equal(w, found.weights[n].decode()) for n, w in tuned.weights().items() if n in found.weights)
     with torch.no_grad():
-        for group in tuned.groups:
+        for group in (*tuned.groups, *increments):
             for parameter in group["params"]:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    trained, stored = tuned.weights(), result_weights(tuned.result({}), block.weights)
+    trained = tuned.weights()
+    tuned.settle()
+    stored = result_weights(tuned.result({}), block.weights)
     assert all(torch.equal(trained[name], stored[name]) for name in stored)
     assert tuned.result({}).metrics["flip_rate"] > 0
 
