@@ -87,7 +87,7 @@ def form_for(settings: FineTune, model: Model, quant: QuantSettings, samples: in
     own = processes.share(samples, process=0)
     load = Load.of(settings, shape, model.depth, model.dtype, quant, own.stop - own.start, seqlen)
     if settings.memory is not None:
-        room = int(settings.memory * GIB) - taken_bytes(model.device)
+        room = max(0, int(settings.memory * GIB) - taken_bytes(model.device))
     else:
         room = min(processes.gather(int(USABLE * free_bytes(model.device))))
     form = choose(settings, load, room)

@@ -69,8 +69,11 @@ class TunedBlock:
         self.groups = [*_trainable(self.growth, scales), *_trainable(floating, rate)]
 
     def open(self, steps: int) -> list[dict[str, Any]]:
-        """Let the weights have increments, trained for so many steps; return those as optimizers take them."""
-        if (part := self.settings.part) is None:
+        """Let the weights have increments, trained for so many steps; return those as optimizers take them.
+
+        There are none without a part, and where the grid alone is trained.
+        """
+        if (part := self.settings.part) is None or self.settings.trained == "grid":
             return []
         self.grids = {name: _moved(grid, self.device) for name, grid in self.grids.items()}
         if self.settings.latents:
