@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from lsiq.methods.finetune.loss import float_loss, text_loss
 from lsiq.methods.finetune.progress import Course, Progress
 from lsiq.methods.finetune.tuned_block import TunedBlock
 from lsiq.methods.finetune.windows import Group, Window, groups
-from lsiq.models.block import Block, BlockFunction, run_stream
+from lsiq.models.block import Block, run_stream
 from lsiq.models.context import Context, Need
 from lsiq.models.result import BlockResult
 from lsiq.results.store import BlockStore
@@ -203,7 +203,7 @@ class _Tuner:
         self,
         group: Group,
         number: int,
-        chain: Sequence[BlockFunction],
+        chain: Sequence[Callable[[Tensor], Tensor]],
         throughout: _Optimizers,
         increments: _Optimizers,
         blocks: Mapping[int, TunedBlock],
@@ -268,7 +268,9 @@ class _Tuner:
             )
         self.context.log({"finetune/loss": course.losses[-1], "finetune/block": first, "finetune/epoch": epoch})
 
-    def _gradients(self, chain: Sequence[BlockFunction], samples: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    def _gradients(
+        self, chain: Sequence[Callable[[Tensor], Tensor]], samples: Tensor, parameters: Sequence[Tensor]
+    ) -> Tensor:
         """Leave the gradients of a batch in the parameters, and return its loss."""
         for parameter in parameters:
             parameter.grad = None
@@ -279,7 +281,7 @@ class _Tuner:
             total += loss.detach()
         return total
 
-    def _loss(self, chain: Sequence[BlockFunction], samples: Tensor) -> Tensor:
+    def _loss(self, chain: Sequence[Callable[[Tensor], Tensor]], samples: Tensor) -> Tensor:
         """The loss of a batch; of several processes each returns its part of it."""
         assert self.context.tokens is not None
         assert self.context.ahead is not None

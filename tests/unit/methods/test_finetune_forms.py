@@ -115,6 +115,7 @@ def test_a_run_says_which_form_it_took_and_keeps_its_name(
     assert room < 0.2
     # A little less than what all of it takes, rounded up, is enough for one block of two.
     method = parse(small_run(checkpoint, *start)).method
+    assert isinstance(method, FineTune)
     load = Load(Shape(74_000, 96, 160, 4096, 0), 2, 4, 32, 32, 4, 4)
     taken = load.bytes(method, "window", 1, 1, 10 * GIB) / GIB
     other = run(small_run(checkpoint, *start, f"method.memory={taken * 1.02}", "force=true"))
