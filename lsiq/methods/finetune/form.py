@@ -139,7 +139,7 @@ class Load:
         groups = [fmt.width or shape.width for fmt in quant.formats if fmt.bits < 16]
         name = settings.training.precision
         # What auto stands for is measured later; nothing is wider than float32.
-        precision = dtype if name == "model" else torch.float32 if name == "auto" else getattr(torch, name)
+        precision = dtype if name == "model" else getattr(torch, "float32" if name in ("auto", "tf32") else name)
         group = min(groups, default=shape.width)
         return cls(shape, depth, samples, seqlen, group, dtype.itemsize, precision.itemsize)
 

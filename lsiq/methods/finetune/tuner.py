@@ -28,6 +28,7 @@ from lsiq.runtime import processes
 from lsiq.runtime.batch_exchange import fetch
 from lsiq.runtime.memory import free_bytes
 from lsiq.runtime.micro_batch import AGAIN, MicroBatch
+from lsiq.runtime.precision import tf32
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
@@ -152,7 +153,8 @@ class _Tuner:
                 continue
             if number > self.course.group:
                 self.course = Course(number, 0, self.micro.size)
-            self._finish(self._train(group))
+            with tf32(self.settings.training.precision == "tf32"):
+                self._finish(self._train(group))
 
     def _finish(self, results: Mapping[int, BlockResult]) -> None:
         self.finished |= results

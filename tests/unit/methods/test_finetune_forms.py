@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from omegaconf import DictConfig
 from lsiq.errors import ConfigError, ResourceError
 from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
-from lsiq.methods.finetune import FineTune, loss
+from lsiq.methods.finetune import FineTune, loss, tuner
 from lsiq.methods.finetune.form import GIB, Load, choose
 from lsiq.methods.finetune.windows import groups
 from lsiq.models.shape import Shape
@@ -142,6 +143,26 @@ def test_logits_made_in_parts_give_the_same_loss_and_gradient(monkeypatch: pytes
         found.append((total.detach(), leaf.grad))
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)  # measured: 0 and 1.2e-7
+
+
+def test_products_in_tf32_last_as_long_as_fine_tuning(
+    checkpoint: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    measured = tuner.float_loss
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return measured(*arguments)
+
+    monkeypatch.setattr(tuner, "float_loss", watched)
+    for precision in ("tf32", "float32"):
+        stored(checkpoint, small_run, tmp_path, f"method.training.precision={precision}")
+    half = len(seen) // 2
+    assert seen == [True] * half + [False] * half
+    assert half > 0
+    with pytest.raises(ConfigError, match="precision=tf32: is for fine-tuning through the whole model"):
+        parse(compose_run("method=lsi", "method.training.precision=tf32"))
 
 
 def test_forms_that_cannot_be_are_refused() -> None:
