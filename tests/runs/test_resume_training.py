@@ -83,6 +83,7 @@ def test_training_that_was_stopped_goes_on_from_its_last_step_to_the_same_bits(
     assert not (folder / "unfinished").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_state_or_one_of_another_form_costs_the_training_and_no_more(
     checkpoint: Path, small_run: SmallRun, tmp_path: Path, parent: Record, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from lsiq.parts.dense import Dense
 from lsiq.runtime import processes
 from lsiq.runtime.device import RESIDENT_SHARE
 from lsiq.runtime.memory import free_bytes, taken_bytes
+from lsiq.runtime.micro_batch import AGAIN
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
@@ -211,3 +212,15 @@ def _forms(settings: FineTune, load: Load, room: int) -> Iterator[Form]:
             yield form("window", settings.window or max(1, load.largest_window(settings, count, room)), count)
     if asked == "grid" or (asked == "auto" and settings.part is not None and settings.trains_grid):
         yield from (form("grid", None, count) for count in sequences)
+
+
+def smaller(settings: FineTune) -> str:
+    """What to do where not even one sequence fits."""
+    again = "method.memory=GIB chooses a smaller form by trained=auto and keeps the finished blocks"
+    if not settings.together or settings.trained == "grid":
+        return f"this is the least form; use a shorter calib.seqlen, or {AGAIN}"
+    if settings.trained == "window" and settings.window != 1:
+        fewer = "fewer" if settings.window is None else str(settings.window // 2)
+        return f"use method.window={fewer}, or method.trained=grid; {again}; or {AGAIN}"
+    smaller = "window" if settings.trained == "all" else "grid"
+    return f"use method.trained={smaller}; {again}; or {AGAIN}"

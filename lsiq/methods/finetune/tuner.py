@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lsiq.errors import InputError, NumericalError, ResourceError
 from lsiq.methods.base import Method, Traits
-from lsiq.methods.finetune.form import FUSED
+from lsiq.methods.finetune.form import smaller
 from lsiq.methods.finetune.loss import float_loss, text_loss
+from lsiq.methods.finetune.optimizers import Optimizers
 from lsiq.methods.finetune.progress import Course, Progress
 from lsiq.methods.finetune.tuned_block import TunedBlock
 from lsiq.methods.finetune.windows import Group, Window, groups
@@ -27,7 +28,7 @@ from lsiq.results.store import BlockStore
 from lsiq.runtime import processes
 from lsiq.runtime.batch_exchange import fetch
 from lsiq.runtime.memory import free_bytes
-from lsiq.runtime.micro_batch import AGAIN, MicroBatch
+from lsiq.runtime.micro_batch import MicroBatch
 from lsiq.runtime.precision import tf32
 
 if TYPE_CHECKING:
@@ -89,39 +90,6 @@ def _check(initial: BlockResult, block: Block, quant: QuantSettings, run: str) -
             )
 
 
-def _smaller(settings: FineTune) -> str:
-    """What to do where not even one sequence fits."""
-    again = "method.memory=GIB chooses a smaller form by trained=auto and keeps the finished blocks"
-    if not settings.together or settings.trained == "grid":
-        return f"this is the least form; use a shorter calib.seqlen, or {AGAIN}"
-    if settings.trained == "window" and settings.window != 1:
-        fewer = "fewer" if settings.window is None else str(settings.window // 2)
-        return f"use method.window={fewer}, or method.trained=grid; {again}; or {AGAIN}"
-    smaller = "window" if settings.trained == "all" else "grid"
-    return f"use method.trained={smaller}; {again}; or {AGAIN}"
-
-
-def _adam(groups: list[dict[str, Any]], device: torch.device) -> list[torch.optim.Optimizer]:
-    """Return an optimizer of these parameters; none where there are none."""
-    fused = device.type == "cuda" and sum(p.numel() for group in groups for p in group["params"]) >= FUSED
-    return [torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)] if groups else []
-
-
-class _Optimizers:
-    """Optimizers of some parameters, whose learning rates run their course over some of the steps of the schedule."""
-
-    def __init__(self, groups: list[dict[str, Any]], steps: range, device: torch.device) -> None:
-        self.each = _adam(groups, device)
-        self._steps, self._rates = steps, [[group["lr"] for group in each.param_groups] for each in self.each]
-
-    def set_rates(self, settings: FineTune, step: int) -> None:
-        """Let the step run at the rates' share of its place among the steps."""
-        factor = settings.training.rate_factor((step - self._steps.start) / len(self._steps))
-        for optimizer, rates in zip(self.each, self._rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-
-
 class _Tuner:
     """Trains groups of blocks of one model, each group through all that lies behind it."""
 
@@ -137,7 +105,7 @@ class _Tuner:
         block = self._block(0)
         self.device = next(iter(block.weights.values())).device
         self.dtype = settings.training.in_precision(block, context.cache).dtype
-        self.micro = MicroBatch(settings.training.batch, "fine-tuning", _smaller(settings))
+        self.micro = MicroBatch(settings.training.batch, "fine-tuning", smaller(settings))
         with torch.no_grad():
             self.vocabulary = context.ahead.logits(self.hidden[:1, :1].to(self.device)).shape[-1]
         self.reference = self._float_outputs() if settings.loss == "float" else None
@@ -172,24 +140,40 @@ class _Tuner:
         }
         chain = [block.forward for block in blocks.values()]
         trained = [own for block in blocks.values() for own in block.groups]
-        throughout = _Optimizers(trained, range(group.steps), self.device)
+        throughout = Optimizers(trained, range(group.steps), self.device)
         for index, tensors in self.progress.settled().items():
             blocks[index].take_settled(tensors)
         metrics: dict[int, dict[str, float]] = {}
         for number, window in enumerate(group.windows):
-            opened = {index: blocks[index] for index in window.blocks}
             if self.course.steps < window.steps.stop or not window.steps:
-                weights = [own for block in opened.values() for own in block.open(len(window.steps))]
-                increments = _Optimizers(weights, window.steps, self.device)
-                seconds = self._steps(group, number, chain, throughout, increments, blocks)
-                for block in opened.values():
-                    block.settle()
-                own = {"step_seconds": seconds, "window": float(number)}
-                metrics |= dict.fromkeys(opened, own if len(group.windows) > 1 else {"step_seconds": seconds})
+                own = {"step_seconds": self._train_window(group, number, chain, throughout, blocks)}
+                own |= {"window": float(number)} if len(group.windows) > 1 else {}
+                metrics |= dict.fromkeys(window.blocks, own)
         shared = {"seconds": time.perf_counter() - start}
         if losses := self.course.losses:
             shared |= {"loss_first": losses[0], "loss_last": losses[-1]}
         return {index: blocks[index].result({**shared, **metrics.get(index, {})}) for index in group.blocks}
+
+    def _train_window(
+        self,
+        group: Group,
+        number: int,
+        chain: Sequence[Callable[[Tensor], Tensor]],
+        throughout: Optimizers,
+        blocks: Mapping[int, TunedBlock],
+    ) -> float:
+        """Train the increments of a window and settle its blocks; return the seconds that a step took.
+
+        Its optimizer is gone when this returns, so that there is room for the next one's.
+        """
+        window = group.windows[number]
+        opened = [blocks[index] for index in window.blocks]
+        weights = [own for block in opened for own in block.open(len(window.steps))]
+        increments = Optimizers(weights, window.steps, self.device)
+        seconds = self._steps(group, number, chain, throughout, increments, blocks)
+        for block in opened:
+            block.settle()
+        return seconds
 
     def _tuned(self, index: int, rests: bool, place: torch.device) -> TunedBlock:
         quant, result = self.quant.in_block(index), self.results[index]
@@ -206,8 +190,8 @@ class _Tuner:
         group: Group,
         number: int,
         chain: Sequence[Callable[[Tensor], Tensor]],
-        throughout: _Optimizers,
-        increments: _Optimizers,
+        throughout: Optimizers,
+        increments: Optimizers,
         blocks: Mapping[int, TunedBlock],
     ) -> float:
         """Take the steps of a window that are left, and return the seconds that one took.
