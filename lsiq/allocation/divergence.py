@@ -54,25 +54,25 @@ def divergences(
     """
     trials = [Trial(unit, index, fmt) for unit in units for index, fmt in enumerate(choices) if fmt.bits < 16]
     hidden, kwargs = model.embed(tokens, batch)
-    many = _at_once(hidden.nbytes, room)
-    found = torch.zeros(len(units), len(choices), dtype=torch.float64)
+    at_once = _at_once(hidden.nbytes, room)
+    means = torch.zeros(len(units), len(choices), dtype=torch.float64)
     place = {unit.name: row for row, unit in enumerate(units)}
-    for start in range(0, len(trials), many):
-        some = trials[start : start + many]
-        left = _run(model, hidden, kwargs, some, batch, advance)
-        split = {name: stream.split(batch) for name, stream in left.items()}
-        scores = score_tokens(model, tokens.split(batch), split, _FLOAT)
-        for number, trial in enumerate(some):
+    for start in range(0, len(trials), at_once):
+        group = trials[start : start + at_once]
+        outputs = _run(model, hidden, kwargs, group, batch, advance)
+        batches = {name: stream.split(batch) for name, stream in outputs.items()}
+        scores = score_tokens(model, tokens.split(batch), batches, _FLOAT)
+        for number, trial in enumerate(group):
             divergence = scores[str(number)].divergence
             assert divergence is not None  # there is a reference
-            found[place[trial.unit.name], trial.choice] = divergence.double().mean().item()
-    return found
+            means[place[trial.unit.name], trial.choice] = divergence.double().mean().item()
+    return means
 
 
 def passes(model: Model, tokens: Tensor, units: int, choices: int, room: int) -> int:
     """Return how many passes over the weights `divergences` takes."""
-    one = tokens.numel() * model.config.hidden_size * model.dtype.itemsize
-    return -(-units * choices // _at_once(one, room))
+    bytes_per_stream = tokens.numel() * model.config.hidden_size * model.dtype.itemsize
+    return -(-units * choices // _at_once(bytes_per_stream, room))
 
 
 def _at_once(stream: int, room: int) -> int:
@@ -92,12 +92,14 @@ def _run(
     streams = {_FLOAT: hidden}
     for index in range(model.depth):
         block = model.block(index, kwargs)
-        whole = block.with_weights({})
-        begun = {
+        float_function = block.with_weights({})
+        trial_streams = {
             str(number): run_stream(trial.function_of(block), streams[_FLOAT], batch, model.device)
             for number, trial in enumerate(trials)
             if trial.unit.block == index
         }
-        streams = {name: run_stream(whole, stream, batch, model.device) for name, stream in streams.items()} | begun
+        streams = {
+            name: run_stream(float_function, stream, batch, model.device) for name, stream in streams.items()
+        } | trial_streams
         advance()
     return {name: model.rotated_back(stream) for name, stream in streams.items()}

@@ -41,7 +41,7 @@ def estimated_divergences(
     sequences = [tokens[i : i + 1] for i in range(len(tokens))]
     entering, kwargs = _entering(model, sequences)
     gradients = [_gradient_behind(model, hidden, generator) for hidden in entering[-1]]
-    found = torch.zeros(len(units), len(choices), dtype=torch.float64)
+    estimates = torch.zeros(len(units), len(choices), dtype=torch.float64)
     rows = {index: [row for row, unit in enumerate(units) if unit.block == index] for index in range(model.depth)}
     for index in reversed(range(model.depth)):
         block = model.block(index, kwargs)
@@ -54,15 +54,15 @@ def estimated_divergences(
                         (slopes[name] * errors[name][column]).sum(dtype=torch.float64).item()
                         for name in (f"{linear}.weight" for linear in units[row].linears)
                     )
-                    found[row, column] += 0.5 * product**2 / (len(tokens) * (tokens.shape[1] - 1))
+                    estimates[row, column] += 0.5 * product**2 / (len(tokens) * (tokens.shape[1] - 1))
         advance()
-    return found
+    return estimates
 
 
 @torch.no_grad()
 def _entering(model: Model, sequences: Sequence[Tensor]) -> tuple[list[list[Tensor]], dict]:
     """Return what enters each block, and last what leaves the last one, by sequence."""
-    embedded = [model.embed(one, 1) for one in sequences]
+    embedded = [model.embed(sequence, 1) for sequence in sequences]
     kwargs = embedded[0][1]
     streams = [[hidden.to(model.device) for hidden, _ in embedded]]
     for index in range(model.depth):
@@ -83,13 +83,13 @@ def _gradient_behind(model: Model, hidden: Tensor, generator: torch.Generator) -
 def _errors(block: Block, units: Sequence[Unit], choices: Sequence[WeightFormat]) -> dict[str, list[Tensor]]:
     """Return what rounding to nearest adds to each linear's weight, by choice."""
     names = [f"{linear}.weight" for unit in units for linear in unit.linears]
-    found: dict[str, list[Tensor]] = {}
+    errors: dict[str, list[Tensor]] = {}
     for name in names:
         w = block.weights[name]
-        found[name] = [
+        errors[name] = [
             torch.zeros_like(w) if fmt.bits == 16 else quantize(w, fmt, name).decode() - w for fmt in choices
         ]
-    return found
+    return errors
 
 
 def _back(block: Block, hidden: Tensor, gradient: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -98,5 +98,5 @@ def _back(block: Block, hidden: Tensor, gradient: Tensor) -> tuple[dict[str, Ten
     weights = {name: block.weights[name].detach().requires_grad_() for name in block.linears}
     with torch.enable_grad():
         out = block.with_weights(weights)(hidden)
-        found = torch.autograd.grad(out, [hidden, *weights.values()], gradient)
-    return dict(zip(weights, found[1:], strict=True)), found[0]
+        gradients = torch.autograd.grad(out, [hidden, *weights.values()], gradient)
+    return dict(zip(weights, gradients[1:], strict=True)), gradients[0]

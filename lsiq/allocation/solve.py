@@ -9,14 +9,14 @@ import numpy as np
 from lsiq.errors import NumericalError
 
 
-def choose(sensitivities: Sequence[Sequence[float]], bits: Sequence[Sequence[int]], allowed: int) -> list[int]:
+def choose(sensitivities: Sequence[Sequence[float]], bits: Sequence[Sequence[int]], budget: int) -> list[int]:
     """Return, for each unit, the index of its choice.
 
-        minimise  Σ_uc s_uc x_uc   where  Σ_c x_uc = 1,   Σ_uc b_uc x_uc ≤ allowed,   x ∈ {0, 1}
+        minimise  Σ_uc s_uc x_uc   where  Σ_c x_uc = 1,   Σ_uc b_uc x_uc ≤ budget,   x ∈ {0, 1}
 
     Args:
         sensitivities, bits: `(units, choices)`.
-        allowed: bits that all units may take together; the smallest choices take no more.
+        budget: bits that all units may take together; the smallest choices take no more.
 
     Raises:
         NumericalError: a sensitivity is not finite, or the solver gives up.
@@ -31,32 +31,32 @@ def choose(sensitivities: Sequence[Sequence[float]], bits: Sequence[Sequence[int
     one_each = kron(csr_matrix(np.eye(units)), np.ones((1, choices)))
     # Both sides in units near 1, so that the solver's tolerances, about 1e-6, are a part in a million of each.
     scale = max(cost.max(), 1e-300)
-    found = milp(
+    solution = milp(
         cost.ravel() / scale,
         integrality=np.ones(units * choices),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint((size / allowed).reshape(1, -1), -np.inf, 1),
+            LinearConstraint((size / budget).reshape(1, -1), -np.inf, 1),
         ],
         options={"mip_rel_gap": 0.0},
     )
-    if found.x is None:
-        raise NumericalError(f"the allocation was not solved ({found.message}); try quant.allocate.unit=stage")
-    picked = found.x.reshape(units, choices).argmax(1).tolist()
-    return _within(picked, cost, size, allowed)
+    if solution.x is None:
+        raise NumericalError(f"the allocation was not solved ({solution.message}); try quant.allocate.unit=stage")
+    selection = solution.x.reshape(units, choices).argmax(1).tolist()
+    return _within(selection, cost, size, budget)
 
 
-def _within(picked: list[int], cost: np.ndarray, size: np.ndarray, allowed: int) -> list[int]:
+def _within(selection: list[int], cost: np.ndarray, size: np.ndarray, budget: int) -> list[int]:
     """Return the choice, made smaller where the solver's tolerance let it exceed the limit by a few bits."""
-    rows = np.arange(len(picked))
-    while size[rows, picked].sum() > allowed:
-        best: tuple[float, int, int] | None = None
-        for unit, now in enumerate(picked):
-            for other in np.flatnonzero(size[unit] < size[unit, now]).tolist():
-                loss = (cost[unit, other] - cost[unit, now]) / (size[unit, now] - size[unit, other])
-                if best is None or loss < best[0]:
-                    best = (loss, unit, other)
-        assert best is not None, "the smallest choices fit"
-        picked[best[1]] = best[2]
-    return picked
+    rows = np.arange(len(selection))
+    while size[rows, selection].sum() > budget:
+        best_change: tuple[float, int, int] | None = None
+        for unit, current in enumerate(selection):
+            for candidate in np.flatnonzero(size[unit] < size[unit, current]).tolist():
+                loss = (cost[unit, candidate] - cost[unit, current]) / (size[unit, current] - size[unit, candidate])
+                if best_change is None or loss < best_change[0]:
+                    best_change = (loss, unit, candidate)
+        assert best_change is not None, "the smallest choices fit"
+        selection[best_change[1]] = best_change[2]
+    return selection

@@ -52,9 +52,9 @@ def units_of(spec: ModelSpec, depth: int, kind: str) -> list[Unit]:
 def without(units: Sequence[Unit], fixed: Mapping[str, WeightFormat]) -> Iterator[Unit]:
     """Yield the units less the linears whose format is decided already; those that lose all are left out."""
     for unit in units:
-        left = tuple(name for name in unit.linears if f"{unit.block}.{name}" not in fixed)
-        if left:
-            yield Unit(unit.name, unit.block, left)
+        linears = tuple(name for name in unit.linears if f"{unit.block}.{name}" not in fixed)
+        if linears:
+            yield Unit(unit.name, unit.block, linears)
 
 
 def check_solver(quant: QuantSettings) -> None:
@@ -75,16 +75,16 @@ def budget_of(
         ConfigError: even the smallest choice takes more.
     """
     allocation = quant.allocate
-    held = {name: shapes[name.partition(".")[2]] for name in fixed}
-    weights = sum(unit.weights(shapes) for unit in units) + sum(out * width for out, width in held.values())
-    spent = sum(fmt.stored_bits(*held[name]) for name, fmt in fixed.items())
-    allowed = allocation.bytes * 8 if allocation.bits is None else int(allocation.bits * weights)  # type: ignore[operator]
-    least = spent + sum(min(unit.bits(fmt, shapes) for fmt in allocation.formats) for unit in units)
-    if least > allowed:
+    fixed_shapes = {name: shapes[name.partition(".")[2]] for name in fixed}
+    weights = sum(unit.weights(shapes) for unit in units) + sum(out * width for out, width in fixed_shapes.values())
+    spent = sum(fmt.stored_bits(*fixed_shapes[name]) for name, fmt in fixed.items())
+    budget = allocation.bytes * 8 if allocation.bits is None else int(allocation.bits * weights)  # type: ignore[operator]
+    minimum = spent + sum(min(unit.bits(fmt, shapes) for fmt in allocation.formats) for unit in units)
+    if minimum > budget:
         key, value = ("bits", allocation.bits) if allocation.bits is not None else ("bytes", allocation.bytes)
-        enough = f"{least / weights:.4f}" if key == "bits" else str(-(-least // 8))
+        enough = f"{minimum / weights:.4f}" if key == "bits" else str(-(-minimum // 8))
         raise ConfigError(
             f"quant.allocate.{key}={value}: the smallest of the choices takes {enough} {key}, scales counted; "
             f"give {enough} or more, or smaller choices"
         )
-    return allowed - spent, weights
+    return budget - spent, weights

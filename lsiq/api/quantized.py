@@ -127,8 +127,8 @@ class QuantizedModel:
         composed["export"] = None  # it is checked with the formats of this model, not with those of the configuration
         plain = parse(composed)
         values = {field.name: getattr(plain, field.name) for field in fields(plain)}
-        own = {"model": origin.settings, "quant": self.quant, "method": self.method, "export": exporter}
-        return fill(RunConfig, values | own)
+        parts = {"model": origin.settings, "quant": self.quant, "method": self.method, "export": exporter}
+        return fill(RunConfig, values | parts)
 
     def _record(self, config: RunConfig) -> Record:
         commit, clean = source_state()

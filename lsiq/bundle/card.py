@@ -30,7 +30,7 @@ def card(run: Run, tokenizer: Tokenizer, texts: list[str], valid: list[str], tok
     """Return the text of the card."""
     plan, machine = run.plan, describe(run.model.device)
     tokens_seen = run.step * plan.batch * plan.seqlen
-    read = ", ".join(Path(text).name for text in texts)
+    names = ", ".join(Path(text).name for text in texts)
     weights = run.out / "model.safetensors"
     file = f"{weights.stat().st_size:,} bytes of bfloat16 safetensors"
     where = f"{machine['processes']} × {machine.get('gpu', machine['device'])}"
@@ -48,7 +48,7 @@ A model of the ladder of `lsiq/bundle/ladder.py`: a test object for quantisation
 
 ## Training
 
-{read}: {tokens / 1e6:.1f} M tokens, {tokens_seen / tokens:.1f} passes, {tokens_seen / 1e6:.0f} M tokens in all.
+{names}: {tokens / 1e6:.1f} M tokens, {tokens_seen / tokens:.1f} passes, {tokens_seen / 1e6:.0f} M tokens in all.
 
 AdamW (0.9, 0.95, decay 0.1 on matrices), batch {plan.batch} × {plan.seqlen}, peak rate {plan.lr:g},
 {plan.warmup:.0%} warm-up, cosine to zero, seed {plan.seed};

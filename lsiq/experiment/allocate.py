@@ -43,23 +43,23 @@ def placed_formats(config: RunConfig, model: Model, folder: Path, record: Record
     Raises:
         LsiqError: a rule matches nothing, a format does not fit, or no choice is small enough.
     """
-    quant, found = config.quant, None
+    quant, allocation = config.quant, None
     if not quant.mixed:
         return quant
     layers = None
     if quant.allocate.active:
         check_formats(model, quant)
-        found = record.timed("allocate", lambda: allocated(config, model, folder, record))
-        layers = {name: as_format(value) for name, value in found.layers.items()}
+        allocation = record.timed("allocate", lambda: allocated(config, model, folder, record))
+        layers = {name: as_format(value) for name, value in allocation.layers.items()}
     quant = place(quant, model.depth, model.spec.linears, config.model.name, layers)
     assert isinstance(quant, PlacedQuant)
     check_formats(model, quant)
     plan = Plan(
         {name: format_name(fmt) for name, fmt in quant.layers.items()},
         average_bits(quant, shapes_of(model)),
-        None if found is None else found.divergence,
-        {} if found is None else found.sensitivities,
-        {} if found is None else found.request,
+        None if allocation is None else allocation.divergence,
+        {} if allocation is None else allocation.sensitivities,
+        {} if allocation is None else allocation.request,
     )
     record.plan = {
         "file": FILE,
@@ -71,8 +71,8 @@ def placed_formats(config: RunConfig, model: Model, folder: Path, record: Record
     if processes.first():
         write_plan(plan, folder)
         draw_plan(plan, model.depth, model.spec.linears, folder)
-    counted = ", ".join(f"{count} {name}" for name, count in plan.counts.items())
-    say(f"formats of linears: {counted}; {plan.average_bits:.4f} bits on average ({folder / FILE})")
+    counts = ", ".join(f"{count} {name}" for name, count in plan.counts.items())
+    say(f"formats of linears: {counts}; {plan.average_bits:.4f} bits on average ({folder / FILE})")
     return quant
 
 
@@ -80,25 +80,27 @@ def allocated(config: RunConfig, model: Model, folder: Path, record: Record) -> 
     """Return the plan that an earlier try of this run made, or make one."""
     tokens = processes.from_first(_tokens(config, model, record))
     request = _request(config, model, tokens)
-    kept = processes.from_first(read_plan(folder) if processes.first() and not config.force else None)
-    if kept is not None and dict(kept.request) == request:
-        return kept
+    stored_plan = processes.from_first(read_plan(folder) if processes.first() and not config.force else None)
+    if stored_plan is not None and dict(stored_plan.request) == request:
+        return stored_plan
     allocation, shapes = config.quant.allocate, shapes_of(model)
-    held = fixed(config.quant, model.depth, model.spec.linears)
+    fixed_formats = fixed(config.quant, model.depth, model.spec.linears)
     units = units_of(model.spec, model.depth, allocation.unit)
-    free = list(without(units, held))
-    allowed, _ = budget_of(config.quant, free, held, shapes)
-    measured = processes.from_first(_sensitivities(config, model, units, tokens, record) if processes.first() else None)
-    assert measured is not None
-    rows = {unit.name: row for unit, row in zip(units, measured.tolist(), strict=True)}
+    free = list(without(units, fixed_formats))
+    budget, _ = budget_of(config.quant, free, fixed_formats, shapes)
+    sensitivity = processes.from_first(
+        _sensitivities(config, model, units, tokens, record) if processes.first() else None
+    )
+    assert sensitivity is not None
+    rows = {unit.name: row for unit, row in zip(units, sensitivity.tolist(), strict=True)}
     formats = choices_of(config.quant)
     sizes = [[unit.bits(fmt, shapes) for fmt in formats] for unit in free]
-    picked = choose([rows[unit.name] for unit in free], sizes, allowed) if free else []
+    selection = choose([rows[unit.name] for unit in free], sizes, budget) if free else []
     names = dict(zip(allocation.choices, formats, strict=True))
-    layers: dict[str, Any] = {name: format_name(fmt) for name, fmt in held.items()}
-    for unit, index in zip(free, picked, strict=True):
+    layers: dict[str, Any] = {name: format_name(fmt) for name, fmt in fixed_formats.items()}
+    for unit, index in zip(free, selection, strict=True):
         layers |= {f"{unit.block}.{name}": format_name(formats[index]) for name in unit.linears}
-    divergence = sum(rows[unit.name][index] for unit, index in zip(free, picked, strict=True))
+    divergence = sum(rows[unit.name][index] for unit, index in zip(free, selection, strict=True))
     sensitivities = {name: dict(zip(names, row, strict=True)) for name, row in rows.items()}
     return Plan(layers, None, divergence, sensitivities, request)
 
@@ -116,9 +118,9 @@ def shapes_of(model: Model) -> Shapes:
 
 def average_bits(quant: PlacedQuant, shapes: Shapes) -> float:
     """Return the bits per weight of the linears in blocks, all that decodes them counted; nothing is rounded yet."""
-    held = {name: shapes[name.partition(".")[2]] for name in quant.layers if name not in OUTSIDE}
-    bits = sum(quant.layers[name].stored_bits(*shape) for name, shape in held.items())
-    return bits / sum(out * width for out, width in held.values())
+    shapes_by_name = {name: shapes[name.partition(".")[2]] for name in quant.layers if name not in OUTSIDE}
+    bits = sum(quant.layers[name].stored_bits(*shape) for name, shape in shapes_by_name.items())
+    return bits / sum(out * width for out, width in shapes_by_name.values())
 
 
 def _tokens(config: RunConfig, model: Model, record: Record) -> Tensor:
@@ -163,14 +165,14 @@ def _sensitivities(config: RunConfig, model: Model, units: list[Unit], tokens: T
     columns: dict[str, Tensor] = {}
     keys = {}
     for fmt in formats:
-        own = {key: request[key] for key in ("unit", "measure", "samples", "seqlen", "tokens", "sources")}
-        own |= {"seed": config.seed} if allocation.measure == "fisher" else {}
-        keys[str(fmt)] = cache.key(kind="sensitivity", format=str(fmt), **own)
+        request_keys = {key: request[key] for key in ("unit", "measure", "samples", "seqlen", "tokens", "sources")}
+        request_keys |= {"seed": config.seed} if allocation.measure == "fisher" else {}
+        keys[str(fmt)] = cache.key(kind="sensitivity", format=str(fmt), **request_keys)
         if (entry := cache.read(keys[str(fmt)])) is not None:
             columns[str(fmt)] = entry.tensors["sensitivity"]
-    missing = [fmt for fmt in formats if str(fmt) not in columns]
-    if missing:
-        for fmt, column in zip(missing, _measure(config, model, units, missing, tokens).T, strict=True):
+    new_formats = [fmt for fmt in formats if str(fmt) not in columns]
+    if new_formats:
+        for fmt, column in zip(new_formats, _measure(config, model, units, new_formats, tokens).T, strict=True):
             columns[str(fmt)] = column.contiguous()
             cache.write(keys[str(fmt)], {"sensitivity": columns[str(fmt)]})
     return torch.stack([columns[str(fmt)] for fmt in formats], 1)

@@ -49,20 +49,20 @@ def _calib_identity(calib: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(calib)
     settings["mix"] = {name: weight for name, weight in (calib.get("mix") or {}).items() if weight}
     settings["paths"] = {name: path for name, path in (calib.get("paths") or {}).items() if path is not None}
-    before = {"windows": "random", "template": False, "mix": {}, "paths": {}}
-    return {key: value for key, value in settings.items() if key not in before or value != before[key]}
+    defaults = {"windows": "random", "template": False, "mix": {}, "paths": {}}
+    return {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
 
 
 def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     """Return what decides the formats; runs from before linears could have their own keep their names."""
-    left = {"plan"}  # `inputs` has its content
+    ignored = {"plan"}  # `inputs` has its content
     if not config.quant.rules:
-        left.add("rules")
+        ignored.add("rules")
     if not config.quant.kv.active:
-        left.add("kv")
+        ignored.add("kv")
     if not config.quant.allocate.active:
-        left.add("allocate")
-    return {key: value for key, value in quant.items() if key not in left}
+        ignored.add("allocate")
+    return {key: value for key, value in quant.items() if key not in ignored}
 
 
 def _as_before(node: Any) -> Any:

@@ -146,9 +146,9 @@ def _check_linears(config: RunConfig, spec: ModelSpec, shapes: Shapes, shape: Ma
     check_widths(config.quant, {name: shape[1] for name, shape in matrices.items()})
     if config.quant.allocate.active and len(matrices) == len(spec.linears):
         depth, sizes = shape["num_hidden_layers"], {name: (size[0], size[1]) for name, size in matrices.items()}
-        held = fixed(config.quant, depth, spec.linears)
-        free = list(without(units_of(spec, depth, config.quant.allocate.unit), held))
-        budget_of(config.quant, free, held, sizes)
+        fixed_formats = fixed(config.quant, depth, spec.linears)
+        free = list(without(units_of(spec, depth, config.quant.allocate.unit), fixed_formats))
+        budget_of(config.quant, free, fixed_formats, sizes)
     for link in chain(config.method):
         if isinstance(link, LQER) and config.quant.name != "fp16" and len(matrices) == len(spec.linears):
             link.check_rank(matrices.values())

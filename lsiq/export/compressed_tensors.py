@@ -196,13 +196,13 @@ def _described(source: Source, layout: str, groups: dict[str, Any], floats: list
 
 def _targets(source: Source) -> tuple[dict[WeightFormat, list[str]], list[str]]:
     """Return, by format, the linears that have it, and those that stay in float; where all are alike, the class."""
-    found: dict[WeightFormat, list[str]] = {}
+    linears: dict[WeightFormat, list[str]] = {}
     for index in range(source.model.depth):
-        own = source.quant.in_block(index)
+        block_formats = source.quant.in_block(index)
         for name in source.shapes:
-            found.setdefault(own.of(name), []).append(source.prefix(index) + name)
-    floats = [name for fmt, names in found.items() if fmt.bits == 16 for name in names]
-    rounded = {fmt: names for fmt, names in found.items() if fmt.bits < 16}
+            linears.setdefault(block_formats.of(name), []).append(source.prefix(index) + name)
+    floats = [name for fmt, names in linears.items() if fmt.bits == 16 for name in names]
+    rounded = {fmt: names for fmt, names in linears.items() if fmt.bits < 16}
     return ({fmt: ["Linear"] for fmt in rounded} if len(rounded) == 1 else rounded), floats
 
 

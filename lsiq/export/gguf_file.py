@@ -89,9 +89,9 @@ def _prevailing(source: Source, type_of: Callable[[WeightFormat], str]) -> str:
     """Return the type of the most weights, by which the file is called."""
     weights: Counter[str] = Counter()
     for index in range(source.model.depth):
-        own = source.quant.in_block(index)
+        block_formats = source.quant.in_block(index)
         for name, (rows, columns) in source.shapes.items():
-            fmt = own.of(name)
+            fmt = block_formats.of(name)
             weights["F16" if fmt.bits == 16 else type_of(fmt)] += rows * columns
     return weights.most_common(1)[0][0]
 

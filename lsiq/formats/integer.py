@@ -56,9 +56,9 @@ class Integer(Grid):
         """Return the integers that `float`, `w3`, `w3g128` or `w3g128-sym` stand for."""
         if name == "float":
             return cls(bits=16, group=None, symmetric=False, scale="float32")
-        if (found := re.fullmatch(r"w([2-8])(?:g([1-9]\d*))?(-sym)?", name)) is None:
+        if (match := re.fullmatch(r"w([2-8])(?:g([1-9]\d*))?(-sym)?", name)) is None:
             return None
-        bits, group, symmetric = found.groups()
+        bits, group, symmetric = match.groups()
         width = int(group) if group else None
         return cls(bits=int(bits), group=width, symmetric=symmetric is not None, scale="float32")
 

@@ -58,14 +58,14 @@ class Rule:
         """Return the numbers of the blocks that it means in a model of so many."""
         if self.blocks is None:
             return list(range(depth))
-        found: set[int] = set()
+        numbers: set[int] = set()
         for piece in self.blocks.split(","):
             begin, colon, end = piece.strip().partition(":")
             if colon:
-                found |= set(range(depth)[slice(int(begin) if begin else None, int(end) if end else None)])
+                numbers |= set(range(depth)[slice(int(begin) if begin else None, int(end) if end else None)])
             elif -depth <= int(begin) < depth:
-                found.add(int(begin) % depth)
-        return sorted(found)
+                numbers.add(int(begin) % depth)
+        return sorted(numbers)
 
 
 @settings

@@ -52,10 +52,10 @@ class MXInt(Grid):
     @classmethod
     def named(cls, name: str) -> MXInt | None:
         """Return the blocks that `w4-mxint`, `w4-mxint32` or `w4-mxinte4` stand for."""
-        if (found := re.fullmatch(r"w([2-8])-mxint([1-9]\d*)?(e4)?", name)) is None:
+        if (match := re.fullmatch(r"w([2-8])-mxint([1-9]\d*)?(e4)?", name)) is None:
             return None
-        bits, block, short = found.groups()
-        return cls(bits=int(bits), block=int(block) if block else BLOCK, exponent=4 if short else 8)
+        bits, block, small_exponent = match.groups()
+        return cls(bits=int(bits), block=int(block) if block else BLOCK, exponent=4 if small_exponent else 8)
 
     @property
     def width(self) -> int:

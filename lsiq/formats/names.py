@@ -32,8 +32,8 @@ def named_format(name: str) -> WeightFormat:
         ValueError: nothing is called so.
     """
     for kind in _kinds(tuple(plugins.places())):
-        if (found := kind.named(name)) is not None:
-            return found
+        if (fmt := kind.named(name)) is not None:
+            return fmt
     for folder in (user_folder(), conf_folder()):
         if folder is not None and (file := folder / "quant" / f"{name}.yaml").is_file():
             return as_format(_node_of(file, "weight"))
@@ -73,32 +73,34 @@ def as_format(value: Any) -> WeightFormat:
     if isinstance(value, str):
         return named_format(value)
     try:
-        found = build(value)
+        fmt = build(value)
     except ConfigError as error:
         raise ValueError(str(error)) from error
-    if not isinstance(found, Grid):
+    if not isinstance(fmt, Grid):
         raise ValueError(f"{value} is no weight format")
-    return found
+    return fmt
 
 
 @lru_cache
 def _kinds(places: tuple[str, ...]) -> tuple[type[Grid], ...]:
     """Return the weight formats of this folder and of plug-ins, which lie in `places`."""
     del places  # only says when to look again
-    import lsiq.formats as own
+    import lsiq.formats as package
 
-    modules = [importlib.import_module(f"{own.__name__}.{name}") for name in sorted(_settings_modules(own.__path__))]
-    found = (value for module in (*modules, *plugins.modules()) for value in vars(module).values())
-    kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in found if _is_format(kind)}
+    modules = [
+        importlib.import_module(f"{package.__name__}.{name}") for name in sorted(_settings_modules(package.__path__))
+    ]
+    values = (value for module in (*modules, *plugins.modules()) for value in vars(module).values())
+    kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in values if _is_format(kind)}
     return tuple(kinds[name] for name in sorted(kinds))
 
 
 def _settings_modules(path: Any) -> Iterator[str]:
     """Names of the modules in which a format may stand: those whose text speaks of a `Grid`; others may want torch."""
-    for found in pkgutil.iter_modules(path):
-        file = Path(path[0]) / f"{found.name}.py"
-        if found.name != __name__.rpartition(".")[2] and "(Grid" in file.read_text(encoding="utf-8"):
-            yield found.name
+    for module in pkgutil.iter_modules(path):
+        file = Path(path[0]) / f"{module.name}.py"
+        if module.name != __name__.rpartition(".")[2] and "(Grid" in file.read_text(encoding="utf-8"):
+            yield module.name
 
 
 def _is_format(value: Any) -> bool:

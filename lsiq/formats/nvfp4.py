@@ -162,15 +162,15 @@ def split_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
 
     different = scale.unique()
     numbers = sorted({number for number in _SCALE.numbers() if number > 0}, reverse=True)
-    near = (different.new_tensor(numbers) / different.max())[:, None]
+    candidates = (different.new_tensor(numbers) / different.max())[:, None]
     steps = torch.arange(-2, 3, dtype=torch.int32, device=scale.device)
-    matrix = (near.view(torch.int32) + steps).view(torch.float32).flatten()  # float32 numbers beside it
+    matrix = (candidates.view(torch.int32) + steps).view(torch.float32).flatten()  # float32 numbers beside it
     block = _SCALE.round(different * matrix[:, None])
     fits = (block / matrix[:, None] == different).all(1).nonzero()
     if not len(fits):
         raise ValueError("these scales are no 8-bit numbers over one float32 number")
-    chosen = matrix[fits[0, 0]]
-    return _SCALE.round(scale * chosen), chosen
+    tensor_scale = matrix[fits[0, 0]]
+    return _SCALE.round(scale * tensor_scale), tensor_scale
 
 
 def _suffix(block: int) -> str:

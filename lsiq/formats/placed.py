@@ -72,16 +72,16 @@ def place(
     if layers is None and quant.plan is not None:
         layers = read_plan(quant.plan)
     names = [f"{index}.{name}" for index in range(depth) for name in linears]
-    found = dict.fromkeys(names, quant.weight)
+    formats = dict.fromkeys(names, quant.weight)
     if layers is not None:
         _check_plan(layers, names, quant, model)
-        found |= {name: fmt.like(quant.weight) for name, fmt in layers.items()}
+        formats |= {name: fmt.like(quant.weight) for name, fmt in layers.items()}
     for number, rule in enumerate(quant.rules):
         matched = matches(rule, depth, linears)
         if not matched:
             raise ConfigError(_nothing(number, rule, depth, linears, model))
-        found |= dict.fromkeys(matched, rule.format.like(quant.weight))
-    return PlacedQuant(**{**_values(quant), "layers": found})
+        formats |= dict.fromkeys(matched, rule.format.like(quant.weight))
+    return PlacedQuant(**{**_values(quant), "layers": formats})
 
 
 def place_or_try(quant: QuantSettings, depth: int, linears: Sequence[str], model: str) -> QuantSettings:
@@ -92,8 +92,8 @@ def place_or_try(quant: QuantSettings, depth: int, linears: Sequence[str], model
     """
     if not quant.allocate.active:
         return place(quant, depth, linears, model)
-    anything = {f"{index}.{name}": quant.weight for index in range(depth) for name in linears}
-    place(quant, depth, linears, model, anything)
+    stand_in = {f"{index}.{name}": quant.weight for index in range(depth) for name in linears}
+    place(quant, depth, linears, model, stand_in)
     return quant
 
 
@@ -101,16 +101,16 @@ def matches(rule: Rule, depth: int, linears: Sequence[str]) -> list[str]:
     """Return the linears that a rule matches, by number of the block and name."""
     if rule.match in OUTSIDE:
         return [rule.match] if rule.blocks is None else []
-    named = [name for name in linears if fnmatchcase(name, rule.match)]
-    return [f"{index}.{name}" for index in rule.block_numbers(depth) for name in named]
+    names = [name for name in linears if fnmatchcase(name, rule.match)]
+    return [f"{index}.{name}" for index in rule.block_numbers(depth) for name in names]
 
 
 def fixed(quant: QuantSettings, depth: int, linears: Sequence[str]) -> dict[str, WeightFormat]:
     """Return the formats of the linears in blocks that rules decide, whatever is shared out among the others."""
-    found: dict[str, WeightFormat] = {}
+    formats: dict[str, WeightFormat] = {}
     for rule in quant.rules:
-        found |= dict.fromkeys(matches(rule, depth, linears), rule.format.like(quant.weight))
-    return {name: fmt for name, fmt in found.items() if name not in OUTSIDE}
+        formats |= dict.fromkeys(matches(rule, depth, linears), rule.format.like(quant.weight))
+    return {name: fmt for name, fmt in formats.items() if name not in OUTSIDE}
 
 
 def check_widths(quant: QuantSettings, widths: Mapping[str, int]) -> None:
@@ -157,14 +157,14 @@ def read_plan(path: str) -> dict[str, WeightFormat]:
 
 
 def _check_plan(layers: Iterable[str], names: Sequence[str], quant: QuantSettings, model: str) -> None:
-    given, there = set(layers) - set(OUTSIDE), set(names)
-    if given == there:
+    plan_names, model_names = set(layers) - set(OUTSIDE), set(names)
+    if plan_names == model_names:
         return
-    some = sorted(given - there) or sorted(there - given)
-    what = "names" if given - there else "lacks"
+    differences = sorted(plan_names - model_names) or sorted(model_names - plan_names)
+    verb = "names" if plan_names - model_names else "lacks"
     raise ConfigError(
-        f"quant.plan={quant.plan}: {what} {some[0]}, and {model} has {len(there)} linears from {names[0]} to "
-        f"{names[-1]}; give a plan that was made for this model"
+        f"quant.plan={quant.plan}: {verb} {differences[0]}, and {model} has {len(model_names)} linears from "
+        f"{names[0]} to {names[-1]}; give a plan that was made for this model"
     )
 
 

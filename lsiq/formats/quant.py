@@ -88,12 +88,12 @@ class QuantSettings:
     @property
     def formats(self) -> list[WeightFormat]:
         """The weight formats that linears may get, as far as is known before the model is."""
-        found: list[WeightFormat] = [rule.format.like(self.weight) for rule in self.rules]
+        formats: list[WeightFormat] = [rule.format.like(self.weight) for rule in self.rules]
         if self.allocate.active:
-            found += [fmt.like(self.weight) for fmt in self.allocate.formats]
+            formats += [fmt.like(self.weight) for fmt in self.allocate.formats]
         elif self.plan is None:
-            found.insert(0, self.weight)
-        return list(dict.fromkeys(found))
+            formats.insert(0, self.weight)
+        return list(dict.fromkeys(formats))
 
     def of(self, name: str) -> WeightFormat:
         """Return the format of a linear of the block at hand, `mlp.down_proj` with or without `.weight`."""

@@ -72,8 +72,8 @@ def _changed(
 def _factors(low_ptr, high_ptr, group, inside, CLIP: tl.constexpr, WORK: tl.constexpr):
     """Return what clipping multiplies the two ends of each group with."""
     if CLIP == 0:
-        one = tl.full(group.shape, 1.0, WORK)
-        return one, one
+        unity = tl.full(group.shape, 1.0, WORK)
+        return unity, unity
     low = tl.load(low_ptr + group, mask=inside, other=0.0).to(WORK)
     high = tl.load(high_ptr + group, mask=inside, other=0.0).to(WORK)
     if CLIP == 1:

@@ -50,14 +50,15 @@ def attend(
     fmt = None if force is None else force.format
     scaling, cap = kwargs.get("scaling"), kwargs.get("softcap")
     if force is not None and fmt is not None:
-        kept = cache_of(fmt) or (fmt if fmt.attention else None)
+        cache = cache_of(fmt) or (fmt if fmt.attention else None)
         if fmt.attention:
             query = fmt.fake(query)
-        if isinstance(kept, KeyValue) and kept.rounds and kept.per == "channel":
+        if isinstance(cache, KeyValue) and cache.rounds and cache.per == "channel":
             softmax = fmt if fmt.softmax else None
-            return _attend_to_groups(query, key, value, attention_mask, scaling, cap, softmax, kept, force.prefix), None
-        if kept is not None:
-            key, value = _fake_after(force.prefix, key, kept), _fake_after(force.prefix, value, kept)
+            outputs = _attend_to_groups(query, key, value, attention_mask, scaling, cap, softmax, cache, force.prefix)
+            return outputs, None
+        if cache is not None:
+            key, value = _fake_after(force.prefix, key, cache), _fake_after(force.prefix, value, cache)
     if fmt is not None and fmt.softmax:
         return _attend_step_by_step(query, key, value, attention_mask, scaling, cap, fmt), None
     if cap is not None:
@@ -77,7 +78,7 @@ def _attend_to_groups(
     scaling: float | None,
     cap: float | None,
     softmax: ActivationFormat | None,
-    kept: KeyValue,
+    cache: KeyValue,
     prefix: int,
 ) -> Tensor:
     """Attention to a cache whose tokens are rounded by the group, each once the last of its group is there.
@@ -85,20 +86,20 @@ def _attend_to_groups(
     A query sees rounded keys and values of all groups that end with its own token or before, and those of the newest
     tokens in float. (In a pass over a whole sequence each query thus attends to the cache as it would have been.)
     """
-    assert kept.group is not None
+    assert cache.group is not None
     repeats = query.shape[1] // key.shape[1]
     count, device = key.shape[2], key.device
     at = torch.arange(count - query.shape[2], count, device=device)[:, None]
     place = torch.arange(count, device=device)[None]
-    complete = prefix + ((place - prefix) // kept.group + 1) * kept.group - 1
+    complete = prefix + ((place - prefix) // cache.group + 1) * cache.group - 1
     rounded = (place >= prefix) & (complete <= at)
-    pairs = [(x, _fake_after(prefix, x, kept)) for x in (key, value)]
+    pairs = [(x, _fake_after(prefix, x, cache)) for x in (key, value)]
     (key, near), (value, far) = ([part.repeat_interleave(repeats, 1) for part in pair] for pair in pairs)
     scale = scaling or 1 / math.sqrt(query.shape[-1])
     scores = torch.where(rounded, query @ near.transpose(-1, -2), query @ key.transpose(-1, -2)) * scale
     weights = _weights_of(scores, mask, cap, softmax, value.dtype)
-    found = (weights * rounded) @ far + (weights * ~rounded) @ value
-    return found.transpose(1, 2).contiguous()
+    outputs = (weights * rounded) @ far + (weights * ~rounded) @ value
+    return outputs.transpose(1, 2).contiguous()
 
 
 def _attend_step_by_step(

@@ -77,10 +77,10 @@ class Block:
 
     def under(self, quant: QuantSettings) -> Block:
         """Return the block with the linears that a setting leaves in float untouched."""
-        own = quant.in_block(self.index)
+        formats = quant.in_block(self.index)
         names = (f"{linear}.weight" for linear in self.spec.linears)
-        apart = quant.mixed or quant.kv.active  # else a setting of 16 bits quantises nothing, and no method is asked
-        return replace(self, untouched=frozenset(name for name in names if apart and own.of(name).bits == 16))
+        exempt = quant.mixed or quant.kv.active  # else a setting of 16 bits quantises nothing, and no method is asked
+        return replace(self, untouched=frozenset(name for name in names if exempt and formats.of(name).bits == 16))
 
     @property
     def head_dim(self) -> int:

@@ -84,8 +84,8 @@ def rows_of(weights: Mapping[str, Tensor], group: Group) -> slice:
     height = weights[f"{group.producer}.weight"].shape[0]
     if not group.fused:
         return slice(0, height)
-    read = weights[f"{group.consumers[0]}.weight"].shape[1]
-    return slice(height - (read if group.kind == "linear" else (height - read) // 2), height)
+    channels = weights[f"{group.consumers[0]}.weight"].shape[1]
+    return slice(height - (channels if group.kind == "linear" else (height - channels) // 2), height)
 
 
 def channels_of(weights: Mapping[str, Tensor], group: Group) -> int:

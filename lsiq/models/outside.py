@@ -45,14 +45,14 @@ def with_rounded_outside(model: Model, formats: Mapping[str, WeightFormat]) -> M
     """
     if not formats:
         return model
-    found = outside_modules(model, formats)
-    held = [*model.skeleton.parameters(), *model.skeleton.buffers()]
-    skeleton = copy.deepcopy(model.skeleton, {id(tensor): tensor for tensor in held})  # tensors are shared
+    modules = outside_modules(model, formats)
+    tensors = [*model.skeleton.parameters(), *model.skeleton.buffers()]
+    skeleton = copy.deepcopy(model.skeleton, {id(tensor): tensor for tensor in tensors})  # tensors are shared
     places = dict(model.skeleton.named_modules())
-    for name, (module, fmt) in found.items():
+    for name, (module, fmt) in modules.items():
         weight = quantize(module.weight.detach().float(), fmt, name).decode().to(module.weight.dtype)
         rounded = nn.Parameter(weight, requires_grad=False)
-        for place, other in places.items():
-            if getattr(other, "weight", None) is module.weight:
+        for place, candidate in places.items():
+            if getattr(candidate, "weight", None) is module.weight:
                 skeleton.get_submodule(place).weight = rounded
     return replace(model, skeleton=skeleton, float_skeleton=model.skeleton)

@@ -15,8 +15,8 @@ def round_to_nearest(block: Block, quant: QuantSettings) -> BlockResult:
     """Return the codes of every linear of the block, rounded to nearest."""
     from lsiq.formats.tensor import quantize  # torch is not wanted before the settings are known to be right
 
-    own = quant.in_block(block.index)
-    formats = {name: own.of(name) for name in block.linears}
+    block_formats = quant.in_block(block.index)
+    formats = {name: block_formats.of(name) for name in block.linears}
     return BlockResult(
         {name: quantize(block.weights[name], fmt, name) for name, fmt in formats.items() if fmt.bits < 16}
     )

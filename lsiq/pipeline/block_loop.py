@@ -187,10 +187,10 @@ class _Loop:
     def _make(self, block: Block, targets: Tensor | None, start: float) -> tuple[BlockResult, BlockReport]:
         """Let the method quantise a block, and store what it made; the clock ran from `start`."""
         assert not isinstance(self.method, WholeMethod)  # all its blocks were stored before the first one is taken up
-        own = self.quant.in_block(block.index)
+        block_formats = self.quant.in_block(block.index)
         result = BlockResult({})  # of a block whose linears all stay in float
         if block.linears:
-            result = self.method.quantize_block(block, own, self._context(block.index, targets))
+            result = self.method.quantize_block(block, block_formats, self._context(block.index, targets))
         report = _report(block, result, self.quant, time.perf_counter() - start)
         report = self._with_rows(report, block, result)
         return self._store(block, result, report), report

@@ -161,8 +161,10 @@ def _distributions(panels: Sequence[Any]) -> list[Item]:
         ("weights", "weight", "Weights before and after"),
         ("codes", "code", "Codes, rounded to nearest and in the end"),
     ):
-        chosen = [panel for panel in panels if isinstance(panel, Histograms) and panel.name.startswith(f"{section}/")]
-        charts = [distribution(panel, panel.name.partition("/")[2], unit) for panel in chosen]
+        histograms = [
+            panel for panel in panels if isinstance(panel, Histograms) and panel.name.startswith(f"{section}/")
+        ]
+        charts = [distribution(panel, panel.name.partition("/")[2], unit) for panel in histograms]
         if charts:
             items += [Remark(f"{text}, of {len(charts)} linears spread over the network."), Grid(charts)]
     return items
