@@ -85,8 +85,8 @@ def form_for(settings: FineTune, model: Model, quant: QuantSettings, samples: in
         ResourceError: `auto`, and no form fits.
     """
     shape = Shape.of({"model_type": model.spec.model_type, **model.config.to_dict()})
-    own = processes.share(samples, process=0)
-    load = Load.of(settings, shape, model.depth, model.dtype, quant, own.stop - own.start, seqlen)
+    share = processes.share(samples, process=0)
+    load = Load.of(settings, shape, model.depth, model.dtype, quant, share.stop - share.start, seqlen)
     if settings.memory is not None:
         room = max(0, int(settings.memory * GIB) - taken_bytes(model.device))
     else:
@@ -222,5 +222,5 @@ def smaller(settings: FineTune) -> str:
     if settings.trained == "window" and settings.window != 1:
         fewer = "fewer" if settings.window is None else str(settings.window // 2)
         return f"use method.window={fewer}, or method.trained=grid; {again}; or {AGAIN}"
-    smaller = "window" if settings.trained == "all" else "grid"
-    return f"use method.trained={smaller}; {again}; or {AGAIN}"
+    form = "window" if settings.trained == "all" else "grid"
+    return f"use method.trained={form}; {again}; or {AGAIN}"

@@ -108,9 +108,9 @@ class TunedBlock:
 
     def settled(self) -> dict[str, Tensor]:
         """Return, by kind and name, what `settle` changed that no optimizer holds."""
-        kept = {f"codes/{name}": grid.codes for name, grid in self.grids.items()}
-        kept |= {f"float/{name}": tensor for name, tensor in self.floats.items() if not tensor.requires_grad}
-        return kept | {f"learned/{name}": tensor for name, tensor in self.learned.items()}
+        tensors = {f"codes/{name}": grid.codes for name, grid in self.grids.items()}
+        tensors |= {f"float/{name}": tensor for name, tensor in self.floats.items() if not tensor.requires_grad}
+        return tensors | {f"learned/{name}": tensor for name, tensor in self.learned.items()}
 
     def take_settled(self, tensors: Tensors) -> None:
         """Let the block be what it was when `settled` returned this."""

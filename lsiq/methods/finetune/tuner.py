@@ -139,16 +139,16 @@ class _Tuner:
             for index in range(group.blocks[0], len(self.results))
         }
         chain = [block.forward for block in blocks.values()]
-        trained = [own for block in blocks.values() for own in block.groups]
+        trained = [parameters for block in blocks.values() for parameters in block.groups]
         throughout = Optimizers(trained, range(group.steps), self.device)
         for index, tensors in self.progress.settled().items():
             blocks[index].take_settled(tensors)
         metrics: dict[int, dict[str, float]] = {}
         for number, window in enumerate(group.windows):
             if self.course.steps < window.steps.stop or not window.steps:
-                own = {"step_seconds": self._train_window(group, number, chain, throughout, blocks)}
-                own |= {"window": float(number)} if len(group.windows) > 1 else {}
-                metrics |= dict.fromkeys(window.blocks, own)
+                facts = {"step_seconds": self._train_window(group, number, chain, throughout, blocks)}
+                facts |= {"window": float(number)} if len(group.windows) > 1 else {}
+                metrics |= dict.fromkeys(window.blocks, facts)
         shared = {"seconds": time.perf_counter() - start}
         if losses := self.course.losses:
             shared |= {"loss_first": losses[0], "loss_last": losses[-1]}
@@ -168,7 +168,7 @@ class _Tuner:
         """
         window = group.windows[number]
         opened = [blocks[index] for index in window.blocks]
-        weights = [own for block in opened for own in block.open(len(window.steps))]
+        weights = [parameters for block in opened for parameters in block.open(len(window.steps))]
         increments = Optimizers(weights, window.steps, self.device)
         seconds = self._steps(group, number, chain, throughout, increments, blocks)
         for block in opened:
@@ -200,7 +200,7 @@ class _Tuner:
         """
         window, course = group.windows[number], self.course
         optimizers, batches = [*throughout.each, *increments.each], self._batches(group)
-        parameters = [p for optimizer in optimizers for own in optimizer.param_groups for p in own["params"]]
+        parameters = [p for optimizer in optimizers for rated in optimizer.param_groups for p in rated["params"]]
         if self.progress.stored is not None:
             self.progress.restore(optimizers)
         before, start, moving = course.steps, time.perf_counter(), False
@@ -208,8 +208,8 @@ class _Tuner:
             for step in range(course.steps, window.steps.stop):
                 if self.progress.due:
                     self._write(optimizers, group.windows[:number], blocks)
-                for own in (throughout, increments):
-                    own.set_rates(self.settings, step)
+                for each in (throughout, increments):
+                    each.set_rates(self.settings, step)
                 gradients = partial(self._gradients, chain, batches[step], parameters)
                 loss = processes.add(self.micro.fitting(gradients))
                 processes.add_gradients(parameters)

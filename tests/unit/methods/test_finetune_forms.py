@@ -134,14 +134,14 @@ def test_logits_made_in_parts_give_the_same_loss_and_gradient(monkeypatch: pytes
     def logits(states: torch.Tensor) -> torch.Tensor:
         return states @ head.t()
 
-    found = []
+    results = []
     for limit in (2**28, 4 * 50):
         monkeypatch.setattr(loss, "LOGITS", limit)
         leaf = hidden.clone().requires_grad_()
         total = loss.float_loss(logits, leaf, reference, 50) + loss.text_loss(logits, leaf, tokens, 50)
         total.backward()
-        found.append((total.detach(), leaf.grad))
-    for whole, parts in zip(*found, strict=True):
+        results.append((total.detach(), leaf.grad))
+    for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)  # measured: 0 and 1.2e-7
 
 
