@@ -107,6 +107,7 @@ class Bench:
     def blocks(self, store: BlockStore, count: int) -> float:
         """Quantise some blocks by the recipe and round the others; return the projected seconds of all."""
         assert self.method.start is not None
+        store.open()
         reset_peak()
         seconds: list[float] = []
         before = time.perf_counter()
@@ -143,27 +144,28 @@ class Bench:
         epochs = max(1, round(share * method.training.epochs))
         part = replace(method, training=replace(method.training, epochs=epochs))
         say(f"end stage: {whole.words} ({whole.reason}); {epochs} of {method.training.epochs} epochs")
+        store.open()
         reset_peak()
         before = time.perf_counter()
         loop = quantize(self.model, part, self.config.quant, self.tokens, self.config.calib.batch, 0, store, _quiet)
         reports = list(loop)
         seconds = time.perf_counter() - before
         say(f"end stage: {seconds:.1f} s; {_peaks()}")
-        return seconds + self._left(part, method, reports)
+        return seconds + self._remaining(part, method, reports)
 
-    def _left(self, part: FineTune, method: FineTune, reports: Sequence[BlockReport]) -> float:
+    def _remaining(self, part: FineTune, method: FineTune, reports: Sequence[BlockReport]) -> float:
         """Tell what a step took in each window, and return the seconds of the steps that were not taken."""
         (taken,), (whole,) = (groups(tried, self.model.depth, len(self.tokens)) for tried in (part, method))
-        left = 0.0
-        for some, all_of_them in zip(taken.windows, whole.windows, strict=True):
-            step = reports[some.blocks[0]].metrics["step_seconds"]
-            left += (len(all_of_them.steps) - len(some.steps)) * step
+        seconds, longest = 0.0, max(report.metrics["step_seconds"] for report in reports)
+        for run, planned in zip(taken.windows, whole.windows, strict=True):
+            step = reports[run.blocks[0]].metrics["step_seconds"] if run.steps else longest
+            seconds += (len(planned.steps) - len(run.steps)) * step
             say(
-                f"weights of blocks {some.blocks[0]} to {some.blocks[-1]}: {step:.2f} s a step, {len(some.steps)} of "
-                f"{len(all_of_them.steps)} steps"
+                f"weights of blocks {run.blocks[0]} to {run.blocks[-1]}: {step:.2f} s a step, {len(run.steps)} of "
+                f"{len(planned.steps)} steps"
             )
         say(f"loss {reports[0].metrics['loss_first']:.4g}")
-        return left
+        return seconds
 
 
 def _peaks() -> str:

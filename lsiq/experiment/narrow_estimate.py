@@ -140,7 +140,7 @@ class NarrowEstimate(Estimate):
         else:
             whole = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
             room = int(USABLE * (whole or host_bytes()))
-        form = choose(method, load, room - dtype.itemsize * self.true.outside)
+        form = choose(method, load, max(0, room - dtype.itemsize * self.true.outside))
         if not form.fits:
             self.notes.append(refusal(method, form))
         return form, load

@@ -56,9 +56,9 @@ def test_a_recorded_step_of_fine_tuning_is_the_step_it_records(
     recorded = run(small_run(*best))
     plain = run(small_run(*best, "+method.weight_only.training.graphs=false", f"paths.runs={tmp_path / 'plain'}"))
     # The optimizer of recorded steps is one kernel, whose sums are in another order.
-    losses = [[row["loss_last"] for row in record.blocks] for record in (recorded, plain)]
+    losses = [[row["metrics"]["loss_last"] for row in record.blocks] for record in (recorded, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert losses[0] != [row["loss_first"] for row in recorded.blocks]
+    assert losses[0] != [row["metrics"]["loss_first"] for row in recorded.blocks]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

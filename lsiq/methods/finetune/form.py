@@ -15,6 +15,7 @@ from lsiq.parts.dense import Dense
 from lsiq.runtime import processes
 from lsiq.runtime.device import RESIDENT_SHARE
 from lsiq.runtime.memory import free_bytes, taken_bytes
+from lsiq.runtime.micro_batch import AGAIN
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
@@ -84,10 +85,10 @@ def form_for(settings: FineTune, model: Model, quant: QuantSettings, samples: in
         ResourceError: `auto`, and no form fits.
     """
     shape = Shape.of({"model_type": model.spec.model_type, **model.config.to_dict()})
-    own = processes.share(samples, process=0)
-    load = Load.of(settings, shape, model.depth, model.dtype, quant, own.stop - own.start, seqlen)
+    share = processes.share(samples, process=0)
+    load = Load.of(settings, shape, model.depth, model.dtype, quant, share.stop - share.start, seqlen)
     if settings.memory is not None:
-        room = int(settings.memory * GIB) - taken_bytes(model.device)
+        room = max(0, int(settings.memory * GIB) - taken_bytes(model.device))
     else:
         room = min(processes.gather(int(USABLE * free_bytes(model.device))))
     form = choose(settings, load, room)
@@ -139,7 +140,7 @@ class Load:
         groups = [fmt.width or shape.width for fmt in quant.formats if fmt.bits < 16]
         name = settings.training.precision
         # What auto stands for is measured later; nothing is wider than float32.
-        precision = dtype if name == "model" else torch.float32 if name == "auto" else getattr(torch, name)
+        precision = dtype if name == "model" else getattr(torch, "float32" if name in ("auto", "tf32") else name)
         group = min(groups, default=shape.width)
         return cls(shape, depth, samples, seqlen, group, dtype.itemsize, precision.itemsize)
 
@@ -211,3 +212,15 @@ def _forms(settings: FineTune, load: Load, room: int) -> Iterator[Form]:
             yield form("window", settings.window or max(1, load.largest_window(settings, count, room)), count)
     if asked == "grid" or (asked == "auto" and settings.part is not None and settings.trains_grid):
         yield from (form("grid", None, count) for count in sequences)
+
+
+def smaller(settings: FineTune) -> str:
+    """What to do where not even one sequence fits."""
+    again = "method.memory=GIB chooses a smaller form by trained=auto and keeps the finished blocks"
+    if not settings.together or settings.trained == "grid":
+        return f"this is the least form; use a shorter calib.seqlen, or {AGAIN}"
+    if settings.trained == "window" and settings.window != 1:
+        fewer = "fewer" if settings.window is None else str(settings.window // 2)
+        return f"use method.window={fewer}, or method.trained=grid; {again}; or {AGAIN}"
+    form = "window" if settings.trained == "all" else "grid"
+    return f"use method.trained={form}; {again}; or {AGAIN}"

@@ -80,7 +80,7 @@ class Progress:
         if self._unfinished is None:
             return
         start = time.monotonic()
-        tensors = {f"settled/{i}/{name}": tensor for i, kept in settled.items() for name, tensor in kept.items()}
+        tensors = {f"settled/{i}/{name}": tensor for i, block in settled.items() for name, tensor in block.items()}
         for number, optimizer in enumerate(optimizers):
             for index, parameter in enumerate(_parameters(optimizer)):
                 place = f"optimizer/{number}/{index}"

@@ -69,8 +69,11 @@ class TunedBlock:
         self.groups = [*_trainable(self.growth, scales), *_trainable(floating, rate)]
 
     def open(self, steps: int) -> list[dict[str, Any]]:
-        """Let the weights have increments, trained for so many steps; return those as optimizers take them."""
-        if (part := self.settings.part) is None:
+        """Let the weights have increments, trained for so many steps; return those as optimizers take them.
+
+        There are none without a part, and where the grid alone is trained.
+        """
+        if (part := self.settings.part) is None or self.settings.trained == "grid":
             return []
         self.grids = {name: _moved(grid, self.device) for name, grid in self.grids.items()}
         if self.settings.latents:
@@ -105,9 +108,9 @@ class TunedBlock:
 
     def settled(self) -> dict[str, Tensor]:
         """Return, by kind and name, what `settle` changed that no optimizer holds."""
-        kept = {f"codes/{name}": grid.codes for name, grid in self.grids.items()}
-        kept |= {f"float/{name}": tensor for name, tensor in self.floats.items() if not tensor.requires_grad}
-        return kept | {f"learned/{name}": tensor for name, tensor in self.learned.items()}
+        tensors = {f"codes/{name}": grid.codes for name, grid in self.grids.items()}
+        tensors |= {f"float/{name}": tensor for name, tensor in self.floats.items() if not tensor.requires_grad}
+        return tensors | {f"learned/{name}": tensor for name, tensor in self.learned.items()}
 
     def take_settled(self, tensors: Tensors) -> None:
         """Let the block be what it was when `settled` returned this."""

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lsiq.errors import InputError, NumericalError, ResourceError
 from lsiq.methods.base import Method, Traits
-from lsiq.methods.finetune.form import FUSED
+from lsiq.methods.finetune.form import smaller
 from lsiq.methods.finetune.loss import float_loss, text_loss
+from lsiq.methods.finetune.optimizers import Optimizers
 from lsiq.methods.finetune.progress import Course, Progress
 from lsiq.methods.finetune.recorder import Recorder, recordable
 from lsiq.methods.finetune.tuned_block import TunedBlock
 from lsiq.methods.finetune.windows import Group, Window, groups
-from lsiq.models.block import Block, BlockFunction, run_stream
+from lsiq.models.block import Block, run_stream
 from lsiq.models.context import Context, Need
 from lsiq.models.result import BlockResult
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes
 from lsiq.runtime.batch_exchange import fetch
 from lsiq.runtime.memory import free_bytes
-from lsiq.runtime.micro_batch import AGAIN, MicroBatch
+from lsiq.runtime.micro_batch import MicroBatch
+from lsiq.runtime.precision import tf32
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
@@ -89,47 +91,6 @@ def _check(initial: BlockResult, block: Block, quant: QuantSettings, run: str) -
             )
 
 
-def _smaller(settings: FineTune) -> str:
-    """What to do where not even one sequence fits."""
-    again = "method.memory=GIB chooses a smaller form by trained=auto and keeps the finished blocks"
-    if not settings.together or settings.trained == "grid":
-        return f"this is the least form; use a shorter calib.seqlen, or {AGAIN}"
-    if settings.trained == "window" and settings.window != 1:
-        fewer = "fewer" if settings.window is None else str(settings.window // 2)
-        return f"use method.window={fewer}, or method.trained=grid; {again}; or {AGAIN}"
-    smaller = "window" if settings.trained == "all" else "grid"
-    return f"use method.trained={smaller}; {again}; or {AGAIN}"
-
-
-def _adam(groups: list[dict[str, Any]], device: torch.device, recorded: bool = False) -> list[torch.optim.Optimizer]:
-    """Return an optimizer of these parameters, which a recorder may be given; none where there are none."""
-    if not groups:
-        return []
-    if recorded:  # a recorded step reads its rates where they lie
-        groups = [{**group, "lr": torch.tensor(group["lr"], device=device)} for group in groups]
-        return [torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=True)]
-    fused = device.type == "cuda" and sum(p.numel() for group in groups for p in group["params"]) >= FUSED
-    return [torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)]
-
-
-class _Rates:
-    """The learning rates of some optimizers over some of the steps of the schedule."""
-
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], steps: range) -> None:
-        self._steps = steps
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._groups = [(group, float(group["lr"])) for group in groups]
-
-    def set(self, settings: FineTune, step: int) -> None:
-        """Let the step run at the rates' share of its place among the steps."""
-        factor = settings.training.rate_factor((step - self._steps.start) / len(self._steps))
-        for group, rate in self._groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate * factor)
-            else:
-                group["lr"] = rate * factor
-
-
 class _Tuner:
     """Trains groups of blocks of one model, each group through all that lies behind it."""
 
@@ -145,7 +106,7 @@ class _Tuner:
         block = self._block(0)
         self.device = next(iter(block.weights.values())).device
         self.dtype = settings.training.in_precision(block, context.cache).dtype
-        self.micro = MicroBatch(settings.training.batch, "fine-tuning", _smaller(settings))
+        self.micro = MicroBatch(settings.training.batch, "fine-tuning", smaller(settings))
         with torch.no_grad():
             self.vocabulary = context.ahead.logits(self.hidden[:1, :1].to(self.device)).shape[-1]
         self.reference = self._float_outputs() if settings.loss == "float" else None
@@ -161,7 +122,8 @@ class _Tuner:
                 continue
             if number > self.course.group:
                 self.course = Course(number, 0, self.micro.size)
-            self._finish(self._train(group))
+            with tf32(self.settings.training.precision == "tf32"):
+                self._finish(self._train(group))
 
     def _finish(self, results: Mapping[int, BlockResult]) -> None:
         self.finished |= results
@@ -178,25 +140,44 @@ class _Tuner:
             for index in range(group.blocks[0], len(self.results))
         }
         chain = [block.forward for block in blocks.values()]
+        trained = [parameters for block in blocks.values() for parameters in block.groups]
         recorded = self._recorded(group, place)
-        throughout = _adam([own for block in blocks.values() for own in block.groups], self.device, recorded)
+        throughout = Optimizers(trained, range(group.steps), self.device, recorded)
         for index, tensors in self.progress.settled().items():
             blocks[index].take_settled(tensors)
         metrics: dict[int, dict[str, float]] = {}
         for number, window in enumerate(group.windows):
-            opened = {index: blocks[index] for index in window.blocks}
             if self.course.steps < window.steps.stop or not window.steps:
-                increments = [own for block in opened.values() for own in block.open(len(window.steps))]
-                own = _adam(increments, self.device, recorded)
-                seconds = self._steps(group, number, chain, throughout, own, blocks)
-                for block in opened.values():
-                    block.settle()
-                own = {"step_seconds": seconds, "window": float(number)}
-                metrics |= dict.fromkeys(opened, own if len(group.windows) > 1 else {"step_seconds": seconds})
+                seconds = self._train_window(group, number, chain, throughout, blocks, recorded)
+                facts = {"step_seconds": seconds}
+                facts |= {"window": float(number)} if len(group.windows) > 1 else {}
+                metrics |= dict.fromkeys(window.blocks, facts)
         shared = {"seconds": time.perf_counter() - start}
         if losses := self.course.losses:
             shared |= {"loss_first": losses[0], "loss_last": losses[-1]}
         return {index: blocks[index].result({**shared, **metrics.get(index, {})}) for index in group.blocks}
+
+    def _train_window(
+        self,
+        group: Group,
+        number: int,
+        chain: Sequence[Callable[[Tensor], Tensor]],
+        throughout: Optimizers,
+        blocks: Mapping[int, TunedBlock],
+        recorded: bool,
+    ) -> float:
+        """Train the increments of a window and settle its blocks; return the seconds that a step took.
+
+        Its optimizer is gone when this returns, so that there is room for the next one's.
+        """
+        window = group.windows[number]
+        opened = [blocks[index] for index in window.blocks]
+        weights = [parameters for block in opened for parameters in block.open(len(window.steps))]
+        increments = Optimizers(weights, window.steps, self.device, recorded)
+        seconds = self._steps(group, number, chain, throughout, increments, blocks)
+        for block in opened:
+            block.settle()
+        return seconds
 
     def _tuned(self, index: int, rests: bool, place: torch.device) -> TunedBlock:
         quant, result = self.quant.in_block(index), self.results[index]
@@ -218,9 +199,9 @@ class _Tuner:
         self,
         group: Group,
         number: int,
-        chain: Sequence[BlockFunction],
-        throughout: Sequence[torch.optim.Optimizer],
-        increments: Sequence[torch.optim.Optimizer],
+        chain: Sequence[Callable[[Tensor], Tensor]],
+        throughout: Optimizers,
+        increments: Optimizers,
         blocks: Mapping[int, TunedBlock],
     ) -> float:
         """Take the steps of a window that are left, and return the seconds that one took.
@@ -228,27 +209,24 @@ class _Tuner:
         What is stopped between two steps is kept.
         """
         window, course = group.windows[number], self.course
-        optimizers, batches = [*throughout, *increments], self._batches(group)
-        parameters = [p for optimizer in optimizers for own in optimizer.param_groups for p in own["params"]]
-        rates = [_Rates(throughout, range(group.steps)), _Rates(increments, window.steps)]
+        optimizers, batches = [*throughout.each, *increments.each], self._batches(group)
+        parameters = [p for optimizer in optimizers for rated in optimizer.param_groups for p in rated["params"]]
         if self.progress.stored is not None:
             self.progress.restore(optimizers)
+        gradients = partial(self._gradients, chain, parameters)
         recorder = None
-        if any(own["capturable"] for optimizer in optimizers for own in optimizer.param_groups):
-            recorder = Recorder(
-                optimizers, partial(self._gradients, chain, parameters), self.settings.training.batch, self.micro
-            )
+        if any(rated["capturable"] for optimizer in optimizers for rated in optimizer.param_groups):
+            recorder = Recorder(optimizers, gradients, self.settings.training.batch, self.micro)
         before, start, moving = course.steps, time.perf_counter(), False
         try:
             for step in range(course.steps, window.steps.stop):
                 if self.progress.due:
                     self._write(optimizers, group.windows[:number], blocks)
-                for own in rates:
-                    own.set(self.settings, step)
+                for each in (throughout, increments):
+                    each.set_rates(self.settings, step)
                 hidden, target, weight = self._batch(batches[step])
                 if recorder is None:
-                    gradients = partial(self._gradients, chain, parameters, hidden, target, weight)
-                    loss = processes.add(self.micro.fitting(gradients))
+                    loss = processes.add(self.micro.fitting(partial(gradients, hidden, target, weight)))
                     processes.add_gradients(parameters)
                     moving = True  # in the middle of a step there is nothing to go on from
                     for optimizer in optimizers:
@@ -306,7 +284,7 @@ class _Tuner:
 
     def _gradients(
         self,
-        chain: Sequence[BlockFunction],
+        chain: Sequence[Callable[[Tensor], Tensor]],
         parameters: Sequence[Tensor],
         hidden: Tensor,
         target: Tensor,
@@ -323,7 +301,7 @@ class _Tuner:
             total += loss.detach()
         return total
 
-    def _loss(self, chain: Sequence[BlockFunction], hidden: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, chain: Sequence[Callable[[Tensor], Tensor]], hidden: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch."""
         assert self.context.ahead is not None
         for function in chain:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.marks import slow
 
-from lsiq.bench import block, processes, step
+from lsiq.bench import best, block, processes, step
 
 
 @pytest.mark.parametrize("method", ["gptq", slow("qera-exact")])
@@ -60,3 +60,18 @@ def test_a_whole_model_is_quantised_and_its_time_projected(
     step.main()
     told = capsys.readouterr().out
     assert all(word in told for word in ("block 1: ", "plain", "projected for 20 epochs", "peak"))
+
+
+@pytest.mark.product
+def test_the_best_recipe_runs_in_part_and_the_rest_is_projected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["--layers", "3", "--blocks", "2", "--samples", "8", "--seqlen", "16", "--device", "cpu"]
+    form = ["--form", "window", "--window", "2", "--end-share", "0.2"]
+    short = "method.weight_only.start.training.epochs=1"
+    monkeypatch.setattr(sys, "argv", ["best", "--small", *size, *form, short])
+    best.main()
+    told = capsys.readouterr().out
+    assert all(
+        word in told for word in ("block 1: ", "window of 2 blocks", "2 of 10 epochs", "s a step", "projected: ")
+    )
