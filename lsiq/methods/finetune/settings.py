@@ -46,8 +46,8 @@ class FineTune(Traits):
     - `all`: all of it, in all blocks.
     - `window`: step sizes, norms and biases in all blocks, as with `all`, and the increments in a window of consecutive
       blocks. Windows follow one another from the first block to the last and share the optimizer steps in proportion
-      to their blocks; in each the increments start at 0 and their rates run their whole course, and at its end the
-      weights are rounded for good. The other blocks are held as codes.
+      to their blocks; in each the increments start at 0 and their rates run their whole course, divided by the root of
+      its share of the steps. At its end the weights are rounded for good. The other blocks are held as codes.
     - `grid`: step sizes, norms and biases alone, in all blocks.
     - `auto`: the first of the three that fits. A run chooses before its first block and keeps to it.
 

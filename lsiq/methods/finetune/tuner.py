@@ -172,7 +172,8 @@ class _Tuner:
         """
         window = group.windows[number]
         opened = [blocks[index] for index in window.blocks]
-        weights = [parameters for block in opened for parameters in block.open(len(window.steps))]
+        share = len(window.steps) / max(1, group.steps) or 1.0
+        weights = [parameters for block in opened for parameters in block.open(len(window.steps), share)]
         increments = Optimizers(weights, window.steps, self.device, recorded)
         seconds = self._steps(group, number, chain, throughout, increments, blocks)
         for block in opened:
