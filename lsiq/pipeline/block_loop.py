@@ -77,10 +77,10 @@ def quantize(
     """Quantise the model block by block into `store`, yielding a report after each.
 
     Two streams run along: the float stream is what the float model feeds each block, the quantised stream what the
-    already quantised blocks feed it. Of several processes each runs its share of the sequences. After each block it and,
-    where that is worth it, both streams go to the disk, and are there when the iteration ends or is closed. What `store` holds of this run is
-    not made again: the results are those of a run that was never stopped, bit for bit. Several processes keep the
-    blocks alone, and run their shares through them.
+    already quantised blocks feed it. Of several processes each runs its share of the sequences. After each block it
+    goes to the disk, and so do both streams where that is worth it; all is there when the iteration ends or is closed.
+    What `store` holds of this run is not made again: the results are those of a run that was never stopped, bit for
+    bit. Several processes keep the blocks alone, and run their shares through them.
 
     Args:
         tokens: `(N, T)` calibration tokens, or None for a method that needs none.
