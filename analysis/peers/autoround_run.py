@@ -2,7 +2,8 @@
 
 PEER/bin/python analysis/peers/autoround_run.py DIR OUT --bits 2 --group 64 --iterations 200 --seed 0
 
-The package's default is 200 iterations, its auto-round-best 1000 on 512 samples; for 2 bits its authors ask for `--extra`.
+The package's default is 200 iterations, its auto-round-best 1000 on 512 samples; for 2 bits its authors ask for
+`--extra`.
 """
 
 import argparse

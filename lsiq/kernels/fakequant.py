@@ -37,11 +37,13 @@ def _divide(x, y):
 def _in_steps(w, scale):
     """Return `w / scale`, exactly rounded, with one division for each group (Markstein)."""
     if w.dtype == tl.float64:
-        return w / scale[:, None]
-    step = tl.broadcast_to(scale[:, None], w.shape)
-    inverse = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, scale.dtype), scale)[:, None], w.shape)
-    near = w * inverse
-    return tl.fma(tl.fma(-near, step, w), inverse, near)
+        steps = w / scale[:, None]
+    else:
+        step = tl.broadcast_to(scale[:, None], w.shape)
+        inverse = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, scale.dtype), scale)[:, None], w.shape)
+        near = w * inverse
+        steps = tl.fma(tl.fma(-near, step, w), inverse, near)
+    return steps
 
 
 @triton.jit

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lsiq.learning.step import WARM_STEPS
 from lsiq.runtime import processes
 from lsiq.runtime.micro_batch import MicroBatch
+from lsiq.runtime.terminal import warn
 
-# Steps taken before one is recorded: libraries allocate their workspaces and the optimizer its state in the first.
-WARM_STEPS = 2
 # Of models with more numbers than this a step's launches are hidden behind its work.
 LARGEST = 2**28
 
@@ -36,8 +36,7 @@ class Recorder:
     ) -> None:
         self.optimizers, self.gradients, self.size, self.micro = optimizers, gradients, size, micro
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.recorded_size = micro.size
-        self.warm = 0
+        self.recorded_size, self.warm, self.room = micro.size, 0, True
 
     def step(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Take a step on a batch, and return its loss.
@@ -46,26 +45,37 @@ class Recorder:
             hidden, target: `(n, T, d)`, what enters the first block that is trained and what the last is to give, or
                 `(n, T)` tokens.
         """
-        if len(hidden) != self.size or self.warm < WARM_STEPS:
-            loss = self.micro.fitting(lambda: self.gradients(hidden, target))
-            self._move()
-            self.warm += len(hidden) == self.size
-            return loss
-        if self.graph is None or self.recorded_size != self.micro.size:
-            self._record(hidden, target)
-        assert self.graph is not None
-        self.hidden.copy_(hidden)
-        self.target.copy_(target)
-        self.graph.replay()
-        return self.loss.clone()
+        if len(hidden) == self.size and self.warm >= WARM_STEPS and self._recorded(hidden, target):
+            assert self.graph is not None
+            self.hidden.copy_(hidden)
+            self.target.copy_(target)
+            self.graph.replay()
+            return self.loss.clone()
+        loss = self.micro.fitting(lambda: self.gradients(hidden, target))
+        self._move()
+        self.warm += len(hidden) == self.size
+        return loss
 
-    def _record(self, hidden: Tensor, target: Tensor) -> None:
+    def _recorded(self, hidden: Tensor, target: Tensor) -> bool:
+        """Whether there is a recorded step; it is recorded on this batch where there is none yet and room for one."""
+        if self.room and (self.graph is None or self.recorded_size != self.micro.size):
+            self.graph = None  # what it took is free again
+            self.graph = self._record(hidden, target)
+        return self.graph is not None
+
+    def _record(self, hidden: Tensor, target: Tensor) -> torch.cuda.CUDAGraph | None:
         self.hidden, self.target = hidden.clone(), target.clone()
-        self.graph, self.recorded_size = torch.cuda.CUDAGraph(), self.micro.size
+        self.recorded_size, graph = self.micro.size, torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # what a graph takes it takes beside what is kept for reuse
-        with torch.cuda.graph(self.graph):
-            self.loss = self.gradients(self.hidden, self.target)
-            self._move()
+        try:
+            with torch.cuda.graph(graph):
+                self.loss = self.gradients(self.hidden, self.target)
+                self._move()
+        except torch.OutOfMemoryError as error:
+            self.room = False
+            warn(f"fine-tuning: no room to record a step ({str(error).partition('.')[0]}); each is launched by itself")
+            return None
+        return graph
 
     def _move(self) -> None:
         for optimizer in self.optimizers:
