@@ -123,9 +123,7 @@ def plain_numbers(axis: Axes, which: Literal["x", "y"] = "y") -> None:
     ticks.set_minor_formatter(NullFormatter())
 
 
-def legend_below(
-    canvas: Canvas, axes: Sequence[Axes], order: Sequence[str] = (), columns: int | None = None
-) -> None:
+def legend_below(canvas: Canvas, axes: Sequence[Axes], order: Sequence[str] = (), columns: int | None = None) -> None:
     """Put one legend for all axes below them, each entry once; in a given order and so many columns, if any."""
     entries: dict[str, Any] = {}
     for axis in axes:

@@ -49,9 +49,7 @@ class Cell:
     bold: bool = False
     text: str | None = None
 
-    def write(
-        self, number: Callable[[float], str], beside: bool, tex: bool = False, counted: bool = False
-    ) -> str:
+    def write(self, number: Callable[[float], str], beside: bool, tex: bool = False, counted: bool = False) -> str:
         """Return the cell's text; `beside` puts the published number behind ours, empty ones included.
 
         Args:
@@ -195,6 +193,12 @@ def _tex(text: str) -> str:
 
 
 def _marks(text: str) -> str:
-    for plain, escaped in (("†", r"$^\dagger$"), ("‡", r"$^\ddagger$"), ("–", "--"), ("·", r"$\cdot$"), ("±", r"$\pm$")):
+    for plain, escaped in (
+        ("†", r"$^\dagger$"),
+        ("‡", r"$^\ddagger$"),
+        ("–", "--"),
+        ("·", r"$\cdot$"),
+        ("±", r"$\pm$"),
+    ):
         text = text.replace(plain, escaped)
     return text

@@ -1,4 +1,4 @@
-"""What methods lose on models of three sizes: the runs of the scale study under today's names, as tables and a figure."""
+"""What methods lose on models of three sizes: the scale study's runs under today's names, as tables and a figure."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ ENTRIES = (
     Entry("lsi at 3e-3"),
     Entry("lsi, random directions at 3e-3"),
     Entry("dense at 3e-3, searched", "dense"),
-    Entry("rounding, CL", "best-blocks", hollow=True),
-    Entry("rounding, CL, end with latents", "best", hollow=True),
-    Entry("lsi, CL, end without weights"),
+    Entry("rounding with CL", "best-blocks", hollow=True),
+    Entry("rounding with CL, then latents", "best", hollow=True),
+    Entry("lsi with CL, then step sizes"),
     Entry("best", "best"),
 )
 # By file of records: the label of a run, and its row. Labels of scale.jsonl are those of its day.
@@ -90,13 +90,13 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "lsird3": "lsi at 3e-3",
         "lsirdx": "lsi, random directions at 3e-3",
         "dense": "dense at 3e-3, searched",
-        "bestrc": "lsi, CL, end without weights",
+        "bestrc": "lsi with CL, then step sizes",
         "best0": "best",
     },
     "scale-seeds": _SAME
     | {name: name for name in ("omniquant", "lsi-diagonal", "lsi")}
     # Not the methods of these names: these train roundings, not weights, and the end starts from latent weights.
-    | {"best-blocks": "rounding, CL", "best": "rounding, CL, end with latents"},
+    | {"best-blocks": "rounding with CL", "best": "rounding with CL, then latents"},
 }
 # A peer's checkpoints were evaluated as models of their own: by name, the width and the row.
 PEERS = {
@@ -110,12 +110,17 @@ PEERS_OF = "smollm2-135m"
 
 @dataclass(frozen=True)
 class Point:
-    """A run as tables show it: its size, width in bits (w2), row and metrics."""
+    """A run as tables show it: its size, width in bits (w2), row and metrics.
+
+    Attributes:
+        model: tells models of one size apart: perplexities of the float model, to four digits.
+    """
 
     size: str
     width: str
     entry: str
     metrics: Mapping[str, float]
+    model: tuple[str, ...] = ()
 
 
 class SizeRuns:
@@ -141,18 +146,19 @@ class SizeRuns:
 
     def sample(self, size: str, width: str, entry: str, metric: str) -> Sample | None:
         """Return what the runs of a row measured; rounding to nearest counts once per model, as no seed changes it."""
-        values = [
-            value
+        measured = [
+            (point, value)
             for point in self.points
             if (point.size, point.width, point.entry) == (size, width, entry)
             for key, value in point.metrics.items()
             if key.partition("@")[0] == metric
         ]
         if entry == "rtn":
-            values = list(dict.fromkeys(values))
-        if not values:
+            measured = list({point.model: (point, value) for point, value in measured}.values())
+        if not measured:
             return None
-        return Sample(tuple(values), entry == "rtn" and len(values) == 1, self.notes.get(size, ()))
+        values = tuple(value for _, value in measured)
+        return Sample(values, entry == "rtn" and len(values) == 1, self.notes.get(size, ()))
 
 
 def load_sizes(folder: Path = ROOT / "analysis" / "records") -> SizeRuns:
@@ -179,7 +185,9 @@ def excess_by_size(runs: SizeRuns, widths: Sequence[str]) -> Figure:
         if text == next(iter(TEXTS)):
             axis.set_ylabel("excess loss (nats)")
     legend_below(canvas, axes, [entry.name for entry in entries], columns=4)
-    caption = "Excess loss against model size: means over 1 to 3 runs, which small markers show one by one; hollow: variants"
+    caption = (
+        "Excess loss against model size: means over 1 to 3 runs, which small markers show one by one; hollow: variants"
+    )
     return Figure("excess-by-size", caption, canvas)
 
 
@@ -188,7 +196,9 @@ def _draw(axis: Axes, entry: Entry, samples: Sequence[Sample | None], shift: flo
     single = options | {"markersize": 1.8}
     means = {place + shift: sample for place, sample in enumerate(samples) if sample is not None}
     positive = {x: sample.mean for x, sample in means.items() if sample.mean > 0}
-    axis.plot(list(positive), list(positive.values()), **options | {"linestyle": "-", "linewidth": 0.8}, label=entry.name)
+    axis.plot(
+        list(positive), list(positive.values()), **options | {"linestyle": "-", "linewidth": 0.8}, label=entry.name
+    )
     for x, sample in means.items():
         if sample.mean <= 0:
             on_lower_edge(axis, x, **options)
@@ -221,7 +231,8 @@ def _point(file: str, run: Run) -> Point:
             f"{file}.jsonl: {run.model}, {run.method}: the tables by size have no such model or row; "
             "add it to lsiq/tables/papers/size.py"
         )
-    return Point(size, run.setting[:2], entry, run.metrics)
+    model = tuple(f"{value:.4g}" for key, value in sorted(run.metrics.items()) if key.startswith("float/ppl/"))
+    return Point(size, run.setting[:2], entry, run.metrics, model)
 
 
 def _peer(run: Run, base: Run | None) -> Point:
