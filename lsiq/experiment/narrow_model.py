@@ -72,6 +72,8 @@ def narrowed(architecture: Mapping[str, Any], quant: QuantSettings, depth: int) 
         shape["num_key_value_heads"] = kv_heads
     if shape.get("layer_types"):
         shape["layer_types"] = shape["layer_types"][:depth]
+    if int(shape.get("max_position_embeddings", LONG)) < LONG:
+        shape["max_position_embeddings"] = LONG
     return shape
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
-from lsiq.experiment.narrow_model import Shape, narrowed
+from lsiq.experiment.narrow_model import LONG, Shape, narrowed
 from lsiq.experiment.run import run
 from lsiq.models.families import find_spec
 
@@ -42,6 +42,15 @@ def test_counts_are_those_of_the_model_and_of_the_narrow_one(name: str) -> None:
         assert all(weight.shape[1] % 128 == 0 for weight in linears)
         outside = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(f"{spec.blocks}."))
         assert found.outside == pytest.approx(outside, rel=0.01)  # norms and two positions of OPT are left out
+
+
+def test_the_narrow_model_has_positions_for_what_is_tried() -> None:
+    config = parse(compose_run("quant=w4a16g128", "dry_run=true"))
+    assert SHAPES["opt"]["max_position_embeddings"] < LONG
+    assert narrowed(SHAPES["opt"], config.quant, 1)["max_position_embeddings"] == LONG
+    assert (
+        narrowed({**SHAPES["opt"], "max_position_embeddings": 2048}, config.quant, 1)["max_position_embeddings"] == 2048
+    )
 
 
 METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
