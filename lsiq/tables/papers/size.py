@@ -171,10 +171,13 @@ def excess_by_size(runs: SizeRuns, widths: Sequence[str]) -> Figure:
     canvas, axes = panels(len(widths), len(TEXTS), 3.1, sharex=True, sharey="row")
     entries = [entry for entry in ENTRIES if entry.look is not None]
     places = [(width, text) for width in widths for text in TEXTS]
+    counts: list[int] = []
     for axis, (width, text) in zip(axes, places, strict=True):
         for place, entry in enumerate(entries):
             shift = (place - (len(entries) - 1) / 2) * 0.8 / len(entries)
-            _draw(axis, entry, [runs.sample(size.name, width, entry.name, f"excess/{text}") for size in SIZES], shift)
+            samples = [runs.sample(size.name, width, entry.name, f"excess/{text}") for size in SIZES]
+            counts += [len(sample.values) for sample in samples if sample is not None]
+            _draw(axis, entry, samples, shift)
         plain_numbers(axis)
         axis.set_xticks(range(len(SIZES)), [size.tick for size in SIZES])
         axis.set_xlim(-0.5, len(SIZES) - 0.5)
@@ -186,7 +189,8 @@ def excess_by_size(runs: SizeRuns, widths: Sequence[str]) -> Figure:
             axis.set_ylabel("excess loss (nats)")
     legend_below(canvas, axes, [entry.name for entry in entries], columns=4)
     caption = (
-        "Excess loss against model size: means over 1 to 3 runs, which small markers show one by one; hollow: variants"
+        f"Excess loss against model size: means over {min(counts)} to {max(counts)} runs, which small markers show one "
+        "by one; hollow: variants, and AutoRound's package"
     )
     return Figure("excess-by-size", caption, canvas)
 
