@@ -137,11 +137,11 @@ class SizeRuns:
                 if run.get("eval.corpora") == REPORTED:
                     latest[file, run.model, run.setting, run.method, run.seed] = (file, run)
         reported = list(latest.values())
-        own = [(file, run) for file, run in reported if run.model not in PEERS]
-        base = next((run for _, run in own if run.model == PEERS_OF), None)
-        self.points = [_point(file, run) for file, run in own]
+        quantized = [(file, run) for file, run in reported if run.model not in PEERS]
+        base = next((run for _, run in quantized if run.model == PEERS_OF), None)
+        self.points = [_point(file, run) for file, run in quantized]
         self.points += [_peer(run, base) for _, run in reported if run.model in PEERS]
-        self.notes = _notes(run for _, run in own)
+        self.notes = _notes(run for _, run in quantized)
         _check_tokens(run for _, run in reported)
 
     def sample(self, size: str, width: str, entry: str, metric: str) -> Sample | None:
