@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
+if gc.isenabled():  # again once all is imported and collected: the 700,000 objects and more that come with it stay
+    gc.disable()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of workers side by side would wait for each other
@@ -13,6 +16,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis  # noqa: F401  # asks the collector who holds a generator of trio's, before that is frozen
 import pytest
 import torch
 
@@ -20,7 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, for the tests of its kernels
 from helpers.configuration import compose_run
 from helpers.models import SHAPES, save_model
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 # Whole files about what an extra brings are left out where it is not installed.
 NEEDED = {
@@ -49,7 +53,14 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not asked and whole and cores > 1 and not config.option.usepdb and not config.option.collectonly:
         config.option.numprocesses = min(cores, MOST_WORKERS)
-        config.option.dist = "loadgroup"  # what one costly fixture is made for stays in one process
+        config.option.dist = "loadfile"  # what the tests of a file share is made in one process
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from what was imported, which it would look through ever again."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +78,9 @@ def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of some 900 tokens."""
+    """A text of some 540 tokens."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"The {n}th boat carried {n * 7} barrels of salt to the harbour.\n" for n in range(60)))
+    path.write_text("".join(f"The {n}th boat carried {n * 7} barrels of salt to the harbour.\n" for n in range(36)))
     return path
 
 
@@ -79,23 +90,25 @@ def small_run(text_file: Path, tmp_path: Path) -> Callable[..., DictConfig]:
 
     def make(checkpoint: Path, *overrides: str) -> DictConfig:
         method = [] if any(override.startswith("method=") for override in overrides) else ["method=rtn"]
+        # Paths are filled in afterwards: the same words are composed once.
+        runs = [override.partition("=")[2] for override in overrides if override.startswith("paths.runs=")]
+        paths = {"model.path": checkpoint, "calib.path": text_file, "eval.path": text_file}
         cfg = compose_run(
             *method,
-            f"model.path={checkpoint}",
             "calib=file",
-            f"calib.path={text_file}",
             "calib.samples=4",
             "calib.seqlen=32",
             "calib.batch=2",
             "eval=file",
-            f"eval.path={text_file}",
             "eval.seqlen=64",
             "quant.weight.group=32",
             "tracker=none",
-            *overrides,
+            *(override for override in overrides if not override.startswith("paths.runs=")),
         )
-        if not any(override.startswith("paths.runs=") for override in overrides):
-            cfg.paths.runs = str(tmp_path / "runs")
+        cfg.paths.runs = runs[-1] if runs else str(tmp_path / "runs")
+        for key, path in paths.items():
+            if not any(override.startswith(f"{key}=") for override in overrides):
+                OmegaConf.update(cfg, key, str(path))
         return cfg
 
     return make

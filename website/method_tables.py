@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from lsiq.cli.compose import compose
-from lsiq.report.compact import Run
 from lsiq.settings import find_target
 from lsiq.tables.papers.layout import BUNDLED
+from lsiq.tables.papers.size import ENTRIES, SIZES, TEXTS, load_sizes
 from lsiq.tables.protocol import STUDY
 from lsiq.tables.study import Runs, Sample, load
 
 WIDTHS = ("w2a16g128", "w3a16g128", "w4a16g128", "w4a4", "w4a8-mxint")
 # Settings that every learned method has; docs/methods/training.md shows them once.
 SHARED = "training"
-# What the runs of the study of scale were called, and what they are now; see docs/scale-study.md.
-SCALE_NAMES = {
-    "oq": "omniquant",
-    "diag3": "lsi-diagonal",
-    "lsi0": "lsi-corner",
-    "lsird": "lsi",
-    "lsirdx": "lsi, random directions",
-    "rs": "lsi, no increments",
-    "best0": "best",
-}
-SCALE_MODELS = {"tiny-llama": "11 M", "l90": "90 M", "smol": "SmolLM2-135M"}
 
 
 def settings_of(methods: Sequence[str]) -> str:
@@ -66,11 +56,11 @@ def numbers(methods: Sequence[str]) -> str:
             "Excess loss over the float model, mean ± standard deviation over three seeds, 11 million parameters "
             "([how it was measured](../results.md)):\n\n" + _table(heads, rows)
         )
-    if rows := list(_by_size(runs, methods)):
-        heads = ["bits", "method", *SCALE_MODELS.values()]
+    if rows := list(_by_size(methods)):
+        heads = ["bits", "method", *(size.name for size in SIZES)]
         parts.append(
-            "By size, C4 / WikiText-2 test, one seed, other calibration text than above "
-            "([how it was measured](../scale-study.md)):\n\n" + _table(heads, rows)
+            "By size, C4 / WikiText-2 test, mean (number of runs), other calibration text than above "
+            "([how it was measured](../tables/size.md)):\n\n" + _table(heads, rows)
         )
     return "\n\n".join(parts) or "No committed record has this method by itself."
 
@@ -126,23 +116,25 @@ def _sampled(sample: Sample | None) -> str:
     return f"{sample.mean:.3f}{spread}"
 
 
-def _by_size(runs: Runs, methods: Sequence[str]) -> Iterator[list[str]]:
-    """Rows of the study of scale: runs that measured both of its reported texts."""
-    found = {}
-    for run in runs.runs:
-        name = SCALE_NAMES.get(run.method, run.method)
-        if (cell := _both_texts(run)) and name.partition(",")[0] in methods:
-            found[run.setting[:2], name, run.model] = cell
-    for bits, name in dict.fromkeys((bits, name) for bits, name, _ in sorted(found)):
-        cells = [found.get((bits, name, model), "not run") for model in SCALE_MODELS]
-        yield [bits[1:], f"`{name}`" if name in methods else name, *cells]
+def _by_size(methods: Sequence[str]) -> Iterator[list[str]]:
+    """Rows of the study of scale: the methods and their variants, with the number of runs of each cell."""
+    runs = load_sizes()
+    for width in ("w2", "w3"):
+        for entry in ENTRIES:
+            samples = [
+                [runs.sample(size.name, width, entry.name, f"excess/{text}") for text in TEXTS] for size in SIZES
+            ]
+            if re.split(",| ", entry.name)[0] in methods and any(map(any, samples)):
+                name = f"`{entry.name}`" if entry.name in methods else entry.name
+                yield [width[1:], name, *map(_both_texts, samples)]
 
 
-def _both_texts(run: Run) -> str | None:
-    """Excess on C4 and WikiText-2 test, as the study of scale measured them; None for any other run."""
-    texts = {key.split("/")[1].split("@")[0]: value for key, value in run.metrics.items() if key.startswith("excess/")}
-    of_the_study = run.model in SCALE_MODELS and set(texts) == {"file", "wikitext2"} and run.get("calib.samples") == 512
-    return f"{texts['file']:.3g} / {texts['wikitext2']:.3g}" if of_the_study else None
+def _both_texts(samples: Sequence[Sample | None]) -> str:
+    measured = [sample for sample in samples if sample is not None]
+    if not measured:
+        return "not run"
+    count = "" if measured[0].exact else f" ({len(measured[0].values)})"
+    return " / ".join(f"{sample.mean:.3g}" for sample in measured) + count
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,11 +1,12 @@
-"""Quantise a checkpoint with AutoRound (0.16.1) on given tokens, asymmetric groups of 128; write it dequantised.
+"""Quantise a checkpoint with AutoRound (0.16.1) on given tokens, asymmetric groups; write it dequantised.
 
-PEER/bin/python analysis/peers/autoround_run.py DIR default|best BITS SEED OUT
+PEER/bin/python analysis/peers/autoround_run.py DIR OUT --bits 2 --group 64 --iterations 200 --seed 0
 
-`default` is 200 iterations on the given tokens, `best` the package's auto-round-best: 1000 iterations.
+The package's default is 200 iterations, its auto-round-best 1000 on 512 samples; for 2 bits its authors ask for
+`--extra`.
 """
 
-import sys
+import argparse
 import time
 from pathlib import Path
 
@@ -14,28 +15,36 @@ from auto_round import AutoRound
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder, preset, bits, seed, out = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5])
-tokens = torch.load(folder / "tokens.pt")
-data = DataLoader([{"input_ids": row} for row in tokens], batch_size=1, shuffle=False)
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", type=Path)
+parser.add_argument("out", type=Path)
+parser.add_argument("--bits", type=int, required=True)
+parser.add_argument("--group", type=int, default=128)
+parser.add_argument("--iterations", type=int, default=200)
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--extra", action="store_true", help="enable_alg_ext")
+options = parser.parse_args()
+tokens = torch.load(options.folder / "tokens.pt")
 start = time.perf_counter()
 rounding = AutoRound(
-    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-    AutoTokenizer.from_pretrained(folder),
-    bits=bits,
-    group_size=128,
+    AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32),
+    AutoTokenizer.from_pretrained(options.folder),
+    bits=options.bits,
+    group_size=options.group,
     sym=False,
-    dataset=data,
-    iters={"default": 200, "best": 1000}[preset],
+    dataset=DataLoader([{"input_ids": row} for row in tokens], batch_size=1, shuffle=False),
+    iters=options.iterations,
     nsamples=len(tokens),
     seqlen=tokens.shape[1],
     batch_size=8,
     enable_torch_compile=False,
-    seed=seed,
+    seed=options.seed,
+    **({"enable_alg_ext": True} if options.extra else {}),
 )
 quantised, _ = rounding.quantize()
-plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+plain = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
 state = {name: tensor.float().cpu() for name, tensor in quantised.state_dict().items() if name in plain.state_dict()}
 plain.load_state_dict(state)
-plain.save_pretrained(out)
-AutoTokenizer.from_pretrained(folder).save_pretrained(out)
-print(f"{out}: AutoRound {preset}, {bits} bits, seed {seed}, {time.perf_counter() - start:.0f} s")
+plain.save_pretrained(options.out)
+AutoTokenizer.from_pretrained(options.folder).save_pretrained(options.out)
+print(f"{options.out}: AutoRound, {vars(options)}, {time.perf_counter() - start:.0f} s")

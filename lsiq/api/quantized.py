@@ -32,6 +32,7 @@ from lsiq.formats.placed import place
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.methods.finetune import FineTune
+from lsiq.methods.finetune.form import form_for
 from lsiq.models.loading import Model
 from lsiq.models.result import BlockResult
 from lsiq.pipeline.block_loop import BlockReport
@@ -184,6 +185,8 @@ def quantize(
         raise ConfigError(
             f"calibration=None: method {method.name} needs calibration tokens; give lsiq.tokens(…) or ids (N, T)"
         )
+    if isinstance(method, FineTune) and tokens is not None and quant.name != "fp16":
+        method = form_for(method, source.model, quant, *tokens.shape).of(method)
     store: MemoryStore | BlockStore = MemoryStore() if folder is None else BlockStore(Path(folder) / "blocks")
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(method, FineTune) and method.start is not None:

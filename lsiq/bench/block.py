@@ -1,6 +1,7 @@
 """Seconds, memory and the floor under them for a method on one block of a true shape with random weights.
 
 python -m lsiq.bench.block --method qera-exact                   LLaMA-2-7B's shape, 128 x 2048 tokens
+python -m lsiq.bench.block --method gptq --kernels auto plain    with the Triton kernel and with the plain loop, in turn
 python -m lsiq.bench.block --method gptq --hidden 256 --intermediate 688 --heads 4 --samples 4 --seqlen 128
 """
 
@@ -23,6 +24,7 @@ from lsiq.methods.rtn import RTN
 from lsiq.models.block import Block
 from lsiq.models.context import Context
 from lsiq.models.loading import Model, load
+from lsiq.models.result import BlockResult
 from lsiq.models.settings import ModelSettings
 from lsiq.runtime.device import find_device
 from lsiq.runtime.memory import peak_bytes, reset_peak
@@ -38,15 +40,19 @@ def main() -> None:
     model = shaped_model(options, device)
     tokens = torch.randint(0, model.config.vocab_size, (options.samples, options.seqlen))
     hidden, kwargs = model.embed(tokens, options.batch)
-    block, method = model.block(0, kwargs), chosen_method(options)
-    quant = formats(options.bits, options.group)
-    carry_out(method, block, quant, hidden[:1], options.batch)  # libraries load and kernels compile
-    reset_peak()
-    start = time.perf_counter()
-    with collect_stages() as stages:
-        carry_out(method, block, quant, hidden, options.batch)
-    report(method, time.perf_counter() - start, stages)
-    report_floor(count_flops(method, block, quant, hidden, options.batch), device)
+    block, quant = model.block(0, kwargs), formats(options.bits, options.group)
+    methods = chosen_methods(options)
+    results = []
+    for method in methods:
+        carry_out(method, block, quant, hidden[:1], options.batch)  # libraries load and kernels compile
+        reset_peak()
+        start = time.perf_counter()
+        with collect_stages() as stages:
+            results.append(carry_out(method, block, quant, hidden, options.batch))
+        report(method, time.perf_counter() - start, stages, results[-1])
+    for result in results[1:]:
+        print(f"codes that are those of the first: {share_of_equal_codes(results[0], result):.6f}")
+    report_floor(count_flops(methods[0], block, quant, hidden, options.batch), device)
 
 
 def parse() -> argparse.Namespace:
@@ -55,12 +61,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--rank", type=int, default=32, help="of the low-rank methods")
+    parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "plain"], help="of gptq, in turn")
     for name, value in {"hidden": 4096, "intermediate": 11008, "heads": 32, "samples": 128, "seqlen": 2048}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--batch", type=int, default=4, help="sequences that pass through the block at once")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="auto")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.method != "gptq" and options.kernels != ["auto"]:
+        parser.error(f"--kernels {' '.join(options.kernels)}: only gptq has a choice; leave it out")
+    return options
 
 
 def shaped_model(options: argparse.Namespace, device: torch.device) -> Model:
@@ -78,17 +88,25 @@ def shaped_model(options: argparse.Namespace, device: torch.device) -> Model:
     return load(settings, None, device, seed=0)
 
 
-def chosen_method(options: argparse.Namespace) -> Method:
+def chosen_methods(options: argparse.Namespace) -> list[Method]:
     if options.method in SCALES:
-        return LQER(scale=SCALES[options.method], rank=options.rank)  # type: ignore[arg-type]
-    return {"rtn": RTN, "gptq": GPTQ, "awq": AWQ}[options.method]()
+        return [LQER(scale=SCALES[options.method], rank=options.rank)]  # type: ignore[arg-type]
+    if options.method == "gptq":
+        return [fill(GPTQ, {"kernels": kernels}) for kernels in options.kernels]
+    return [{"rtn": RTN, "awq": AWQ}[options.method]()]
 
 
-def carry_out(method: Method, block: Block, quant: QuantSettings, hidden: Tensor, batch: int) -> None:
+def carry_out(method: Method, block: Block, quant: QuantSettings, hidden: Tensor, batch: int) -> BlockResult:
     context = Context(hidden, None, torch.Generator().manual_seed(0), batch, lambda values: None)
-    method.quantize_block(block, quant, context)
+    result = method.quantize_block(block, quant, context)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return result
+
+
+def share_of_equal_codes(first: BlockResult, second: BlockResult) -> float:
+    equal = sum((first.weights[name].codes == tensor.codes).sum().item() for name, tensor in second.weights.items())
+    return equal / sum(tensor.codes.numel() for tensor in second.weights.values())
 
 
 def count_flops(method: Method, block: Block, quant: QuantSettings, hidden: Tensor, batch: int) -> dict[str, float]:
@@ -103,8 +121,9 @@ def count_flops(method: Method, block: Block, quant: QuantSettings, hidden: Tens
     return {dtype: single[dtype] + extra_batches * (double[dtype] - single[dtype]) for dtype in double}
 
 
-def report(method: Method, seconds: float, stages: dict[str, float]) -> None:
-    print(f"{method.name}: {seconds:.2f} s")
+def report(method: Method, seconds: float, stages: dict[str, float], result: BlockResult) -> None:
+    errors = [f"{key} {value:.6f}" for key, value in result.metrics.items() if key == "output_error"]
+    print(f"{method.name}: {seconds:.2f} s", *[f"kernels={result.kernels}"] * bool(result.kernels), *errors, sep="; ")
     for name, spent in sorted(stages.items(), key=lambda item: -item[1]):
         print(f"  {name:<14} {spent:8.2f} s")
     print(f"  {'the rest':<14} {seconds - sum(stages.values()):8.2f} s")

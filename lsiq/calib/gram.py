@@ -13,6 +13,10 @@ from lsiq.formats.base import ActivationFormat
 from lsiq.models.block import Block
 from lsiq.runtime import processes
 
+# Rows of a Gram matrix made by one product: enough to fill a GPU, and more than most small models have, which keep
+# their sums to the last digit.
+STRIP = 2048
+
 
 def input_grams(
     block: Block,
@@ -37,9 +41,8 @@ def input_grams(
     grams: dict[str, Tensor] = {}
 
     def update(name: str, x: Tensor) -> None:
-        x = activation.fake(x).to(product)
-        gram = (x.t() @ x).double()
-        grams[name] = gram if name not in grams else grams[name].add_(gram)
+        gram = _gram(activation.fake(x).to(product))
+        grams[name] = gram.double() if name not in grams else grams[name].add_(gram)  # which adds in float64
 
     visit_inputs(block, weights, inputs, batch, linears, update, activation)
     tokens = int(processes.add_number(inputs.shape[0] * inputs.shape[1]))
@@ -47,6 +50,22 @@ def input_grams(
         check_finite(processes.add(gram), block, name)
         gram /= tokens
     return grams
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Return `XᵀX (in, in)` of `x (tokens, in)`; of wide inputs only what lies on and above the diagonal is multiplied.
+
+    Below it is the mirror image, block by block of `STRIP` rows: 3/4 of the products at 4096 inputs, 0.59 at 11008.
+    """
+    width = x.shape[1]
+    if width <= STRIP:
+        return x.t() @ x
+    gram = x.new_empty(width, width)
+    for start in range(0, width, STRIP):
+        stop = min(start + STRIP, width)
+        torch.mm(x[:, start:stop].t(), x[:, start:], out=gram[start:stop, start:])
+        gram[stop:, start:stop] = gram[start:stop, stop:].t()
+    return gram
 
 
 def check_finite(statistic: Tensor, block: Block, name: str) -> None:

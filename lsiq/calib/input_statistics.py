@@ -52,7 +52,7 @@ def visit_inputs(
         reason = ""
         try:
             with showing.hooked(), contextlib.suppress(_AllShown):
-                function(part.to(device))
+                function(part.to(device, non_blocking=True))  # a GPU that waited here for the host would run dry
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(".")[0]
         if reason:  # what was shown of this part is not shown again

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lsiq.cli.messages import one_line, reporting
+from lsiq.cli.messages import one_line, reporting, while_read
 from lsiq.experiment.run import run
 from lsiq.runtime.folders import conf_folder, user_folder
 from lsiq.runtime.hydra_release import version_base
@@ -56,7 +56,12 @@ def carry_out(cfg: DictConfig) -> float | None:
 
 
 def main() -> None:
-    """Do what the words on the command line say."""
+    """Do what the words on the command line say, as long as somebody reads the answer."""
+    with while_read():
+        _answer()
+
+
+def _answer() -> None:
     # Torch's threads spin while they wait for each other; beside other work on the same cores that takes ten times as
     # long as sleeping does. Read when torch is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

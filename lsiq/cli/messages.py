@@ -118,6 +118,17 @@ def reporting(conf: Path) -> Iterator[None]:
         sys.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
 
 
+@contextlib.contextmanager
+def while_read() -> Iterator[None]:
+    """End quietly, as other tools do, when who reads the output stops reading it: `lsiq --help | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more when it ends
+        sys.exit(128 + signal.SIGPIPE)
+
+
 def choices(conf: Path) -> dict[str, list[str]]:
     """Return the names of the files of each configuration group."""
     groups = [*sorted(conf.iterdir()), *sorted((conf / "hydra").glob("*"))]

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas
-
 from lsiq.evals.generation import Prompt, check_room, hash_prompts, write_answers
 from lsiq.evals.likelihood import Likelihoods, Pair, hash_pairs, measure_pairs
 from lsiq.evals.tasks import Tasks, generates
@@ -135,6 +133,8 @@ def measure_tasks(
             }
             record.protocol |= {key: protocol for key in metrics if not key.partition("/")[0].endswith("_stderr")}
     if processes.first():
+        import pandas
+
         with replacing(folder / "items.parquet") as partial:
             pandas.DataFrame(rows).to_parquet(partial, index=False)
 

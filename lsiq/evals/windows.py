@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas
 import torch
 from torch import Tensor
 
@@ -259,6 +258,8 @@ def write_windows(folder: Path, measured: Mapping[str, Mapping[str, Measured]], 
     Columns: `key` (corpus@seqlen), `window`, `loss`, `kl` of the model under test, and `float_loss`, `rtn_loss`,
     `prefixed_loss` where those were measured.
     """
+    import pandas  # half a second that a dry run does without
+
     frames = []
     for corpus, models in measured.items():
         columns = {

@@ -46,7 +46,7 @@ def dry_run(config: RunConfig, record: Record) -> None:
 def _estimate(config: RunConfig, device: torch.device, record: Record) -> Estimate:
     """Return the estimate that suits: from one block of the true size, or where that takes long or too much, narrow."""
     from lsiq.experiment.narrow_estimate import LARGEST, NarrowEstimate
-    from lsiq.experiment.narrow_model import Shape
+    from lsiq.models.shape import Shape
 
     estimate = Estimate(config, device, record)
     large = Shape.of(architecture(config, estimate.folder)).weights > LARGEST

@@ -17,7 +17,14 @@ from lsiq.models.folder import fingerprint
 # How and where a run is carried out, against what it is.
 NOT_IDENTITY = ("tracker", "paths", "force", "trace", "dry_run", "export")
 # Settings of methods that came later, at the values which stand for what was done before: runs keep their names.
-BEFORE = (("unit", "value"), ("travel", 1.0), ("span", "present"), ("latents", False))
+BEFORE = (
+    *(("unit", "value"), ("travel", 1.0), ("span", "present"), ("latents", False), ("trained", "auto")),
+    ("window", None),
+)
+# Settings of methods that say where a run comes from, or how much room it has.
+NOT_METHOD = ("run", "memory")
+# The same of GPTQ alone: learned methods had the key from the start, so that it is part of their names.
+GPTQ, BEFORE_OF_GPTQ = "lsiq.methods.gptq.", (("kernels", "auto"),)
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -33,7 +40,7 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
     identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
     identity["calib"] = _calib_identity(identity["calib"])
     identity["quant"] = _quant_identity(identity["quant"], config)
-    identity["method"] = _as_before({key: value for key, value in identity["method"].items() if key != "run"})
+    identity["method"] = _as_before({key: value for key, value in identity["method"].items() if key not in NOT_METHOD})
     text = json.dumps({"config": identity, "inputs": dict(inputs)}, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
     return f"{config.model.name}_{config.quant.name}_{config.method.name}_s{config.seed}_{digest}"
@@ -63,7 +70,8 @@ def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, An
 def _as_before(node: Any) -> Any:
     """Return a method's settings without those that change nothing about what was done before they came."""
     if isinstance(node, Mapping):
-        return {key: _as_before(value) for key, value in node.items() if (key, value) not in BEFORE}
+        before = BEFORE + (BEFORE_OF_GPTQ if str(node.get("_target_")).startswith(GPTQ) else ())
+        return {key: _as_before(value) for key, value in node.items() if (key, value) not in before}
     return [_as_before(value) for value in node] if isinstance(node, list) else node
 
 

@@ -12,14 +12,16 @@ import torch
 from lsiq.evals.windows import STATES_BYTES
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
 from lsiq.experiment.estimate import READING, Estimate, ahead_of
-from lsiq.experiment.narrow_model import Narrow, Shape, host_bytes, narrowed
+from lsiq.experiment.narrow_model import Narrow, host_bytes, narrowed
 from lsiq.experiment.probe import architecture, probe_architecture
 from lsiq.experiment.probed_formats import allocation_costs
 from lsiq.formats.placed import check_widths
 from lsiq.methods.base import Method
 from lsiq.methods.finetune import FineTune
+from lsiq.methods.finetune.form import GIB, USABLE, Form, Load, choose, refusal
 from lsiq.methods.rtn import RTN
 from lsiq.models.families import find_spec
+from lsiq.models.shape import Shape
 from lsiq.report.terminal import PlannedStage
 from lsiq.results.store import BlockStore
 from lsiq.runtime.memory import reset_peak
@@ -113,18 +115,35 @@ class NarrowEstimate(Estimate):
         yield self._tuning(method, samples)
 
     def _tuning(self, method: FineTune, samples: int) -> PlannedStage:
-        seconds, trained = self.narrow.tune(method, samples)
-        seconds += self.depth * self.block_bytes * self.per_byte
-        adam, besides = self.narrow.tune_bytes(method, trained)
-        streams = self.narrow.streams(samples, self.config.calib.seqlen, 2)  # inputs, and what the float model makes
+        form, load = self._form(method, samples)
+        method = form.of(method)
+        seconds = self.narrow.tune(method, samples) + self.depth * self.block_bytes * self.per_byte
+        adam = load.trained_bytes(method, form.trained, form.window)
         self.notes.append(
-            f"{method.name} keeps {adam / 2**30:.1f} GiB for what it trains at once: number, gradient and two moments "
-            "in float32"
+            f"{method.name} trains through the whole model by {form.words}, {form.sequences} sequences at once: "
+            f"{adam / GIB:.1f} GiB for what is trained at once (number, gradient and two moments in float32) and "
+            f"{(form.bytes - adam) / GIB:.1f} besides, and there are {form.room / GIB:.1f}"
         )
         base = self.narrow.resident + self.mapped
+        # What enters the blocks, and what the float model makes of it.
+        streams = self.narrow.streams(samples, self.config.calib.seqlen, 2)
         if self.device.type == "cuda":
-            return PlannedStage("quantize", seconds, {"host": base + streams, "device": adam + besides})
-        return PlannedStage("quantize", seconds, {"host": base + streams + adam + besides})
+            return PlannedStage("quantize", seconds, {"host": base + streams, "device": form.bytes + self.outside})
+        return PlannedStage("quantize", seconds, {"host": base + form.bytes})
+
+    def _form(self, method: FineTune, samples: int) -> tuple[Form, Load]:
+        """The form of fine-tuning that the run would take on this machine, or within `method.memory`."""
+        seqlen, dtype = self.config.calib.seqlen, self.model.dtype
+        load = Load.of(method, self.true, self.depth, dtype, self.config.quant, samples, seqlen)
+        if method.memory is not None:
+            room = int(method.memory * GIB)
+        else:
+            whole = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
+            room = int(USABLE * (whole or host_bytes()))
+        form = choose(method, load, max(0, room - dtype.itemsize * self.true.outside))
+        if not form.fits:
+            self.notes.append(refusal(method, form))
+        return form, load
 
     def _evaluation(self) -> PlannedStage:
         windows, config = self._windows(), self.config.eval

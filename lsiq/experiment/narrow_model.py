@@ -12,21 +12,22 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lsiq.data.tokens import random_windows
-from lsiq.experiment.probe import ProbedBlock, probe_block, probe_evaluation, shortened
+from lsiq.experiment.probe import EPOCHS, ProbedBlock, probe_block, probe_evaluation, shortened
 from lsiq.experiment.quantize import prepare_model
 from lsiq.methods.base import Method, chain
 from lsiq.methods.finetune import FineTune
-from lsiq.methods.finetune.tuned_block import TunedBlock
 from lsiq.methods.finetune.tuner import tune
+from lsiq.methods.finetune.windows import groups
 from lsiq.models.context import Ahead, Context
 from lsiq.models.loading import Model
+from lsiq.models.shape import Shape
 from lsiq.pipeline.block_loop import STREAMS
 from lsiq.results.store import BlockStore
 from lsiq.runtime.memory import peak_bytes
@@ -41,51 +42,8 @@ if TYPE_CHECKING:
 SHORT, LONG = 64, 256
 # Channels of the narrow model, about; a multiple of the group and of a head.
 WIDTH = 512
-# A step of Adam in float32 keeps, of each number that is trained: itself, its gradient and two moments.
-ADAM_BYTES = 16
 # Epochs of fine-tuning that are tried.
 TUNED = 2
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Counts of a model that costs go by.
-
-    Attributes:
-        weights: of the linears of one block.
-        width, inner: channels of the residual stream and inside the MLP.
-    """
-
-    weights: int
-    width: int
-    inner: int
-    vocabulary: int
-    outside: int
-
-    @classmethod
-    def of(cls, architecture: Mapping[str, Any]) -> Shape:
-        """Count a transformers configuration of a supported family."""
-        opt = architecture["model_type"] == "opt"
-        width, heads = int(architecture["hidden_size"]), int(architecture["num_attention_heads"])
-        inner = int(architecture["ffn_dim" if opt else "intermediate_size"])
-        head = int(architecture.get("head_dim") or width // heads)
-        values = int(architecture.get("num_key_value_heads") or heads) * head
-        weights = 2 * width * heads * head + 2 * width * values + (2 if opt else 3) * width * inner
-        vocabulary = int(architecture["vocab_size"])
-        tied = bool(architecture.get("tie_word_embeddings", opt))
-        positions = int(architecture.get("max_position_embeddings", 0)) * width if opt else 0
-        return cls(weights, width, inner, vocabulary, (1 if tied else 2) * vocabulary * width + positions)
-
-    def operations(self, tokens: int) -> float:
-        """Floating-point operations of one sequence through a block."""
-        return tokens * (2 * self.weights + 4 * tokens * self.width)
-
-    def head_operations(self, tokens: int) -> float:
-        return 2 * tokens * self.width * self.vocabulary
-
-    def activations(self, tokens: int) -> int:
-        """Numbers that one sequence leaves behind in a block, if all are kept."""
-        return tokens * (8 * self.width + 3 * self.inner)  # attention scores are not kept
 
 
 def narrowed(architecture: Mapping[str, Any], quant: QuantSettings, depth: int) -> dict[str, Any]:
@@ -114,6 +72,8 @@ def narrowed(architecture: Mapping[str, Any], quant: QuantSettings, depth: int) 
         shape["num_key_value_heads"] = kv_heads
     if shape.get("layer_types"):
         shape["layer_types"] = shape["layer_types"][:depth]
+    if int(shape.get("max_position_embeddings", LONG)) < LONG:
+        shape["max_position_embeddings"] = LONG
     return shape
 
 
@@ -155,17 +115,17 @@ class Narrow:
         if not samples:
             cost = self._probe(quick, 0, SHORT)
             return self.depth * cost.seconds * self.grown, {"host": self._peak(cost, None, 1)}
-        self._probe(quick, 2, SHORT)  # libraries load
-        low, high, more = (self._probe(quick, n, t) for n, t in ((2, SHORT), (2, LONG), (4, SHORT)))
+        self._probe(shortened(quick, 1), 1, SHORT)  # libraries load
+        low, high = (self._probe(quick, 2, tokens) for tokens in (SHORT, LONG))
         trainings = [link.training for link in chain(method) if link.training is not None]
-        tried = max((min(t.epochs, 3) for t in trainings), default=0)
+        tried = max((min(t.epochs, EPOCHS) for t in trainings), default=0)
         step = self._line(low.epoch_seconds / 2, high.epoch_seconds / 2)
         trained = 0.0
         for training in trainings:
             steps = training.epochs * -(-samples // training.batch)
             learning = steps * (step[0] * self.grown + step[1] * self._operations() * min(training.batch, samples))
             trained += learning if training.seconds is None else min(learning, training.seconds)
-        rests = [cost.seconds - tried * cost.epoch_seconds for cost in (low, high, more)]
+        rests = [cost.seconds - tried * cost.epoch_seconds for cost in (low, high)]
         per_operation = max(0.0, rests[1] - rests[0]) / (2 * (self._tried(LONG) - self._tried(SHORT)))
         fixed = max(0.0, rests[0] - 2 * per_operation * self._tried(SHORT))
         seconds = fixed * self.grown + samples * per_operation * self._operations() + trained
@@ -195,64 +155,40 @@ class Narrow:
 
     def evaluate(self, windows: int) -> tuple[float, int]:
         """Return the seconds in which so many windows are measured on all models, and how many models there are."""
-        config = self._cut(LONG)
-        probe_evaluation(config, self.model, self.prepared, 1, self.store)
-        cost = probe_evaluation(config, self.model, self.prepared, 2, self.store)
+        probe_evaluation(self._cut(SHORT), self.model, self.prepared, 1, self.store)  # libraries load
+        cost = probe_evaluation(self._cut(LONG), self.model, self.prepared, 2, self.store)
         seqlen = self.config.eval.seqlen
         running = max(0.0, cost.block_seconds - self.model.depth * cost.preparing) / (2 * self.model.depth)
         window_seconds = running * self.true.operations(seqlen) / self._tried(LONG)
         score = cost.score_seconds / 2 * self.true.head_operations(seqlen) / self.tried.head_operations(LONG)
         return self.depth * (cost.preparing * self.grown + windows * window_seconds) + windows * score, cost.models
 
-    def tune(self, method: FineTune, samples: int) -> tuple[float, float]:
-        """Return the seconds of fine-tuning, and how many numbers are trained for each weight of a block."""
+    def tune(self, method: FineTune, samples: int) -> float:
+        """Return the seconds of fine-tuning."""
         quick = replace(method, training=replace(method.training, batch=1, epochs=TUNED), blocks=None, together=True)
+        quick = replace(quick, trained="all", window=None)
         finetune = quick.after(str(self.store.folder.parent))
         took = []
         for tokens in (SHORT, LONG):
-            windows = random_windows(self.model.config.vocab_size, 2, tokens, self.config.seed)
-            hidden, kwargs = self.prepared.embed(windows, 1)
+            ids = random_windows(self.model.config.vocab_size, 2, tokens, self.config.seed)
+            hidden, kwargs = self.prepared.embed(ids, 1)
             block = partial(self.prepared.block, kwargs=kwargs)
             ahead = Ahead(self.prepared.depth, block, self.prepared.logits, lambda index, hidden=hidden: hidden)
             generator = torch.Generator().manual_seed(self.config.seed)
-            context = Context(hidden, None, generator, 1, lambda values: None, windows, ahead)
+            context = Context(hidden, None, generator, 1, lambda values: None, ids, ahead)
             start = time.perf_counter()
             tune(finetune, self.config.quant, context)
             took.append((time.perf_counter() - start) / (2 * TUNED))
-        tuned = TunedBlock(finetune, block(0), self.store.read(0), self.config.quant.in_block(0), context)
-        trained = sum(p.numel() for group in tuned.groups for p in group["params"]) / self.tried.weights
         tried = [self.prepared.depth * self._tried(t) + self.tried.head_operations(t) for t in (SHORT, LONG)]
         per_operation = max(0.0, took[1] - took[0]) / (tried[1] - tried[0])
         per_weight = max(0.0, took[0] - per_operation * tried[0]) / (self.prepared.depth * self.tried.weights)
-        course, seqlen = method.training, self.config.calib.seqlen
-        seconds = 0.0
-        for first, count in self.groups(method):
-            operations = (self.depth - first) * self._operations() + self.true.head_operations(seqlen)
-            steps = course.epochs * -(-samples // course.batch)
-            seconds += steps * (per_weight * count * self.true.weights + per_operation * operations * course.batch)
-        return seconds, trained
-
-    def groups(self, method: FineTune) -> list[tuple[int, int]]:
-        """The first block of each group that is trained at once, and how many blocks it has."""
-        count = min(method.blocks or self.depth, self.depth)
-        first = self.depth - count
-        return [(first, count)] if method.together else [(index, 1) for index in range(first, self.depth)]
-
-    def tune_bytes(self, method: FineTune, trained: float) -> tuple[int, int]:
-        """Return the bytes that Adam in float32 keeps of what is trained at once, and those that a step takes besides.
-
-        Args:
-            trained: numbers for each weight.
-        """
-        first, count = max(self.groups(method), key=lambda group: group[1])
-        seqlen, batch = self.config.calib.seqlen, method.training.batch
-        adam = int(ADAM_BYTES * trained * count * self.true.weights)
-        codes = self.depth * self.true.weights
-        behind = 4 * (self.depth - first - count) * self.true.weights
-        # One block is made and run again on the way back; logits of both models, their logarithms and gradients.
-        step = 4 * (6 * self.true.weights + batch * self.true.activations(seqlen))
-        logits = 4 * 5 * batch * seqlen * self.true.vocabulary
-        return adam, codes + behind + step + logits + 4 * self.depth * batch * seqlen * self.true.width
+        seqlen, seconds = self.config.calib.seqlen, 0.0
+        for group in groups(method, self.depth, samples):
+            # Tokens pass the blocks from the group on; weights are made anew in those that are trained.
+            operations = (self.depth - group.blocks[0]) * self._operations() + self.true.head_operations(seqlen)
+            weights = per_weight * len(group.blocks) * self.true.weights
+            seconds += group.steps * (weights + per_operation * operations * method.training.batch)
+        return seconds
 
     def streams(self, samples: int, seqlen: int, count: int = STREAMS) -> int:
         return count * samples * seqlen * self.true.width * self.model.dtype.itemsize

@@ -117,15 +117,15 @@ def probe_architecture(
     return replace(model, checkpoint=checkpoint), checkpoint, outside.seconds
 
 
-def shortened(method: Any) -> Any:
-    """Return the method with few epochs, and so what it hands on to."""
+def shortened(method: Any, most: int = EPOCHS) -> Any:
+    """Return the method with at most so many epochs, and so what it hands on to."""
     changes = {}
     if (training := method.training) is not None:
-        epochs = min(training.epochs, EPOCHS)
-        late = {"wait": min(training.wait, EPOCHS - 1)} if hasattr(training, "wait") else {}
+        epochs = min(training.epochs, most)
+        late = {"wait": min(training.wait, most - 1)} if hasattr(training, "wait") else {}
         changes["training"] = replace(training, epochs=epochs, **late)
     if isinstance(then := getattr(method, "then", None), Method):
-        changes["then"] = shortened(then)
+        changes["then"] = shortened(then, most)
     return replace(method, **changes) if changes else method
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas
 from torch import Tensor
 
 from lsiq.experiment.config import RunConfig
@@ -107,6 +106,8 @@ class QuantizeStage:
         if not rows:
             return
         if processes.first():
+            import pandas
+
             with replacing(store.folder.with_name("trajectory.parquet")) as partial:
                 pandas.DataFrame(rows).to_parquet(partial, index=False)
         self.tracker.show(trajectory_panels(rows, self.config.tracker.panels))

@@ -19,6 +19,7 @@ from lsiq.models.gguf_file import weights_from
 from lsiq.report.terminal import show_record
 from lsiq.results.record import Record, command_line, read_record, source_state, versions, write_record
 from lsiq.runtime import processes
+from lsiq.runtime.garbage import uncollected_imports
 from lsiq.runtime.locks import run_lock
 from lsiq.runtime.terminal import say
 
@@ -70,7 +71,8 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
     try:
         if processes.size() == 1:  # several processes have imported torch already
             check_before_torch(request.config, request.checkpoint, calibrates=not record.quantised)
-        from lsiq.experiment.stages import carry_out  # torch and transformers: only now that there is work for them
+        with uncollected_imports():  # torch and transformers: only now that there is work for them
+            from lsiq.experiment.stages import carry_out
 
         processes.from_first((record, True))
         carry_out(request, record)
@@ -94,7 +96,8 @@ def estimate(config: RunConfig, plain: dict[str, Any]) -> Record:
     """Return a record of what the run would take, which is shown and not written."""
     if processes.size() > 1:
         raise ConfigError("dry_run=true: one process estimates what one process takes; give it without torchrun")
-    from lsiq.experiment.dry_run import dry_run
+    with uncollected_imports():
+        from lsiq.experiment.dry_run import dry_run
 
     record = new_record(Request(config, plain, None, {}, Path()), ())
     record.status = "dry run"

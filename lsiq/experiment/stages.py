@@ -25,6 +25,7 @@ from lsiq.experiment.export import export
 from lsiq.experiment.precision import precision_of
 from lsiq.experiment.quantize import QuantizeStage
 from lsiq.experiment.stamp import check_inputs, stamp
+from lsiq.experiment.training_form import with_form
 from lsiq.export.source import Source
 from lsiq.models.loading import Model, load
 from lsiq.pipeline.prepare import restored
@@ -101,6 +102,7 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
                 say(f"{store.folder} holds the quantised blocks; the run goes on with its evaluation")
                 prepared = restored(model, config.quant, store)
             else:
+                config = with_form(config, model, texts.calibration, record)
                 prepared = QuantizeStage(config, texts.calibration, record, tracker, folder).run(model, store)
             record.timed(
                 "evaluate", lambda: evaluate(config, model, prepared, texts.windows, texts.tasks, store, record)

@@ -1,5 +1,4 @@
 """Fused paths for the accelerator, each with the plain version that it equals.
 
-`fakequant` and `band` are Triton kernels, `weights` makes a block's rounded weights from its parameters with them,
-`choice` says which path a block takes.
+`fakequant` and `band` are the Triton kernels of learned methods, `columns` is that of GPTQ.
 """

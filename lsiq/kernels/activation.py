@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
-from lsiq.kernels.fakequant import GroupRounding
+from lsiq.kernels.fakequant import GroupRounding, Matrix
 from lsiq.settings import fill
 
 
@@ -22,7 +22,7 @@ from lsiq.settings import fill
 def fake_tokens(x: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Return `x (rows, channels)` with each row on its grid."""
     out = torch.empty_like(x)
-    _rounding(bits, symmetric).forward(x, None, None, None, None, out)
+    _rounding(bits, symmetric).forward(Matrix(x), out)
     return out
 
 
@@ -30,7 +30,7 @@ def fake_tokens(x: Tensor, bits: int, symmetric: bool) -> Tensor:
 def fake_tokens_gradient(x: Tensor, gradient: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Return the gradient of `x`, given that of what `fake_tokens` made of it."""
     out = torch.empty_like(x)
-    _rounding(bits, symmetric).backward(x, None, None, None, None, gradient, out)
+    _rounding(bits, symmetric).backward(Matrix(x), gradient, out)
     return out
 
 

@@ -1,8 +1,9 @@
 """Rounding to an integer grid with learned clipping: one kernel forward, one backward.
 
-The plain version is `lsiq.parts.base.rounded` on a draft of `Singular`, `Equivalent` and `Clip`. A kernel works on
-tiles of whole groups: it makes `W' = rows · (W + P) · columns`, finds the extremes of each group, clips, rounds. The
-backward kernel makes all of that again from `W` and `P`, so nothing else is kept in between.
+The plain version is `lsiq.parts.base.rounded` on a draft of `Dense` or `Singular`, `Equivalent`, `Clip` and `Rounding`.
+A kernel works on tiles of whole groups: it makes `W' = rows · (W + P) · columns`, finds the extremes of each group,
+clips, adds the offsets `V` in steps of the grid, rounds. The backward kernel makes all of that again from `W`, `P` and
+`V`, so nothing else is kept in between.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -11,7 +12,7 @@ backward kernel makes all of that again from `W` and `P`, so nothing else is kep
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import triton
@@ -28,20 +29,21 @@ ROWS_PER_SUM = 64  # rows whose gradients one program adds up for each column fa
 @triton.jit
 def _divide(x, y):
     # `/` on float32 is off by up to two units in the last place, and weights on a boundary would fall the other way.
-    if x.dtype == tl.float64:
-        return x / y
-    return tl.div_rn(x, y)
+    # In one expression: after a `return` Triton compiles `div_rn` for float64 too, which it does not take.
+    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
 
 
 @triton.jit
 def _in_steps(w, scale):
     """Return `w / scale`, exactly rounded, with one division for each group (Markstein)."""
     if w.dtype == tl.float64:
-        return w / scale[:, None]
-    step = tl.broadcast_to(scale[:, None], w.shape)
-    inverse = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, scale.dtype), scale)[:, None], w.shape)
-    near = w * inverse
-    return tl.fma(tl.fma(-near, step, w), inverse, near)
+        steps = w / scale[:, None]
+    else:
+        step = tl.broadcast_to(scale[:, None], w.shape)
+        inverse = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, scale.dtype), scale)[:, None], w.shape)
+        near = w * inverse
+        steps = tl.fma(tl.fma(-near, step, w), inverse, near)
+    return steps
 
 
 @triton.jit
@@ -102,10 +104,18 @@ def _fit(
 
 
 @triton.jit
+def _offset(v_ptr, at, mask, w, scale, OFFSET: tl.constexpr):
+    """Return what is rounded: the weights and their offsets, which count in steps of the grid."""
+    if OFFSET:
+        return w + tl.load(v_ptr + at, mask=mask, other=0.0).to(w.dtype) * scale[:, None]
+    return w
+
+
+@triton.jit
 def fake_forward(
-    w_ptr, p_ptr, rows_ptr, columns_ptr, low_ptr, high_ptr, out_ptr, height, width, unscale,
+    w_ptr, p_ptr, v_ptr, rows_ptr, columns_ptr, low_ptr, high_ptr, out_ptr, height, width, unscale,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr, STEPS: tl.constexpr,
-    PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLIP: tl.constexpr,
+    PRODUCT: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLIP: tl.constexpr,
     LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, HALF: tl.constexpr, WORK: tl.constexpr, MAGIC: tl.constexpr,
     LEAST: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
@@ -124,11 +134,12 @@ def fake_forward(
     lo, hi = tl.min(w, 1), tl.max(w, 1)  # masked places hold 0, which is part of every range
     scale, zero, _ = _fit(low * tl.minimum(lo, 0.0), high * tl.maximum(hi, 0.0),
                           LEVELS, SYMMETRIC, HALF, MAGIC, LEAST, LARGEST)  # fmt: skip
-    codes = _round(_in_steps(w, scale), MAGIC) + zero[:, None]
+    at = r2.to(tl.int64) * width + c2
+    codes = _round(_in_steps(_offset(v_ptr, at, mask, w, scale, OFFSET), scale), MAGIC) + zero[:, None]
     codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS)
     rounded = (codes - zero[:, None]) * scale[:, None]
     rounded = tl.where(w != w, w, rounded)  # what is not finite stays so, for the loss to show it
-    tl.store(out_ptr + r2.to(tl.int64) * width + c2, rounded.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, rounded.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -137,7 +148,7 @@ def _to_ends(
 ):  # fmt: skip
     """Return the gradients of the two ends that scale and zero point are made of; `to_w` is what reaches the weights.
 
-    With u = w / scale, codes = clamp(round(u) + zero) and out = (codes - zero) · scale.
+    With u = w / scale, codes = clamp(round(u + offset) + zero) and out = (codes - zero) · scale.
     """
     to_scale = tl.sum(grad * (codes - zero[:, None]) - to_w * u, 1)
     if SYMMETRIC:
@@ -168,10 +179,11 @@ def _to_extremes(
 
 @triton.jit
 def fake_backward(
-    w_ptr, p_ptr, rows_ptr, columns_ptr, low_ptr, high_ptr, grad_ptr,
-    inner_ptr, low_grad_ptr, high_grad_ptr, row_sum_ptr, column_sum_ptr, height, width, unscale,
+    w_ptr, p_ptr, v_ptr, rows_ptr, columns_ptr, low_ptr, high_ptr, grad_ptr,
+    inner_ptr, v_grad_ptr, low_grad_ptr, high_grad_ptr, row_sum_ptr, column_sum_ptr, height, width, unscale,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr, STEPS: tl.constexpr,
-    PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLIP: tl.constexpr, INNER: tl.constexpr,
+    PRODUCT: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLIP: tl.constexpr,
+    INNER: tl.constexpr,
     LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, HALF: tl.constexpr, WORK: tl.constexpr, MAGIC: tl.constexpr,
     LEAST: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
@@ -199,10 +211,13 @@ def fake_backward(
         lo, hi = low * lo0, high * hi0
         scale, zero, free = _fit(lo, hi, LEVELS, SYMMETRIC, HALF, MAGIC, LEAST, LARGEST)
         u = _in_steps(w, scale)
-        wide = _round(u, MAGIC) + zero[:, None]
+        offset = _in_steps(_offset(v_ptr, at, mask, w, scale, OFFSET), scale) if OFFSET else u
+        wide = _round(offset, MAGIC) + zero[:, None]
         codes = tl.minimum(tl.maximum(wide, 0.0), LEVELS)
         unclipped = codes == wide
         to_w = tl.where(unclipped, grad, 0.0)
+        if OFFSET:
+            tl.store(v_grad_ptr + at, (to_w * scale[:, None]).to(v_grad_ptr.dtype.element_ty), mask=mask)
         to_lo, to_hi = _to_ends(grad, to_w, u, codes, zero, scale, lo, hi, free, LEVELS, SYMMETRIC)
         if CLIP:
             to_low, to_high = to_lo * lo0, to_hi * hi0
@@ -227,6 +242,39 @@ def covers(fmt: WeightFormat) -> TypeGuard[Integer]:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """What one weight is made of, contiguous; None where a method leaves it out.
+
+    Attributes:
+        w: the float weight, `(out, in)`; product and offset are of its shape.
+        product: what is added to it, times what `GroupRounding` divides by.
+        offset: what is added before rounding, in steps of the grid.
+        ends: the two factors of each group's range, or their logits, `(out, groups, 1)`.
+        rows, columns: factors, `(out,)` and `(in,)`.
+    """
+
+    w: Tensor
+    product: Tensor | None = None
+    offset: Tensor | None = None
+    ends: tuple[Tensor, Tensor] | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def of(self, tensor: Tensor | None) -> Tensor:
+        """Return a tensor, or something with an address in its place, which no kernel then reads."""
+        return self.w if tensor is None else tensor
+
+
+class Gradients(NamedTuple):
+    """The gradients of what stands under the same names in `Matrix`."""
+
+    ends: tuple[Tensor, Tensor] | None
+    offset: Tensor | None
+    rows: Tensor | None
+    columns: Tensor | None
+
+
+@dataclass(frozen=True)
 class GroupRounding:
     """How one weight is rounded.
 
@@ -240,60 +288,53 @@ class GroupRounding:
     clip: str | None = None
     unscale: float = 1.0
 
-    def forward(
-        self, w: Tensor, product: Tensor | None, ends: tuple[Tensor, Tensor] | None,
-        rows: Tensor | None, columns: Tensor | None, out: Tensor,
-    ) -> None:  # fmt: skip
-        """Write the rounded `rows · (w + product) · columns` to `out`; all matrices `(out, in)` and contiguous."""
-        low, high = ends or (w, w)
-        settings = self._settings(w, product, rows, columns)
-        settings["STEPS"] = 1
-        height, width = w.shape
+    def forward(self, matrix: Matrix, out: Tensor) -> None:
+        """Write the rounded `rows · (w + product) · columns` to `out`."""
+        m, (height, width) = matrix, matrix.w.shape
+        settings = self._settings(m)
+        low, high = m.ends or (m.w, m.w)
         grid = (triton.cdiv(height, settings["BLOCK_R"]) * (width // settings["GROUP"]),)
         fake_forward[grid](
-            w, product if product is not None else w, rows if rows is not None else w,
-            columns if columns is not None else w, low, high, out, height, width, self.unscale, **settings,
+            m.w, m.of(m.product), m.of(m.offset), m.of(m.rows), m.of(m.columns), low, high, out,
+            height, width, self.unscale, **settings,
         )  # fmt: skip
 
-    def backward(
-        self, w: Tensor, product: Tensor | None, ends: tuple[Tensor, Tensor] | None,
-        rows: Tensor | None, columns: Tensor | None, gradient: Tensor, inner: Tensor | None,
-    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:  # fmt: skip
-        """Return the gradients of ends, rows and columns; write that of `w + product` to `inner`."""
-        settings = self._settings(w, product, rows, columns)
-        height, width = w.shape
+    def backward(self, matrix: Matrix, gradient: Tensor, inner: Tensor | None) -> Gradients:
+        """Return the gradients of ends, offset, rows and columns; write that of `w + product` to `inner`."""
+        m, (height, width) = matrix, matrix.w.shape
+        settings = self._settings(m)
         groups = width // settings["GROUP"]
-        if columns is not None:
+        if m.columns is not None:
             settings["STEPS"] = max(1, ROWS_PER_SUM // settings["BLOCK_R"])
         parts = triton.cdiv(height, settings["BLOCK_R"] * settings["STEPS"])
         work = torch.float64 if settings["WORK"] == tl.float64 else torch.float32
-        low, high = ends or (w, w)
-        to_low, to_high = (torch.empty_like(low), torch.empty_like(high)) if ends else (w, w)
-        row_sums = w.new_empty((height, groups), dtype=work) if rows is not None else w
-        column_sums = w.new_empty((parts, width), dtype=work) if columns is not None else w
+        low, high = m.ends or (m.w, m.w)
+        to_low, to_high = (torch.empty_like(low), torch.empty_like(high)) if m.ends else (m.w, m.w)
+        to_offset = None if m.offset is None else torch.empty_like(m.offset)
+        row_sums = None if m.rows is None else m.w.new_empty((height, groups), dtype=work)
+        column_sums = None if m.columns is None else m.w.new_empty((parts, width), dtype=work)
         fake_backward[(parts * groups,)](
-            w, product if product is not None else w, rows if rows is not None else w,
-            columns if columns is not None else w, low, high, gradient, inner if inner is not None else w,
-            to_low, to_high, row_sums, column_sums, height, width, self.unscale,
-            INNER=inner is not None, **settings,
+            m.w, m.of(m.product), m.of(m.offset), m.of(m.rows), m.of(m.columns), low, high, gradient,
+            m.of(inner), m.of(to_offset), to_low, to_high, m.of(row_sums), m.of(column_sums),
+            height, width, self.unscale, INNER=inner is not None, **settings,
         )  # fmt: skip
-        return (
-            (to_low, to_high) if ends else None,
-            row_sums.sum(1) if rows is not None else None,
-            column_sums.sum(0) if columns is not None else None,
+        return Gradients(
+            (to_low, to_high) if m.ends else None,
+            to_offset,
+            None if row_sums is None else row_sums.sum(1),
+            None if column_sums is None else column_sums.sum(0),
         )
 
-    def _settings(
-        self, w: Tensor, product: Tensor | None, rows: Tensor | None, columns: Tensor | None
-    ) -> dict[str, Any]:
-        double = w.dtype == torch.float64
-        group = self.format.group or w.shape[1]
+    def _settings(self, m: Matrix) -> dict[str, Any]:
+        double = m.w.dtype == torch.float64
+        group = self.format.group or m.w.shape[1]
         block = triton.next_power_of_2(group)
         rows_at_once = max(1, TILE // block)
         half = self.format.scale == "float16"
         return {
             "GROUP": group, "BLOCK_G": block, "BLOCK_R": rows_at_once, "STEPS": 1,
-            "PRODUCT": product is not None, "ROWS": rows is not None, "COLUMNS": columns is not None,
+            "PRODUCT": m.product is not None, "OFFSET": m.offset is not None,
+            "ROWS": m.rows is not None, "COLUMNS": m.columns is not None,
             "CLIP": {None: 0, "sigmoid": 1, "linear": 2}[self.clip],
             "LEVELS": self.format.levels, "SYMMETRIC": self.format.symmetric, "HALF": half,
             "WORK": tl.float64 if double else tl.float32, "MAGIC": 1.5 * 2.0 ** (52 if double else 23),

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsiq.kernels.band import core_gradients, core_times
-from lsiq.kernels.fakequant import GroupRounding, covers
+from lsiq.kernels.fakequant import GroupRounding, Matrix, covers
 from lsiq.parts.base import Draft, Part, PartState
 from lsiq.parts.clip import Clip
+from lsiq.parts.dense import Dense
 from lsiq.parts.equivalent import Equivalent
+from lsiq.parts.rounding import Rounding
 from lsiq.parts.singular import HALF_SCALE, Singular
 
 if TYPE_CHECKING:
@@ -53,14 +55,25 @@ class Scaled:
 class MatrixParameters(NamedTuple):
     """What is learned of one matrix; None where a method leaves it out."""
 
-    diagonal: Tensor | None
-    lower: Tensor | None
-    upper: Tensor | None
-    corner: Tensor | None
-    low: Tensor | None
-    high: Tensor | None
-    rows: Tensor | None
-    columns: Tensor | None
+    diagonal: Tensor | None = None
+    lower: Tensor | None = None
+    upper: Tensor | None = None
+    corner: Tensor | None = None
+    change: Tensor | None = None
+    offset: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def matrix(self, weight: Tensor, product: Tensor | None) -> Matrix:
+        """Return what the matrix is made of; a product of increments of singular values stands for the change."""
+        ends = None if self.low is None or self.high is None else (self.low, self.high)
+        return Matrix(weight, self.change if product is None else product, self.offset, ends, self.rows, self.columns)
+
+
+# Those of them that the product is made of.
+CORE = 4
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ class _Rounded(torch.autograd.Function):
             (len(stack.names), *stack.weights[0].shape), dtype=stack.dtype, device=stack.weights[0].device
         )
         for i, (w, p) in enumerate(zip(stack.weights, learned, strict=True)):
-            stack.rounding.forward(w, None if product is None else product[i], _ends(p), p.rows, p.columns, out[i])
+            stack.rounding.forward(p.matrix(w, None if product is None else product[i]), out[i])
         ctx.stack, ctx.product = stack, product
         ctx.save_for_backward(*flat)
         return tuple(out.unbind(0))
@@ -143,16 +156,17 @@ class _Rounded(torch.autograd.Function):
         ctx.product = None  # overwritten with its gradient
         by_weight = []
         for i, (w, p, gradient) in enumerate(zip(stack.weights, learned, gradients, strict=True)):
-            inner = None if product is None else product[i]
-            ends, rows, columns = stack.rounding.backward(
-                w, inner, _ends(p), p.rows, p.columns, gradient.contiguous(), inner
+            change = None if p.change is None else torch.empty_like(p.change)
+            matrix = p.matrix(w, None if product is None else product[i])
+            to = stack.rounding.backward(matrix, gradient.contiguous(), change if product is None else product[i])
+            low, high = to.ends or (None, None)
+            by_weight.append(
+                MatrixParameters(change=change, offset=to.offset, low=low, high=high, rows=to.rows, columns=to.columns)
             )
-            low, high = ends or (None, None)
-            by_weight.append(MatrixParameters(None, None, None, None, low, high, rows, columns))
         if product is not None:
             cores = stack.product_gradients(product, learned)
             by_weight = [
-                MatrixParameters._make([*core, *parameters[4:]])
+                MatrixParameters._make([*core, *parameters[CORE:]])
                 for parameters, core in zip(by_weight, cores, strict=True)
             ]
         return None, *(gradient for parameters in by_weight for gradient in parameters)
@@ -161,10 +175,6 @@ class _Rounded(torch.autograd.Function):
 def _by_matrix(flat: Sequence[Tensor | None]) -> list[MatrixParameters]:
     step = len(MatrixParameters._fields)
     return [MatrixParameters(*flat[i : i + step]) for i in range(0, len(flat), step)]
-
-
-def _ends(learned: MatrixParameters) -> tuple[Tensor, Tensor] | None:
-    return None if learned.low is None or learned.high is None else (learned.low, learned.high)
 
 
 class FusedWeights:
@@ -191,9 +201,21 @@ class FusedWeights:
     def _learned(self, name: str, scaled: Scaled) -> MatrixParameters:
         core = self._parameters(Singular)
         ends = self._parameters(Clip)
-        cores = [core.get(f"{name}:{key}") for key in ("increment", "lower", "upper", "corner")]
-        return MatrixParameters._make(
-            [*cores, ends.get(f"{name}:low"), ends.get(f"{name}:high"), scaled.rows, scaled.columns]
+        change = None
+        if Dense in self.parts:
+            part, state = self.parts[Dense]
+            change = part.change(state, name)  # type: ignore[attr-defined]
+        return MatrixParameters(
+            diagonal=core.get(f"{name}:increment"),
+            lower=core.get(f"{name}:lower"),
+            upper=core.get(f"{name}:upper"),
+            corner=core.get(f"{name}:corner"),
+            change=change,
+            offset=self._parameters(Rounding).get(name),
+            low=ends.get(f"{name}:low"),
+            high=ends.get(f"{name}:high"),
+            rows=scaled.rows,
+            columns=scaled.columns,
         )
 
     def _parameters(self, kind: type) -> dict[str, Tensor]:
@@ -246,10 +268,17 @@ def uncovered(parts: Sequence[Part], states: Sequence[PartState], block: Block, 
     """Why the kernels cannot make these weights, or None where they can."""
     if not all(covers(quant.of(name)) for name in block.linears):
         return "they round to integers of 2 to 8 bits"
-    order = [Singular, Equivalent, Clip]
+    order = [Dense, Singular, Equivalent, Clip]
     kinds = [_kind(part) for part, state in zip(parts, states, strict=True) if state.parameters]
-    if any(kind not in order for kind in kinds) or kinds != sorted(kinds, key=order.index):
-        return "they cover the parts singular or expansion, equivalent, clip, in this order"
+    acting = [kind for kind in kinds if kind is not Rounding]
+    if any(kind not in order for kind in acting) or acting != sorted(acting, key=order.index):
+        return "they cover the parts dense, singular or expansion, equivalent, clip, in this order, and rounding"
+    if Dense in kinds and Singular in kinds:
+        return "they add increments of weights or of singular values, not both"
+    if any(isinstance(part, Dense) and part.tensors == "all" for part in parts):
+        return "they change linears alone, so dense.tensors=linears"
+    if any(isinstance(part, Rounding) and part.hardening for part in parts):
+        return "they round from the first step on, so rounding.hardening=0"
     corners = [p for state in states for name, p in state.parameters.items() if name.endswith(":corner")]
     if any(corner.shape[0] != corner.shape[1] for corner in corners):
         return "their corners are square, so corner=full and not complete"

@@ -52,7 +52,7 @@ class Optimizers:
 
     Args:
         states: of each part, those of all blocks that are trained.
-        steps: how many will be taken, for parts whose rate is one over their number.
+        steps: how many will be taken, for parts whose rate goes by their number.
         slow: what all rates are multiplied by.
     """
 

@@ -24,10 +24,12 @@ class TrainingSchedule:
     decay: Literal["constant", "linear", "cosine"] = Field(
         description="the learning rates' course: constant, linear or cosine (both to 0)"
     )
-    precision: Literal["auto", "model", "float32", "bfloat16", "float16"] = Field(
+    precision: Literal["auto", "model", "float32", "tf32", "bfloat16", "float16"] = Field(
         description="of the block while it is trained: auto (what the machine multiplies fastest; the record says what "
-        "that was), model (the model's), float32, bfloat16 or float16",
+        "that was), model (the model's), float32, tf32 (float32 whose products on a GPU are TF32; fine-tuning alone), "
+        "bfloat16 or float16",
     )
+    graphs: bool = Field(True, description="true records a step on a GPU as a CUDA graph and replays it")
 
     def steps(self, samples: int) -> int:
         """Optimizer steps per block."""
@@ -52,7 +54,7 @@ class TrainingSchedule:
             from lsiq.runtime.precision import fastest
 
             name = fastest(next(iter(block.weights.values())).device, block.dtype, cache).chosen
-        return block if name == "model" else block.in_dtype(getattr(torch, name))
+        return block if name == "model" else block.in_dtype(getattr(torch, "float32" if name == "tf32" else name))
 
 
 @settings
@@ -108,7 +110,6 @@ class Training(TrainingSchedule):
     seconds: float | None = Field(
         None, gt=0, description="stop a block after the epoch that passes this; null for none"
     )
-    graphs: bool = Field(True, description="true records a step on a GPU as a CUDA graph and replays it")
     kernels: Literal["auto", "triton", "compile", "plain"] = Field(
         "auto",
         description="auto (triton for large blocks on a GPU where its kernels cover the method, else plain), triton, "
@@ -116,6 +117,8 @@ class Training(TrainingSchedule):
     )
 
     def __post_init__(self) -> None:
+        if self.precision == "tf32":
+            raise ValueError("precision=tf32: is for fine-tuning through the whole model; use float32 or bfloat16")
         if self.schedule == "joint" and self.wait:
             raise ValueError(f"wait={self.wait}: nothing waits in a joint schedule; set schedule=staged or wait=0")
         if self.schedule == "staged" and not 0 < self.wait < max(self.epochs, 1):

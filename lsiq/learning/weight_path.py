@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 WeightPath = Literal["triton", "compile", "plain"]
 
-# Blocks with fewer weights are trained before a compiler is done with them.
+# Tokens of blocks with fewer weights are passed before a compiler is done with them.
 LARGE = 10_000_000
+# Weights of smaller blocks are made in less time than kernels take to compile.
+SMALLEST = 1_000_000
 
 
 def choose(
@@ -33,7 +35,7 @@ def choose(
     kernels = training.kernels
     if kernels in ("plain", "compile"):
         return kernels
-    if kernels == "auto" and not (_on_gpu(block) and _is_large(block)):
+    if kernels == "auto" and not (_on_gpu(block) and _size(block) >= SMALLEST):
         return "plain"
     reason = _why_not_triton(parts, states, block, quant)
     if reason is None:
@@ -45,15 +47,15 @@ def choose(
 
 def compiles(path: WeightPath, block: Block) -> bool:
     """Whether the block's tokens run compiled beside weights of this path; not beside interpreted kernels."""
-    return path == "compile" or (path == "triton" and _on_gpu(block) and _is_large(block))
+    return path == "compile" or (path == "triton" and _on_gpu(block) and _size(block) >= LARGE)
 
 
 def _on_gpu(block: Block) -> bool:
     return block.weights[block.linears[0]].is_cuda
 
 
-def _is_large(block: Block) -> bool:
-    return sum(block.weights[name].numel() for name in block.linears) >= LARGE
+def _size(block: Block) -> int:
+    return sum(block.weights[name].numel() for name in block.linears)
 
 
 def _why_not_triton(

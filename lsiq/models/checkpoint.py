@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,15 +18,16 @@ from lsiq.models.gguf_file import is_gguf
 
 
 class DeviceCheckpoint:
-    """Random half-precision weights, drawn where they are used."""
+    """Random half-precision weights, drawn where they are used: each tensor depends on its own name alone."""
 
     def __init__(self, device: torch.device) -> None:
-        self._generator = torch.Generator(device).manual_seed(0)
+        self._generator = torch.Generator(device)
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
         device = self._generator.device
         if len(shape) == 1:
             return (torch.ones if "norm" in name and name.endswith("weight") else torch.zeros)(shape, device=device)
+        self._generator.manual_seed(zlib.crc32(name.encode()))
         return torch.empty(shape, dtype=torch.float16, device=device).normal_(0.0, 0.02, generator=self._generator)
 
     def check_unchanged(self) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lsiq.models.block import Block
+    from lsiq.runtime.unfinished import Unfinished
 
 
 Need = Literal["inputs", "targets"]
@@ -49,6 +50,7 @@ class Context:
         tokens: `(N, T)` calibration tokens of all processes; None for `calib=none`.
         ahead: what lies between this block and the model's logits.
         cache: a folder for what is worth keeping from run to run; None for no such folder.
+        unfinished: where long work is kept for a run that is stopped; None for nowhere.
     """
 
     inputs: Tensor | None
@@ -59,6 +61,7 @@ class Context:
     tokens: Tensor | None = None
     ahead: Ahead | None = None
     cache: Path | None = None
+    unfinished: Unfinished | None = None
 
     @property
     def samples(self) -> int:

@@ -31,8 +31,8 @@ class BlockResult:
         rotations: what rotates the linears' inputs, or queries and keys, while the block runs; named as in `Block`.
         latents: by dotted name of the linear's weight, where in its cell each weight stood before it was rounded,
             `(out, in)`, in steps from the centre, within one half; empty where a method does not keep them.
-        kernels: how the weights were made while they were learned: triton, compile or plain; empty where nothing was
-            learned.
+        kernels: which of equal ways made the weights, while they were learned or their columns rounded: triton,
+            compile or plain; empty where there is one way only.
     """
 
     weights: Mapping[str, QuantizedTensor]

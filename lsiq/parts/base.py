@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 
 Tensors = Mapping[str, "Tensor"]
+# A signed step of size r changes the codes of the share r of all weights, for what rounding leaves is spread evenly
+# over a step of the grid. Where the signs are noise, as those of a first batch largely are, that adds r² to the mean
+# squared error of 1/12 which rounding makes: 5 % at 1/16, and three times that error at 1/2. Shorter trainings travel
+# less.
+FEWEST_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Part(Protocol):
 
     @property
     def lr(self) -> float | None:
-        """The learning rate; None for `travel`, or 1 for a part without one, over the number of steps."""
+        """The learning rate; None for the one of `rate_of`."""
         ...
 
     def start(self, block: Block, quant: QuantSettings, context: Context) -> PartState:
@@ -101,8 +106,11 @@ class Part(Protocol):
 
 
 def rate_of(part: Part, steps: int) -> float:
-    """Return the learning rate of a part that is trained for so many steps: its `lr`, or its `travel` over them."""
-    return part.lr if part.lr is not None else getattr(part, "travel", 1.0) / steps
+    """Return the learning rate of a part that is trained for so many steps: its `lr`, or its `travel` over them.
+
+    A part without `travel` travels 1. Fewer than `FEWEST_STEPS` count as so many.
+    """
+    return part.lr if part.lr is not None else getattr(part, "travel", 1.0) / max(steps, FEWEST_STEPS)
 
 
 def clipped_range(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor]:

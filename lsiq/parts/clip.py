@@ -40,7 +40,9 @@ class Clip(PartTraits):
     the linear form, with signed-gradient steps. AWQ (arXiv 2306.00978) for the search, which clips both ends alike.
     """
 
-    lr: float | None = Field(gt=0, description="learning rate of logits or factors, above 0; null: 1 / steps")
+    lr: float | None = Field(
+        gt=0, description="learning rate of logits or factors, above 0; null: 1 / steps, of 16 at least"
+    )
     start_logit: float | None = Field(
         4.0,
         gt=-20,

@@ -31,7 +31,9 @@ class Dense(PartTraits):
     Deviation: step sizes follow the weights' range times learned factors; there they are parameters of their own.
     """
 
-    lr: float | None = Field(gt=0, description="learning rate of the increments, above 0; null: travel / steps")
+    lr: float | None = Field(
+        gt=0, description="learning rate of the increments, above 0; null: travel / steps, of 16 at least"
+    )
     travel: float = Field(
         1.0, gt=0, description="with lr=null: how far an increment goes in steps that all point one way"
     )
@@ -64,10 +66,13 @@ class Dense(PartTraits):
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
         del block
-        changed: dict[str, Tensor] = {}
-        for key, change in state.parameters.items():
-            name = key.removesuffix(":change")
-            if (step := state.constants.get(f"{name}:step")) is not None:
-                change = (change.unflatten(1, (step.shape[1], -1)) * step).flatten(1)
-            changed[name] = draft.weights[name] + change
+        names = [key.removesuffix(":change") for key in state.parameters]
+        changed = {name: draft.weights[name] + self.change(state, name) for name in names}
         return replace(draft, weights={**draft.weights, **changed})
+
+    def change(self, state: PartState, name: str) -> Tensor:
+        """Return what is added to a tensor."""
+        change = state.parameters[f"{name}:change"]
+        if (step := state.constants.get(f"{name}:step")) is None:
+            return change
+        return (change.unflatten(1, (step.shape[1], -1)) * step).flatten(1)

@@ -28,11 +28,15 @@ class Rounding(PartTraits):
 
     Source: SignRound, in AutoRound (arXiv 2309.05516, equations 3 to 5): half a step, signed-gradient steps of
     one over their number with linear decay.
+
+    Deviation: fewer than 16 steps are no larger than a sixteenth; AutoRound takes 200 and more.
     """
 
     chooses_codes = True
 
-    lr: float | None = Field(None, gt=0, description="learning rate of the offsets, above 0; null: 1 / steps")
+    lr: float | None = Field(
+        None, gt=0, description="learning rate of the offsets, above 0; null: 1 / steps, of 16 at least"
+    )
     bound: float = Field(0.5, gt=0, le=8, description="how far an offset may go, in steps of the grid, above 0 to 8")
 
     hardening: float = Field(0.0, ge=0, le=1, description="share of the steps in which rounding sets in; 0 for none")

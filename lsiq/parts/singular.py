@@ -55,7 +55,9 @@ class Singular(PartTraits):
     here the order of the parts in a method says what comes first.
     """
 
-    lr: float | None = Field(gt=0, description="learning rate of the increments, above 0; null: travel / steps")
+    lr: float | None = Field(
+        gt=0, description="learning rate of the increments, above 0; null: travel / steps, of 16 at least"
+    )
     travel: float = Field(
         1.0, gt=0, description="with lr=null: how far an increment goes in steps that all point one way"
     )

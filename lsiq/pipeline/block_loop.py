@@ -45,7 +45,7 @@ class BlockReport:
         cost: bits and multiply-accumulates of its linears and what runs beside them.
         metrics: what the method reported.
         trace: the rows of its trajectory: how each linear was learned, and what became of it.
-        kernels: how its weights were made while it was learned; empty where nothing was.
+        kernels: which of equal ways made its weights, as `BlockResult.kernels` has it.
     """
 
     index: int
@@ -77,10 +77,10 @@ def quantize(
     """Quantise the model block by block into `store`, yielding a report after each.
 
     Two streams run along: the float stream is what the float model feeds each block, the quantised stream what the
-    already quantised blocks feed it. Of several processes each runs its share of the sequences. After each block it and
-    both streams go to the disk, and are there when the iteration ends or is closed. What `store` holds of this run is
-    not made again: the results are those of a run that was never stopped, bit for bit. Several processes keep the
-    blocks alone, and run their shares through them.
+    already quantised blocks feed it. Of several processes each runs its share of the sequences. After each block it
+    goes to the disk, and so do both streams where that is worth it; all is there when the iteration ends or is closed.
+    What `store` holds of this run is not made again: the results are those of a run that was never stopped, bit for
+    bit. Several processes keep the blocks alone, and run their shares through them.
 
     Args:
         tokens: `(N, T)` calibration tokens, or None for a method that needs none.
@@ -139,8 +139,11 @@ class _Loop:
     def take_up(self) -> Iterator[BlockReport]:
         """Go to where an earlier try came, and yield the reports of its blocks up to there."""
         stored = processes.from_first(self.store.finished_blocks(self.model.depth) if processes.first() else [])
-        if isinstance(self.method, WholeMethod) and len(stored) < self.model.depth:
-            stored = self._store_whole(self.method)
+        if isinstance(self.method, WholeMethod):
+            if len(stored) < self.model.depth:
+                stored = self._store_whole(self.method)
+            if self.store.unfinished is not None:
+                self.store.unfinished.clear()
         if self.tokens is None:  # no streams have to be brought to where the blocks end
             self.position = len(stored)
             self.errors += [None] * len(stored)
@@ -216,6 +219,7 @@ class _Loop:
             tokens=self.tokens,
             ahead=Ahead(self.model.depth, self.blocks, self.model.logits, self.floats.after),
             cache=self.cache,
+            unfinished=self.store.unfinished,
         )
 
     def _with_rows(self, report: BlockReport, block: Block, result: BlockResult) -> BlockReport:

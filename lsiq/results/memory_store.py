@@ -25,6 +25,7 @@ class MemoryStore:
     """
 
     folder = Path("memory")
+    unfinished = None
 
     def __init__(self) -> None:
         self._blocks: dict[int, Stored] = {}

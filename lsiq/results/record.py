@@ -62,6 +62,7 @@ class Record:
         stage_peaks: the same by stage, from the start of the run until the end of the stage.
         blocks: one entry per block.
         training_precision: what `precision=auto` stood for and why; empty where nothing was left to the machine.
+        training_form: of runs that fine-tune, what is trained at once and why; see `FineTune`.
         versions, commit, clean, command, machine: where the numbers come from; `clean` is None outside a checkout.
         weights_from: what the float weights were de-quantised from, such as `GGUF Q4_1`; None for float ones.
         error: why it did not finish.
@@ -89,6 +90,7 @@ class Record:
     stage_peaks: dict[str, dict[str, int]] = field(default_factory=dict)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     training_precision: dict[str, str] = field(default_factory=dict)
+    training_form: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     clean: bool | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -21,9 +22,13 @@ from lsiq.runtime import processes
 from lsiq.runtime.background_writer import Background
 from lsiq.runtime.files import DamagedError, Stored, read_tensors, remove_partial, write_tensors
 from lsiq.runtime.terminal import warn
+from lsiq.runtime.unfinished import Unfinished
 
 # So many bytes or more are written beside the next block: streams of 7 billion parameters take as long as an epoch.
 LARGE = 2**26
+# Of large streams, those are written for which more work was done than running the blocks through anew would take: half
+# a minute's, and ten times what writing the last ones took. Many runs on one disk would wait for nothing else.
+SECONDS, TIMES_WRITING = 30.0, 10.0
 # Of a block; not known yet of one that is still being written.
 Digest = str | Future[str]
 # The digest of a file that cannot be read.
@@ -82,11 +87,13 @@ class BlockStore:
         self.folder, self.stamp = folder, stamp
         # Two, so that streams that are being written never hold up a block.
         self._blocks, self._streams = Background(), Background()
+        self._streams_written, self._streams_wait = time.monotonic(), 0.0
 
     def clear(self) -> None:
         """Leave nothing behind."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._streams_file.unlink(missing_ok=True)
+        self.unfinished.clear()
 
     def open(self) -> None:
         """Make the folder, and remove what a killed writer left.
@@ -179,28 +186,42 @@ class BlockStore:
         return self._blocks.start(lambda: self._save(self._file(index), staged, metadata))
 
     @property
+    def unfinished(self) -> Unfinished:
+        """Where a method that makes all blocks together keeps what it has not finished."""
+        return Unfinished(self.folder.with_name("unfinished"), self.stamp)
+
+    @property
     def _streams_file(self) -> Path:
         return self.folder.with_name("streams.safetensors")
 
     def write_streams(self, streams: Streams, before: Digest) -> None:
         """Store what enters the next block in place of what entered the last one; `before` as in `write`.
 
-        Large streams, and all that leave a block which is still being written, are written in the background; where
-        blocks come faster than the disk takes these, those of some blocks are left out.
+        Large streams, and all that leave a block which is still being written, are written in the background. Where
+        blocks come faster than it is worth to write these, those of some blocks are left out.
         """
         tensors = {"floats": streams.floats, "quantised": streams.quantised}
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         metadata = {"done": str(streams.position), "errors": json.dumps(list(streams.errors))}
 
         def save(tensors: Mapping[str, Tensor]) -> None:
-            self._save(self._streams_file, tensors, metadata | {"before": _on_disk(before)})
+            name = _on_disk(before)
+            start = time.monotonic()
+            self._save(self._streams_file, tensors, metadata | {"before": name})
+            self._streams_written = time.monotonic()
+            self._streams_wait = TIMES_WRITING * (self._streams_written - start)
 
         if not present or (_bytes(present) < LARGE and not self._blocks.busy):  # after the last block nothing is held
             self._streams.wait()
             save(present)
-        elif not self._streams.busy:
+        elif self._streams_due(present):
             copied = self._streams.in_memory(present)
             self._streams.start(lambda: save(copied))
+
+    def _streams_due(self, streams: Mapping[str, Tensor]) -> bool:
+        """Whether these should be written, now that the last ones are."""
+        since = time.monotonic() - self._streams_written
+        return not self._streams.busy and (_bytes(streams) < LARGE or since >= max(SECONDS, self._streams_wait))
 
     def read_streams(self, blocks: Sequence[StoredBlock]) -> Streams | None:
         """Return what enters the next block after some of the finished `blocks`; None where that is not known."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def reset_peak() -> None:
@@ -35,3 +40,28 @@ def _host_peak() -> int:
         pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that this process can still get of a device's memory."""
+    if device.type == "cuda":
+        import torch
+
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved - allocated
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def taken_bytes(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory that this process's tensors take; 0 for a CPU, which does not count them."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    return torch.cuda.memory_allocated(device)

@@ -13,6 +13,7 @@ from lsiq.runtime import processes
 from lsiq.runtime.terminal import warn
 
 T = TypeVar("T")
+AGAIN = "finished blocks are kept: the same command goes on with them on a device with more memory"
 
 
 class MicroBatch:
@@ -22,9 +23,13 @@ class MicroBatch:
         size: how many pass at once.
     """
 
-    def __init__(self, size: int, activity: str) -> None:
-        """Begin with `size` sequences at once; `activity` passes them, for messages."""
-        self.size, self._activity = size, activity
+    def __init__(self, size: int, activity: str, way_out: str = AGAIN) -> None:
+        """Begin with `size` sequences at once; `activity` passes them, for messages.
+
+        Args:
+            way_out: what to do where there is no room for one.
+        """
+        self.size, self._activity, self._way_out = size, activity, way_out
 
     def parts(self, count: int) -> Iterator[slice]:
         """Cut `count` sequences into parts of at most `size`."""
@@ -52,10 +57,7 @@ class MicroBatch:
                 "method.training.batch, calib.batch or eval.batch"
             )
         if self.size == 1:
-            raise ResourceError(
-                f"{self._activity}: {reason} with one sequence at a time; finished blocks are kept: the same command "
-                "goes on with them on a device with more memory"
-            )
+            raise ResourceError(f"{self._activity}: {reason} with one sequence at a time; {self._way_out}")
         self.size = (self.size + 1) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +38,18 @@ class Choice:
 
     chosen: str
     why: str
+
+
+@contextlib.contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """While this lasts, a GPU multiplies float32 matrices in TF32, ten bits of mantissa, where that is wanted."""
+    products = torch.backends.cuda.matmul
+    before = products.allow_tf32
+    products.allow_tf32 = wanted or before
+    try:
+        yield
+    finally:
+        products.allow_tf32 = before
 
 
 def fastest(device: torch.device, dtype: torch.dtype, cache: Path | None = None) -> Choice:

@@ -39,6 +39,7 @@ LOOKS: dict[str, tuple[str, str]] = {
     "sde": (BLUE, "D"),
     "autoround": (RED, "o"),
     "dense": (RED, "^"),
+    "best-blocks": (RED, "v"),
     "best": (RED, "*"),
 }
 STYLE: Any = {
@@ -122,15 +123,15 @@ def plain_numbers(axis: Axes, which: Literal["x", "y"] = "y") -> None:
     ticks.set_minor_formatter(NullFormatter())
 
 
-def legend_below(canvas: Canvas, axes: Sequence[Axes], order: Sequence[str] = ()) -> None:
-    """Put one legend for all axes below them, each entry once; in a given order, if any."""
+def legend_below(canvas: Canvas, axes: Sequence[Axes], order: Sequence[str] = (), columns: int | None = None) -> None:
+    """Put one legend for all axes below them, each entry once; in a given order and so many columns, if any."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if order:
         entries = {label: entries[label] for label in order if label in entries}
-    columns = len(entries) if len(entries) < 8 else 6
+    columns = columns or (len(entries) if len(entries) < 8 else 6)
     if entries:
         canvas.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)
 

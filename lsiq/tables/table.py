@@ -49,8 +49,12 @@ class Cell:
     bold: bool = False
     text: str | None = None
 
-    def write(self, number: Callable[[float], str], beside: bool, tex: bool = False) -> str:
-        """Return the cell's text; `beside` puts the published number behind ours, empty ones included."""
+    def write(self, number: Callable[[float], str], beside: bool, tex: bool = False, counted: bool = False) -> str:
+        """Return the cell's text; `beside` puts the published number behind ours, empty ones included.
+
+        Args:
+            counted: whether a number that depends on the seed says of how many runs it is.
+        """
         if self.text is not None:
             return self.text
         measured = DASH if self.wanted else ""
@@ -59,7 +63,11 @@ class Cell:
             measured = number(self.sample.mean)
             if not self.sample.exact:
                 spread = self.sample.spread
-                measured += " (1 seed)" if spread is None else plus + number(spread)
+                measured += "" if spread is None else plus + number(spread)
+                if counted:
+                    measured += f" ({len(self.sample.values)})"
+                elif spread is None:
+                    measured += " (1 seed)"
             if self.bold:
                 measured = rf"\textbf{{{measured}}}" if tex else f"**{measured}**"
         if not beside:
@@ -88,6 +96,7 @@ class Table:
         beside: whether each cell has ours and, behind a stroke, the published number.
         commands: what fills the empty cells.
         folded: whether a page shows it only when asked.
+        counted: whether cells say of how many runs they are.
     """
 
     name: str
@@ -98,13 +107,15 @@ class Table:
     number: Callable[[float], str] = PERPLEXITY
     commands: Sequence[str] = ()
     folded: bool = False
+    counted: bool = False
 
     def markdown(self) -> str:
         """Return the table with its caption, and a list of commands where cells are empty."""
         labels = len(self.rows[0].labels) if self.rows else 1
         lines = [_line(self.heads), _line(["---"] * labels + ["---:"] * (len(self.heads) - labels))]
         lines += [
-            _line([*row.labels, *(cell.write(self.number, self.beside) for cell in row.cells)]) for row in self.rows
+            _line([*row.labels, *(cell.write(self.number, self.beside, counted=self.counted) for cell in row.cells)])
+            for row in self.rows
         ]
         parts = [f"**{self.caption}**", "\n".join(lines), *self.notes]
         if self.folded:
@@ -131,7 +142,7 @@ class Table:
         lines += [rf"\begin{{tabular}}{{{'l' * labels}{'r' * (columns - labels)}}}", r"\toprule"]
         lines += [" & ".join(_tex(head) for head in self.heads) + r" \\", r"\midrule"]
         for row in self.rows:
-            cells = (_marks(cell.write(self.number, self.beside, tex=True)) for cell in row.cells)
+            cells = (_marks(cell.write(self.number, self.beside, True, self.counted)) for cell in row.cells)
             lines.append(" & ".join([*(_tex(label) for label in row.labels), *cells]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", *(rf"\par {_tex(note)}" for note in self.notes), r"\end{table}"]
         return "\n".join(lines) + "\n"
@@ -182,6 +193,12 @@ def _tex(text: str) -> str:
 
 
 def _marks(text: str) -> str:
-    for plain, escaped in (("†", r"$^\dagger$"), ("‡", r"$^\ddagger$"), ("–", "--"), ("·", r"$\cdot$")):
+    for plain, escaped in (
+        ("†", r"$^\dagger$"),
+        ("‡", r"$^\ddagger$"),
+        ("–", "--"),
+        ("·", r"$\cdot$"),
+        ("±", r"$\pm$"),
+    ):
         text = text.replace(plain, escaped)
     return text

@@ -5,6 +5,7 @@ Whole runs that export are in tests/runs/test_export.py.
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,12 @@ def exporter_of(name: str) -> Exporter:
 EXPORTERS = sorted(file.stem for file in (CONF / "export").glob("*.yaml"))
 
 
+@functools.cache
+def rounded_source(quant: str, checkpoint: Path) -> Source:
+    """Of each of `QUANTS`, made once for all exporters, which only read it."""
+    return source_of(QUANTS[quant], checkpoint)
+
+
 def source_of(quant: QuantSettings, checkpoint: Path) -> Source:
     """A small model, rounded to nearest."""
     model, store = load_small(checkpoint), MemoryStore()
@@ -162,7 +169,7 @@ def test_linears_with_formats_of_their_own_read_back(
 def test_what_is_not_refused_at_once_reads_back(
     name: str, family: str, quant: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    exporter, source = exporter_of(name), source_of(QUANTS[quant], checkpoints[family])
+    exporter, source = exporter_of(name), rounded_source(quant, checkpoints[family])
     refused = refusal(exporter, source)
     if name in HELD:
         assert (refused is None) == (quant in HELD[name] and (name, family) != ("gguf", "opt"))
@@ -188,7 +195,7 @@ def test_what_is_not_refused_at_once_reads_back(
 @pytest.mark.parametrize("family", sorted(SHAPES))
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_stored_are_the_weights_of_the_run(name: str, family: str, checkpoints: dict[str, Path]) -> None:
-    source = source_of(QUANTS["w4g32-sym"], checkpoints[family])
+    source = rounded_source("w4g32-sym", checkpoints[family])
     result = source.block(0)
     stored = exporter_of(name).stored(result)
     assert set(stored) == {*result.weights, *result.floats}

@@ -32,9 +32,8 @@ from lsiq.models.rounding import round_to_nearest
 METHODS = sorted(
     file.stem for file in (CONF / "method").glob("*.yaml") if not re.search("FineTune|best-end", file.read_text())
 )
-# A search that is long by default, and a recipe whose only epoch is two steps here: its rate is meant for the 64 of 128
-# sequences, and two steps leave 8 to 14 times the error of rounding.
-FITTED = {"duquant": ["method.steps=8"], "lsi-quick": ["method.training.epochs=8"]}
+# A search that is long by default.
+FITTED = {"duquant": ["method.steps=8"]}
 CPU = torch.device("cpu")
 
 
@@ -90,8 +89,9 @@ def config(method: str, checkpoint: Path) -> RunConfig:
 
 @functools.cache
 def composed(method: str, checkpoint: Path) -> RunConfig:
-    fitted = FITTED.get(method, [])
-    return parse(compose_run(f"model.path={checkpoint}", f"method={method}", "quant.weight.group=32", *fitted))
+    cfg = compose_run(f"method={method}", "quant.weight.group=32", *FITTED.get(method, []))  # once for all families
+    cfg.model.path = str(checkpoint)
+    return parse(cfg)
 
 
 def stream(checkpoint: Path) -> tuple[Tensor, Block]:

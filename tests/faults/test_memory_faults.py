@@ -94,3 +94,14 @@ def test_no_room_for_one_sequence_is_said_and_keeps_the_blocks(
     assert record.status == "failed"
     room(100)
     assert run(small_run(checkpoints["llama"])).metrics == undisturbed.metrics
+
+
+def test_no_room_to_fine_tune_one_sequence_names_a_smaller_form(
+    checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path, room: Callable[[int], None]
+) -> None:
+    parent = run(small_run(checkpoints["llama"], f"paths.runs={tmp_path / 'other'}"))
+    source = f"method.run={tmp_path / 'other' / parent.run_id}"
+    room(0)
+    for form, smaller in (("all", "method.trained=window"), ("grid", "this is the least form")):
+        with pytest.raises(ResourceError, match=rf"fine-tuning: CUDA out of memory with one sequence.*; .*{smaller}"):
+            run(small_run(checkpoints["llama"], "method=e2e", source, "method.loss=text", f"method.trained={form}"))

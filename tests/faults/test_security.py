@@ -42,7 +42,7 @@ from lsiq.settings import find_target
 
 SmallRun = Callable[..., DictConfig]
 # Few numbers in the everyday suite; the many are tried with -m faults.
-NUMBERS = [pytest.param(40, id="few"), pytest.param(2000, id="many", marks=pytest.mark.faults)]
+NUMBERS = [pytest.param(20, id="few"), pytest.param(2000, id="many", marks=pytest.mark.faults)]
 
 
 def fuzz(check: Callable[..., None], examples: int, *strategies: st.SearchStrategy[Any]) -> None:

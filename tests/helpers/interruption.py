@@ -122,6 +122,7 @@ def carry_out(cfg: str, rename: int | str | None, background: bool) -> None:
     torch.set_num_threads(1)
     if background:
         lsiq.results.store.LARGE = 0
+        lsiq.results.store.SECONDS = lsiq.results.store.TIMES_WRITING = 0.0
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     with contextlib.nullcontext() if rename is None else at_rename(rename, kill):
         run(OmegaConf.create(cfg))
@@ -132,6 +133,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     assert record is not None
     numbers = {key: value for key, value in asdict(record).items() if key not in _OF_THE_PROCESS}
+    numbers["training_form"].pop("why", None)  # how much memory was free
     numbers["errors"] = [block["error"] for block in record.blocks]
     stored = sorted(folder.glob("**/block*/*.safetensors"))
     return numbers | {"stored": {str(file.relative_to(folder)): read_tensors(file).digest for file in stored}}

@@ -66,7 +66,9 @@ def save_model(shape: dict[str, Any], folder: Path, dtype: torch.dtype = torch.f
 
 @functools.cache
 def model_settings(checkpoint: Path) -> ModelSettings:
-    return parse(compose_run(f"model.path={checkpoint}")).model
+    cfg = compose_run()  # once for all checkpoints
+    cfg.model.path = str(checkpoint)
+    return parse(cfg).model
 
 
 def load_small(checkpoint: Path) -> Model:

@@ -38,7 +38,9 @@ def test_numbers_and_settings_of_a_page_are_those_of_records_and_files(monkeypat
     assert "| `damping` | `0.01` |" in tables.settings_of(["gptq"])
     found = tables.numbers(["gptq", "lsi"])
     assert "| `w2a16g128` | `gptq` | 0.895 ± 0.013 | 1.550 ± 0.049 |" in found  # as in docs/tables/main.md
-    assert "| 2 | `lsi` | 0.272 / 0.509 | 0.0505 / 0.081 | 0.968 / 1.33 |" in found  # as in docs/scale-study.md
+    assert (
+        "| 2 | `lsi` | 0.272 / 0.509 (1) | 0.0522 / 0.0861 (3) | 0.951 / 1.3 (3) |" in found
+    )  # as in docs/tables/size.md
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,6 @@ def changes(one: Path, two: Path, record: Record) -> list[float]:
     return found
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("method", [slow(m) if m in QUICK else product(m) for m in METHODS])
 def test_two_processes_do_what_one_does(
     method: str, checkpoints: dict[str, Path], text_file: Path, tmp_path: Path, by_two: Callable[[str], Path]
@@ -122,7 +121,6 @@ def test_two_processes_do_what_one_does(
     assert written == {file.name for file in (tmp_path / one.run_id).iterdir()} - {"streams.safetensors"}
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 def test_what_is_learned_agrees_before_a_code_flips(
     checkpoints: dict[str, Path], text_file: Path, tmp_path: Path, by_two: Callable[[str], Path]

@@ -66,6 +66,16 @@ def test_a_shape_without_weights_is_enough(tmp_path: Path) -> None:
     assert record.seconds["evaluate"] > 0
 
 
+@pytest.mark.slow
+def test_the_form_of_the_end_stage_follows_from_the_memory(
+    checkpoints: dict[str, Path], small_run: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = ["method=best", "method.weight_only.start.training.epochs=1", "quant.weight.group=32", "dry_run=true"]
+    for memory, said in (("null", "by all, 8 sequences"), ("0.001", "no form of best fits 0.0 GiB; the least, grid")):
+        assert run(small_run(checkpoints["llama"], *job, f"method.weight_only.memory={memory}")).status == "dry run"
+        assert said in capsys.readouterr().out
+
+
 def test_a_dry_run_decides_nothing_about_the_run(checkpoint: Path, small_run: SmallRun, tmp_path: Path) -> None:
     run(small_run(checkpoint, "dry_run=true"))
     assert not (tmp_path / "runs").exists()

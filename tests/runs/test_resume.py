@@ -239,14 +239,35 @@ def test_large_streams_are_written_beside_the_next_block(
     run(small_run(model, "method=gptq", f"paths.runs={tmp_path / 'other'}"))
     _, alone = only_run(tmp_path / "other")
     monkeypatch.setattr("lsiq.results.store.LARGE", 1)
+    monkeypatch.setattr("lsiq.results.store.SECONDS", 0.0)
+    monkeypatch.setattr("lsiq.results.store.TIMES_WRITING", 0.0)
     run(small_run(model, "method=gptq"))
     _, folder = only_run(tmp_path / "runs")
     assert outcome(folder) == outcome(alone)
     assert not read_tensors(folder / "streams.safetensors").tensors
 
 
+def test_blocks_whose_streams_were_not_worth_writing_are_run_through_again(
+    model: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(small_run(model, "method=gptq", f"paths.runs={tmp_path / 'other'}"))
+    _, undisturbed = only_run(tmp_path / "other")
+    monkeypatch.setattr("lsiq.results.store.LARGE", 1)
+    with at_rename("block_001.safetensors", interrupt), pytest.raises(KeyboardInterrupt):
+        run(small_run(model, "method=gptq"))
+    _, folder = only_run(tmp_path / "runs")
+    (first,) = folder.glob("blocks/block_000.safetensors")
+    written = first.stat().st_mtime_ns
+    assert not (folder / "streams.safetensors").exists()
+    run(small_run(model, "method=gptq"))
+    assert outcome(folder) == outcome(undisturbed)
+    assert first.stat().st_mtime_ns == written
+
+
 def test_streams_make_way_while_others_are_still_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsiq.results.store.LARGE", 1)
+    monkeypatch.setattr("lsiq.results.store.SECONDS", 0.0)
+    monkeypatch.setattr("lsiq.results.store.TIMES_WRITING", 0.0)
     store, gate, stream = BlockStore(tmp_path / "blocks"), threading.Event(), torch.ones(2, 3, 4)
     store._streams.start(gate.wait)
     store.write_streams(Streams(1, [0.1], stream, stream + 1), "first")
@@ -262,6 +283,8 @@ def test_a_disk_that_refuses_large_streams_is_named_at_the_next_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lsiq.results.store.LARGE", 1)
+    monkeypatch.setattr("lsiq.results.store.SECONDS", 0.0)
+    monkeypatch.setattr("lsiq.results.store.TIMES_WRITING", 0.0)
     store, stream = BlockStore(tmp_path / "nowhere" / "blocks"), torch.ones(2, 3, 4)
     store.write_streams(Streams(1, [0.1], stream, stream + 1), "first")
     with pytest.raises(OutputError, match=r"streams\.safetensors: cannot be written"):

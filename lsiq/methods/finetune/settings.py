@@ -41,6 +41,16 @@ class FineTune(Traits):
     `loss=float` the mean divergence `KL(float ‖ quantised)` of the next-token distributions. The blocks are trained
     `together`, or one after the other, the later ones standing still.
 
+    What is trained at once follows from the memory at hand; `trained` says it:
+
+    - `all`: all of it, in all blocks.
+    - `window`: step sizes, norms and biases in all blocks, as with `all`, and the increments in a window of consecutive
+      blocks. Windows follow one another from the first block to the last and share the optimizer steps in proportion
+      to their blocks; in each the increments start at 0 and their rates run their whole course, divided by the root of
+      its share of the steps. At its end the weights are rounded for good. The other blocks are held as codes.
+    - `grid`: step sizes, norms and biases alone, in all blocks.
+    - `auto`: the first of the three that fits. A run chooses before its first block and keeps to it.
+
     Source: LSI (arXiv 2406.16299, fine-tuning of a quantised model): increments in the last two blocks.
     EfficientQAT (arXiv 2407.11062, section 3.3): step sizes end to end.
     Deviation: the LSI paper does not say which loss it trains; the language model's own is the one that a text speaks
@@ -68,6 +78,15 @@ class FineTune(Traits):
         "float", description="text (next token) or float (divergence from the model)"
     )
     training: TrainingSchedule = Field(description="how they are trained")
+    trained: Literal["auto", "all", "window", "grid"] = Field(
+        "auto",
+        description="what is trained at once: all, window (of blocks, one after another), grid (step sizes, norms and "
+        "biases), or auto (the first of them that fits the memory)",
+    )
+    window: int | None = Field(None, ge=1, description="blocks of a window, at least 1; null: as many as fit")
+    memory: float | None = Field(
+        None, gt=0, description="GiB of the device by which a form is chosen; null: nine tenths of what is free"
+    )
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.start is None):
@@ -84,6 +103,12 @@ class FineTune(Traits):
             raise ValueError(f"latents=true: {self.start.name} keeps none; set method.start.latents=true")
         if self.part is None and self.scales is None and self.floats is None:
             raise ValueError("part, scales and floats: all null leaves nothing to train; give one of them")
+        if self.trained == "grid" and not self.trains_grid:
+            raise ValueError("trained=grid: scales and floats are null, so nothing is left to train; give one of them")
+        if self.window is not None and self.trained in ("all", "grid"):
+            raise ValueError(f"window={self.window}: trained={self.trained} has no windows; use trained=window")
+        if self.trained in ("window", "grid") and not self.together:
+            raise ValueError(f"trained={self.trained}: together=false trains blocks one by one; use together=true")
 
     @property
     def name(self) -> str:
@@ -93,6 +118,11 @@ class FineTune(Traits):
     def needs(self) -> frozenset[Need]:
         reads: frozenset[Need] = frozenset({"inputs"})
         return reads if self.start is None else reads | self.start.needs
+
+    @property
+    def trains_grid(self) -> bool:
+        """Whether step sizes, norms or biases are trained."""
+        return self.scales is not None or self.floats is not None
 
     def after(self, folder: str) -> FineTune:
         """Return the same settings starting from what lies in `folder`."""

@@ -14,11 +14,13 @@ from lsiq.formats.tensor import QuantizedTensor
 from lsiq.models.block import Block
 from lsiq.models.context import Context
 from lsiq.models.result import BlockResult
-from lsiq.parts.base import Draft, PartState, rate_of
+from lsiq.parts.base import Draft, Part, PartState, rate_of
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
     from lsiq.methods.finetune.settings import FineTune
+
+Tensors = Mapping[str, Tensor]
 
 
 class TunedBlock:
@@ -26,48 +28,110 @@ class TunedBlock:
 
     A weight is `round(W' / h) · h · exp(g)`: `W'` is the decoded or latent weight with the part's increment, `h` the
     step size as it was found, `g` the trained growth of the step. At the start, with increment and growth 0, that is
-    what was found, bit for bit. Codes stay on the device and are decoded where they are needed, so that whole models
-    fit.
+    what was found, bit for bit. There are increments between `open` and `settle`; before and after, the weights are
+    those of codes, which are decoded where they are needed, so that whole models fit.
+
+    Args:
+        rests: whether nothing is trained.
+        place: where codes lie while there are no increments; None for the block's own device.
 
     Attributes:
-        groups: the parameters and their learning rates, as optimizers take them.
+        growth, floats: what is trained throughout, unless the block rests.
+        groups: of these, parameters and learning rates, as optimizers take them.
     """
 
     def __init__(
-        self, settings: FineTune, block: Block, initial: BlockResult, quant: QuantSettings, context: Context
+        self,
+        settings: FineTune,
+        block: Block,
+        initial: BlockResult,
+        quant: QuantSettings,
+        context: Context,
+        rests: bool = False,
+        place: torch.device | None = None,
     ) -> None:
-        device = next(iter(block.weights.values())).device
-        self.initial, self.quant, self.part = initial, quant, settings.part
-        self.latents = {name: w.to(device) for name, w in initial.latents.items()} if settings.latents else {}
+        self.device = device = next(iter(block.weights.values())).device
+        self.settings, self.initial, self.quant, self.context = settings, initial, quant, context
         block = block.with_rotations_of(initial)
-        self.grids = {
-            name: replace(w, codes=w.codes.to(device), scale=w.scale.to(device), zero=w.zero.to(device))
-            for name, w in initial.weights.items()
-        }
+        self.place = place or device
+        self.grids = {name: _moved(grid, self.place) for name, grid in initial.weights.items()}
         self.checkpoint = {name: w for name, w in block.weights.items() if name not in self.grids}
         floats = {**self.checkpoint, **{name: w.to(device) for name, w in initial.floats.items()}}
-        self.state = PartState({})
-        if self.part is not None:
-            self.state = self.part.start(replace(block, weights={**floats, **self._decoded()}), quant, context)
-        self.growth = {name: torch.zeros_like(grid.scale) for name, grid in self.grids.items() if settings.scales}
-        self.floats = {name: w.clone() if settings.floats else w for name, w in floats.items()}
+        self._plain = replace(block, weights={})
+        self.part: Part | None = None
+        self.state, self.latents = PartState({}), dict[str, Tensor]()
+        self.learned: dict[str, Tensor] = {}
+        scales, rate = (None, None) if rests else (settings.scales, settings.floats)
+        self.growth = {name: torch.zeros_like(grid.scale, device=device) for name, grid in self.grids.items() if scales}
+        self.floats = {name: w.clone() if rate else w for name, w in floats.items()}
         self.block = settings.training.in_precision(replace(block, weights=self.floats), context.cache)
-        trained = {name: w for name, w in self.floats.items() if name not in block.untouched}
-        self.groups: list[dict[str, Any]] = []
-        assert context.tokens is not None
-        steps = settings.training.steps(len(context.tokens))
-        part_rate = None if self.part is None else rate_of(self.part, steps)
-        for parameters, rate in (
-            (self.state.parameters, part_rate),
-            (self.growth, settings.scales),
-            (trained, settings.floats),
-        ):
-            if rate is not None and parameters:
-                self.groups.append({"params": [p.requires_grad_() for p in parameters.values()], "lr": rate})
+        floating = {name: w for name, w in self.floats.items() if name not in block.untouched}
+        self.groups = [*_trainable(self.growth, scales), *_trainable(floating, rate)]
+
+    def open(self, steps: int, share: float = 1.0) -> list[dict[str, Any]]:
+        """Let the weights have increments, trained for so many steps; return those as optimizers take them.
+
+        There are none without a part, and where the grid alone is trained. Where the steps are only a share of the
+        schedule's, a rate that the settings name is divided by the root of the share: what increments wander by the
+        noise of the batches is then as far as in all steps, and so are the codes that flip for nothing as many.
+        """
+        if (part := self.settings.part) is None or self.settings.trained == "grid":
+            return []
+        self.grids = {name: _moved(grid, self.device) for name, grid in self.grids.items()}
+        if self.settings.latents:
+            self.latents = {name: w.to(self.device) for name, w in self.initial.latents.items()}
+        with torch.no_grad():
+            start = replace(self._plain, weights={**self.floats, **self._decoded()})
+            self.part, self.state = part, part.start(start, self.quant, self.context)
+        rate = rate_of(part, max(1, steps))
+        return _trainable(self.state.parameters, rate if part.lr is None else rate / share**0.5)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let the weights stand where the increments have brought them, as codes of the grid that is there."""
+        if self.part is None:
+            return
+        draft = self._draft()
+        codes = {
+            name: grid.format.encode(self._in_steps(draft, name), torch.ones_like(grid.scale), grid.zero)
+            for name, grid in self.grids.items()
+        }
+        for name, tensor in self.floats.items():  # some parts have increments of norms and biases
+            if tensor.requires_grad:
+                tensor.copy_(draft.weights[name])
+            else:
+                self.floats[name] = draft.weights[name].detach()
+        self.learned = {
+            f"{self.part.name}:{name}": parameter.detach()
+            for name, parameter in self.state.parameters.items()
+            if name not in self.state.bulky
+        }
+        self.part, self.state, self.latents = None, PartState({}), {}
+        self._take_codes(codes)
+
+    def settled(self) -> dict[str, Tensor]:
+        """Return, by kind and name, what `settle` changed that no optimizer holds."""
+        tensors = {f"codes/{name}": grid.codes for name, grid in self.grids.items()}
+        tensors |= {f"float/{name}": tensor for name, tensor in self.floats.items() if not tensor.requires_grad}
+        return tensors | {f"learned/{name}": tensor for name, tensor in self.learned.items()}
+
+    def take_settled(self, tensors: Tensors) -> None:
+        """Let the block be what it was when `settled` returned this."""
+        kinds: dict[str, dict[str, Tensor]] = {"codes": {}, "float": {}, "learned": {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            kinds[kind][name] = tensor.to(self.device)
+        self._take_codes(kinds["codes"])
+        self.floats.update(kinds["float"])
+        self.learned = kinds["learned"]
+
+    def _take_codes(self, codes: Tensors) -> None:
+        grids = {name: replace(grid, codes=codes[name]) for name, grid in self.grids.items()}
+        self.grids = {name: _moved(grid, self.place) for name, grid in grids.items()}
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the block's outputs; what leads to them is computed again on the way back instead of being kept."""
-        return checkpoint(self._run, hidden, use_reentrant=False)  # type: ignore[return-value]
+        return checkpoint(self._run, hidden, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
     def _run(self, hidden: Tensor) -> Tensor:
         return self.block.with_weights(self.weights(), self.quant.running)(hidden)
@@ -81,29 +145,17 @@ class TunedBlock:
 
     @torch.no_grad()
     def result(self, metrics: Mapping[str, float]) -> BlockResult:
-        """Return the block as it can be stored; decoding gives what `weights` gave, bit for bit."""
-        draft = self._draft()
+        """Return the block, settled, as it can be stored; decoding gives what `weights` gave, bit for bit."""
+        assert self.part is None
         weights = {name: self._grown(name) for name in self.grids}
-        if self.part is not None:
-            weights = {
-                name: replace(
-                    grid, codes=grid.format.encode(self._in_steps(draft, name), torch.ones_like(grid.scale), grid.zero)
-                )
-                for name, grid in weights.items()
-            }
         flips = [(weights[n].codes.cpu() != self.initial.weights[n].codes).float().mean().item() for n in weights]
         floats = {
-            name: draft.weights[name].detach()
+            name: self.floats[name].detach()
             for name, before in self.checkpoint.items()
-            if name in self.initial.floats or not torch.equal(draft.weights[name], before)
-        }
-        state = {
-            f"{self.part.name}:{name}": parameter.detach()
-            for name, parameter in self.state.parameters.items()
-            if self.part is not None and name not in self.state.bulky
+            if name in self.initial.floats or not torch.equal(self.floats[name], before)
         }
         metrics = {"flip_rate": sum(flips) / max(len(flips), 1), **metrics}
-        return BlockResult(weights, floats, metrics, state, rotations=self.initial.rotations)
+        return BlockResult(weights, floats, metrics, self.learned, rotations=self.initial.rotations)
 
     def _decoded(self) -> dict[str, Tensor]:
         """What increments are added to: the weights that the codes stand for, or those that were rounded to them."""
@@ -124,8 +176,8 @@ class TunedBlock:
         return self.part.apply(Draft({**self.floats, **self._decoded()}), self.state, self.block)
 
     def _grown(self, name: str) -> QuantizedTensor:
-        """The grid of a linear at the present step sizes."""
-        grid = self.grids[name]
+        """The grid of a linear at the present step sizes, on the device that computes."""
+        grid = _moved(self.grids[name], self.device)
         if name not in self.growth:
             return grid
         assert grid.format.trains_steps  # the configuration refuses to train other formats' step sizes
@@ -140,3 +192,14 @@ class TunedBlock:
         grid, fmt = self._grown(name), self.grids[name].format
         steps = fmt.fake(self._in_steps(draft, name), torch.ones_like(grid.scale), grid.zero)
         return (fmt.grouped(steps) * grid.scale).reshape(steps.shape)
+
+
+def _trainable(parameters: Mapping[str, Tensor], rate: float | None) -> list[dict[str, Any]]:
+    """Return parameters, which gather gradients from here on, as a group of an optimizer; none without a rate."""
+    if rate is None or not parameters:
+        return []
+    return [{"params": [parameter.requires_grad_() for parameter in parameters.values()], "lr": rate}]
+
+
+def _moved(grid: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    return replace(grid, codes=grid.codes.to(device), scale=grid.scale.to(device), zero=grid.zero.to(device))

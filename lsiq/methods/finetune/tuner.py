@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lsiq.errors import InputError, NumericalError
+from lsiq.errors import InputError, NumericalError, ResourceError
 from lsiq.methods.base import Method, Traits
+from lsiq.methods.finetune.form import smaller
+from lsiq.methods.finetune.loss import float_loss, text_loss
+from lsiq.methods.finetune.optimizers import Optimizers
+from lsiq.methods.finetune.progress import Course, Progress
+from lsiq.methods.finetune.recorder import Recorder, recordable
 from lsiq.methods.finetune.tuned_block import TunedBlock
-from lsiq.models.block import Block, BlockFunction, run_stream
+from lsiq.methods.finetune.windows import Group, Window, groups
+from lsiq.models.block import Block, run_stream
 from lsiq.models.context import Context, Need
 from lsiq.models.result import BlockResult
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes
 from lsiq.runtime.batch_exchange import fetch
+from lsiq.runtime.memory import free_bytes
 from lsiq.runtime.micro_batch import MicroBatch
+from lsiq.runtime.precision import tf32
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
@@ -59,11 +68,9 @@ def tune(settings: FineTune, quant: QuantSettings, context: Context) -> Method:
                 f"method.latents=true: {settings.run} keeps no weights as they were before rounding; make it with a "
                 "learned method and method.latents=true, or use method.latents=false"
             )
-    first = max(0, len(results) - (settings.blocks or len(results)))
-    indices = list(range(first, len(results)))
+    assert settings.trained != "auto"  # whoever knows the model and its device has chosen by `form`
     tuner = _Tuner(settings, results, quant, context)
-    for group in [indices] if settings.together else [[index] for index in indices]:
-        tuner.train(group)
+    tuner.train()
     return Finished(settings.name, tuner.results)
 
 
@@ -91,94 +98,217 @@ class _Tuner:
         self, settings: FineTune, results: Sequence[BlockResult], quant: QuantSettings, context: Context
     ) -> None:
         assert context.inputs is not None
+        assert context.ahead is not None
         self.settings, self.quant, self.context = settings, quant, context
-        self.results = list(results)
+        self.results, self.finished = list(results), dict[int, BlockResult]()
         self.hidden, self.reached = context.inputs, 0  # what the quantised model feeds the block `reached`
         self.sequences = processes.share(context.samples)
         block = self._block(0)
         self.device = next(iter(block.weights.values())).device
         self.dtype = settings.training.in_precision(block, context.cache).dtype
-        self.micro = MicroBatch(settings.training.batch, "fine-tuning")
+        self.micro = MicroBatch(settings.training.batch, "fine-tuning", smaller(settings))
+        with torch.no_grad():
+            self.vocabulary = context.ahead.logits(self.hidden[:1, :1].to(self.device)).shape[-1]
         self.reference = self._float_outputs() if settings.loss == "float" else None
+        self.progress = Progress(context.unfinished, {"trained": settings.trained, "window": settings.window})
+        self.course = self.progress.course(self.device) or Course(0, 0, self.micro.size)
+        self.micro.size = self.course.size
 
-    def train(self, group: Sequence[int]) -> None:
-        """Train the blocks of consecutive indices together and replace their results."""
-        assert self.context.tokens is not None
+    def train(self) -> None:
+        """Train all groups and replace their blocks' results, from where an earlier try stopped."""
+        self._finish(self.progress.finished())
+        for number, group in enumerate(groups(self.settings, len(self.results), self.context.samples)):
+            if number < self.course.group:
+                continue
+            if number > self.course.group:
+                self.course = Course(number, 0, self.micro.size)
+            with tf32(self.settings.training.precision == "tf32"):
+                self._finish(self._train(group))
+
+    def _finish(self, results: Mapping[int, BlockResult]) -> None:
+        self.finished |= results
+        for index, result in results.items():
+            self.results[index] = result
+
+    def _train(self, group: Group) -> dict[int, BlockResult]:
+        """Return the blocks of a group, trained together: the increments window by window, all else throughout."""
         start = time.perf_counter()
-        self._advance(group[0])
-        tuned = [
-            TunedBlock(self.settings, self._block(i), self.results[i], self.quant.in_block(i), self.context)
-            for i in group
-        ]
-        behind = [
-            self.settings.training.in_precision(self._block(index), self.context.cache).with_result(
-                self.results[index], self.quant.running
-            )
-            for index in range(group[-1] + 1, len(self.results))
-        ]
-        chain = [*(block.forward for block in tuned), *behind]
-        optimizer = torch.optim.AdamW([group for block in tuned for group in block.groups], weight_decay=0.0)
-        losses = self._epochs(group[0], chain, optimizer)
-        metrics = {"seconds": time.perf_counter() - start}
-        if losses:
-            metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
-        for index, block in zip(group, tuned, strict=True):
-            self.results[index] = block.result(metrics)
+        self._advance(group.blocks[0])
+        place = self._resting_place(group.blocks[0])
+        blocks = {
+            index: self._tuned(index, index not in group.blocks, place)
+            for index in range(group.blocks[0], len(self.results))
+        }
+        chain = [block.forward for block in blocks.values()]
+        trained = [parameters for block in blocks.values() for parameters in block.groups]
+        recorded = self._recorded(group, place)
+        throughout = Optimizers(trained, range(group.steps), self.device, recorded)
+        for index, tensors in self.progress.settled().items():
+            blocks[index].take_settled(tensors)
+        metrics: dict[int, dict[str, float]] = {}
+        for number, window in enumerate(group.windows):
+            if self.course.steps < window.steps.stop or not window.steps:
+                seconds = self._train_window(group, number, chain, throughout, blocks, recorded)
+                facts = {"step_seconds": seconds}
+                facts |= {"window": float(number)} if len(group.windows) > 1 else {}
+                metrics |= dict.fromkeys(window.blocks, facts)
+        shared = {"seconds": time.perf_counter() - start}
+        if losses := self.course.losses:
+            shared |= {"loss_first": losses[0], "loss_last": losses[-1]}
+        return {index: blocks[index].result({**shared, **metrics.get(index, {})}) for index in group.blocks}
 
-    def _epochs(self, first: int, chain: Sequence[BlockFunction], optimizer: torch.optim.Optimizer) -> list[float]:
-        """Train through `chain`, the blocks from `first` on; return the epochs' mean losses."""
+    def _train_window(
+        self,
+        group: Group,
+        number: int,
+        chain: Sequence[Callable[[Tensor], Tensor]],
+        throughout: Optimizers,
+        blocks: Mapping[int, TunedBlock],
+        recorded: bool,
+    ) -> float:
+        """Train the increments of a window and settle its blocks; return the seconds that a step took.
+
+        Its optimizer is gone when this returns, so that there is room for the next one's.
+        """
+        window = group.windows[number]
+        opened = [blocks[index] for index in window.blocks]
+        share = len(window.steps) / max(1, group.steps) or 1.0
+        weights = [parameters for block in opened for parameters in block.open(len(window.steps), share)]
+        increments = Optimizers(weights, window.steps, self.device, recorded)
+        seconds = self._steps(group, number, chain, throughout, increments, blocks)
+        for block in opened:
+            block.settle()
+        return seconds
+
+    def _tuned(self, index: int, rests: bool, place: torch.device) -> TunedBlock:
+        quant, result = self.quant.in_block(index), self.results[index]
+        return TunedBlock(self.settings, self._block(index), result, quant, self.context, rests, place)
+
+    def _recorded(self, group: Group, place: torch.device) -> bool:
+        """Whether steps are recorded: those of small models of which all blocks are trained at once."""
+        whole = len(group.windows) == 1 and group.blocks[-1] == len(self.results) - 1 and place == self.device
+        weights = sum(weight.codes.numel() for result in self.results for weight in result.weights.values())
+        return self.settings.training.graphs and whole and recordable(self.device, weights)
+
+    def _resting_place(self, first: int) -> torch.device:
+        """Where codes lie of which no weights are trained: the device, or the host where they take half its room."""
+        size = sum(weight.codes.nbytes for result in self.results[first:] for weight in result.weights.values())
+        roomy = self.device.type == "cpu" or 2 * size <= free_bytes(self.device)
+        return self.device if roomy else torch.device("cpu")
+
+    def _steps(
+        self,
+        group: Group,
+        number: int,
+        chain: Sequence[Callable[[Tensor], Tensor]],
+        throughout: Optimizers,
+        increments: Optimizers,
+        blocks: Mapping[int, TunedBlock],
+    ) -> float:
+        """Take the steps of a window that are left, and return the seconds that one took.
+
+        What is stopped between two steps is kept.
+        """
+        window, course = group.windows[number], self.course
+        optimizers, batches = [*throughout.each, *increments.each], self._batches(group)
+        parameters = [p for optimizer in optimizers for rated in optimizer.param_groups for p in rated["params"]]
+        if self.progress.stored is not None:
+            self.progress.restore(optimizers)
+        gradients = partial(self._gradients, chain, parameters)
+        recorder = None
+        if any(rated["capturable"] for optimizer in optimizers for rated in optimizer.param_groups):
+            recorder = Recorder(optimizers, gradients, self.settings.training.batch, self.micro)
+        before, start, moving = course.steps, time.perf_counter(), False
+        try:
+            for step in range(course.steps, window.steps.stop):
+                if self.progress.due:
+                    self._write(optimizers, group.windows[:number], blocks)
+                for each in (throughout, increments):
+                    each.set_rates(self.settings, step)
+                hidden, target, weight = self._batch(batches[step])
+                if recorder is None:
+                    loss = processes.add(self.micro.fitting(partial(gradients, hidden, target, weight)))
+                    processes.add_gradients(parameters)
+                    moving = True  # in the middle of a step there is nothing to go on from
+                    for optimizer in optimizers:
+                        optimizer.step()
+                else:
+                    moving = True
+                    loss = recorder.step(hidden, target)
+                course.sums.append(loss)
+                course.steps, course.size = step + 1, self.micro.size
+                self._end_epoch(group)
+                moving = False
+        except (KeyboardInterrupt, ResourceError):
+            if not moving:
+                self._write(optimizers, group.windows[:number], blocks)
+            raise
+        return (time.perf_counter() - start) / max(1, course.steps - before)
+
+    def _write(
+        self, optimizers: Sequence[torch.optim.Optimizer], behind: Sequence[Window], blocks: Mapping[int, TunedBlock]
+    ) -> None:
+        """Keep where training stands; the blocks of the windows `behind` are settled."""
+        settled = {index: blocks[index].settled() for window in behind for index in window.blocks}
+        self.progress.write(self.course, optimizers, settled, self.finished)
+
+    def _batches(self, group: Group) -> list[Tensor]:
+        """Return the indices of the sequences of each step of the schedule, in an order of their own for each epoch."""
         training, samples = self.settings.training, self.context.samples
-        generator = torch.Generator().manual_seed(self.context.generator.initial_seed() + first)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        steps, total = 0, training.steps(samples)
-        losses: list[float] = []
-        for epoch in range(training.epochs):
-            sums = []
-            for indices in torch.randperm(samples, generator=generator).split(training.batch):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * training.rate_factor(steps / total)
-                sums.append(self.micro.fitting(lambda indices=indices: self._gradients(chain, indices, optimizer)))
-                processes.add_gradients(p for group in optimizer.param_groups for p in group["params"])
-                optimizer.step()
-                steps += 1
-            losses.append(processes.add(torch.stack(sums).mean()).item())
-            if not math.isfinite(losses[-1]):
-                raise NumericalError(
-                    f"block {first}: the loss is not finite in epoch {epoch}; lower the learning rates of method"
-                )
-            self.context.log({"finetune/loss": losses[-1], "finetune/block": first, "finetune/epoch": epoch})
-        return losses
+        generator = torch.Generator().manual_seed(self.context.generator.initial_seed() + group.blocks[0])
+        orders = [torch.randperm(samples, generator=generator) for _ in range(training.epochs)]
+        return [batch for order in orders for batch in order.split(training.batch)]
 
-    def _gradients(self, chain: Sequence[BlockFunction], samples: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    def _end_epoch(self, group: Group) -> None:
+        """Where an epoch ends, note and tell the mean of its losses."""
+        course, first = self.course, group.blocks[0]
+        if course.steps % math.ceil(self.context.samples / self.settings.training.batch):
+            return
+        epoch = len(course.losses)
+        course.losses.append(torch.stack(course.sums).mean().item())
+        course.sums.clear()
+        if not math.isfinite(course.losses[-1]):
+            raise NumericalError(
+                f"block {first}: the loss is not finite in epoch {epoch}; lower the learning rates of method"
+            )
+        self.context.log({"finetune/loss": course.losses[-1], "finetune/block": first, "finetune/epoch": epoch})
+
+    def _batch(self, samples: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return this process's part of a batch: what enters the group, what is to come of it, and its weight."""
+        hidden, weight = fetch(self.hidden, samples, self.context.samples)
+        if self.reference is not None:
+            target = fetch(self.reference, samples, self.context.samples)[0]
+        else:
+            assert self.context.tokens is not None
+            target = fetch(self.context.tokens[self.sequences], samples, self.context.samples)[0]
+        return hidden.to(self.device, self.dtype), target.to(self.device), weight
+
+    def _gradients(
+        self,
+        chain: Sequence[Callable[[Tensor], Tensor]],
+        parameters: Sequence[Tensor],
+        hidden: Tensor,
+        target: Tensor,
+        weight: float = 1.0,
+    ) -> Tensor:
         """Leave the gradients of a batch in the parameters, and return its loss."""
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         total = torch.zeros((), device=self.device)
-        for part in self.micro.parts(len(samples)):
-            loss = self._loss(chain, samples[part]) * ((part.stop - part.start) / len(samples))
+        for part in self.micro.parts(len(hidden)):
+            share = weight * ((part.stop - part.start) / len(hidden))
+            loss = self._loss(chain, hidden[part], target[part]) * share
             loss.backward()
             total += loss.detach()
         return total
 
-    def _loss(self, chain: Sequence[BlockFunction], samples: Tensor) -> Tensor:
-        """The loss of a batch; of several processes each returns its part of it."""
-        assert self.context.tokens is not None
+    def _loss(self, chain: Sequence[Callable[[Tensor], Tensor]], hidden: Tensor, target: Tensor) -> Tensor:
+        """The loss of a batch."""
         assert self.context.ahead is not None
-        logits_of = self.context.ahead.logits
-        hidden, weight = fetch(self.hidden, samples, self.context.samples)
-        hidden = hidden.to(self.device, self.dtype)
         for function in chain:
             hidden = function(hidden)
-        hidden = hidden.to(self.hidden.dtype)
-        if self.reference is None:
-            tokens = fetch(self.context.tokens[self.sequences], samples, self.context.samples)[0]
-            targets = tokens[:, 1:].to(self.device)
-            loss = torch.nn.functional.cross_entropy(logits_of(hidden[:, :-1]).flatten(0, 1), targets.flatten())
-            return loss * weight
-        with torch.no_grad():
-            reference = fetch(self.reference, samples, self.context.samples)[0].to(self.device)
-            expected = logits_of(reference).flatten(0, 1).log_softmax(-1)
-        log_probabilities = logits_of(hidden).flatten(0, 1).log_softmax(-1)
-        return torch.nn.functional.kl_div(log_probabilities, expected, reduction="batchmean", log_target=True) * weight
+        loss = text_loss if self.reference is None else float_loss
+        return loss(self.context.ahead.logits, hidden.to(self.hidden.dtype), target, self.vocabulary)
 
     def _block(self, index: int) -> Block:
         assert self.context.ahead is not None

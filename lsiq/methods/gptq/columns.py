@@ -9,6 +9,7 @@ which leaves the not yet rounded columns at the optimum of `tr((W - Å´) H (W - Å
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,7 @@ from lsiq.formats.base import WeightFormat
 from lsiq.formats.tensor import QuantizedTensor
 
 Precision = Literal["auto", "float32", "float64"]
+Kernels = Literal["triton", "plain"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,22 @@ def _enough(hessian: Tensor, strength: float) -> Precision:
     return "float32" if bound < 0.01 * strength else "float64"
 
 
+def choose_kernels(asked: Literal["auto", "plain"], w: Tensor, fmt: WeightFormat) -> Kernels:
+    """Return what rounds the columns of `w`: with `auto` the Triton kernel on a GPU, where it covers the format."""
+    if asked == "plain" or not w.is_cuda or importlib.util.find_spec("triton") is None:
+        return "plain"
+    from lsiq.kernels.columns import covers
+
+    return "triton" if covers(fmt) else "plain"
+
+
 def round_with_feedback(
-    w: Tensor, curvature: Curvature, fmt: WeightFormat, static_groups: bool, block_size: int
+    w: Tensor,
+    curvature: Curvature,
+    fmt: WeightFormat,
+    static_groups: bool,
+    block_size: int,
+    kernels: Kernels = "plain",
 ) -> QuantizedTensor:
     """Return the codes of `w (out, in)`, in the original order of its columns.
 
@@ -88,7 +104,14 @@ def round_with_feedback(
         static_groups: grids are fitted on `w` before anything is rounded; otherwise each group's on its weights as
             they stand when its first column is reached, which needs the original order.
         block_size: columns whose feedback into the rest is applied at once, as one product; changes the speed only.
+            The Triton kernel takes no more than it can hold.
+        kernels: what rounds the columns of a block.
     """
+    round_block = round_in_turn
+    if kernels == "triton":
+        from lsiq.kernels.columns import MOST_COLUMNS, round_columns
+
+        round_block, block_size = round_columns, min(block_size, MOST_COLUMNS)
     order, factor = curvature.order, curvature.factor
     width, group = w.shape[1], fmt.width or w.shape[1]
     columns = w.t()[order].to(factor.dtype)  # (in, out): a column is contiguous
@@ -106,7 +129,7 @@ def round_with_feedback(
                 scale[:, at], zero[:, at] = fmt.fit_beside(*fmt.extremes(current), scale)
         belongs = order[start:stop] // group
         grid = (scale[:, belongs, 0].t().to(factor.dtype), zero[:, belongs, 0].t().to(factor.dtype))
-        block_codes, errors = _round_columns(columns[start:stop], factor[start:stop, start:stop], grid, fmt)
+        block_codes, errors = round_block(columns[start:stop], factor[start:stop, start:stop], grid, fmt)
         codes[start:stop] = block_codes
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
         start = stop
@@ -115,7 +138,7 @@ def round_with_feedback(
     return QuantizedTensor(original.t().contiguous(), scale, zero, fmt)
 
 
-def _round_columns(
+def round_in_turn(
     columns: Tensor, factor: Tensor, grid: tuple[Tensor, Tensor], fmt: WeightFormat
 ) -> tuple[Tensor, Tensor]:
     """Round `columns (n, out)` in turn, changing them; return their codes and errors `e`, both `(n, out)`.

@@ -13,11 +13,14 @@ from lsiq.models.result import BlockResult
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from lsiq.formats.base import WeightFormat
     from lsiq.formats.quant import QuantSettings
     from lsiq.formats.tensor import QuantizedTensor
+    from lsiq.methods.gptq.columns import Kernels
     from lsiq.models.block import Block
 
 
@@ -40,6 +43,9 @@ class GPTQ(Traits):
     `precision` is that of the factorisation and the feedback. `auto` takes float32 while `eps · ‖H‖₁ / λ`, a bound on
     its relative error, stays under 1 %, and float64 otherwise; it decides linear by linear.
 
+    `kernels` says what rounds a block of columns on a GPU: one Triton kernel for formats that count equal steps, or the
+    plain loop, with eleven launches a column. The kernel's operations are those of the loop, in the same order.
+
     Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1; `act_order`, `true_sequential`, `static_groups` as
     options of its public code.
     Deviation: a dead input channel is rounded to nearest where the public code sets its weights to zero (text that
@@ -55,6 +61,9 @@ class GPTQ(Traits):
     damping: float = Field(0.01, ge=0, le=1, description="share of the mean diagonal added to the Hessian, 0 to 1")
     block_size: int = Field(128, ge=1, description="columns between two updates of the rest, at least 1; speed only")
     precision: Literal["auto", "float32", "float64"] = Field("auto", description="auto, float32 or float64")
+    kernels: Literal["auto", "plain"] = Field(
+        "auto", description="auto (a Triton kernel on a GPU, for integers and MXINT; else plain) or plain"
+    )
 
     def __post_init__(self) -> None:
         if self.act_order and not self.static_groups:
@@ -72,19 +81,23 @@ class GPTQ(Traits):
         return frozenset({"inputs"})
 
     def quantize_block(self, block: Block, quant: QuantSettings, context: Context) -> BlockResult:
+        from lsiq.methods.gptq.columns import choose_kernels
+
         tensors: dict[str, QuantizedTensor] = {}
         stages = [[f"{name}.weight" for name in stage] for stage in block.spec.stages]
         stages = [names for stage in stages if (names := [name for name in stage if name in block.linears])]
         first = [names[0].removesuffix(".weight") for names in stages]  # linears of a stage share their input
         grams = {} if self.true_sequential else self._grams(block, {}, first, quant, context)
+        kernels: dict[str, Kernels] = {}
+        kernels |= {name: choose_kernels(self.kernels, block.weights[name], quant.of(name)) for name in block.linears}
         lost = 0.0
         for shown, names in zip(first, stages, strict=True):
             if self.true_sequential:
                 grams = self._grams(block, tensors, [shown], quant, context)
-            rounded, error = self._round_stage(block, names, grams[shown], quant)
+            rounded, error = self._round_stage(block, names, grams[shown], quant, kernels)
             tensors |= rounded
             lost += error / len(stages)
-        return BlockResult(tensors, metrics={"output_error": lost})
+        return BlockResult(tensors, metrics={"output_error": lost}, kernels=", ".join(sorted(set(kernels.values()))))
 
     def _grams(
         self,
@@ -107,7 +120,7 @@ class GPTQ(Traits):
             return input_grams(block, weights, context.inputs, context.batch, linears, quant.running, product)
 
     def _round_stage(
-        self, block: Block, names: list[str], gram: Tensor, quant: QuantSettings
+        self, block: Block, names: list[str], gram: Tensor, quant: QuantSettings, kernels: Mapping[str, Kernels]
     ) -> tuple[dict[str, QuantizedTensor], float]:
         """Round the linears of one stage, for they share its Hessian; those of one format as one matrix.
 
@@ -135,7 +148,9 @@ class GPTQ(Traits):
         for fmt, same in alike.items():
             stacked = torch.cat([block.weights[name] for name in same])
             with measured_stage("round"):
-                tensor = round_with_feedback(stacked, curvature, fmt, self.static_groups, self.block_size)
+                tensor = round_with_feedback(
+                    stacked, curvature, fmt, self.static_groups, self.block_size, kernels[same[0]]
+                )
             rows = [len(block.weights[name]) for name in same]
             parts = zip(same, tensor.codes.split(rows), tensor.scale.split(rows), tensor.zero.split(rows), strict=True)
             tensors |= {name: QuantizedTensor(codes, scale, zero, fmt) for name, codes, scale, zero in parts}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 from helpers.marks import slow
 
-from lsiq.bench import block, processes, step
+from lsiq.bench import best, block, processes, step
 
 
 @pytest.mark.parametrize("method", ["gptq", slow("qera-exact")])
@@ -19,6 +20,24 @@ def test_a_small_block_is_timed_by_stage_beside_its_floor(
     block.main()
     told = capsys.readouterr().out
     assert all(word in told for word in (f"{method}: ", "statistics", "peak of the host", "TFLOP/s"))
+
+
+def test_gptq_is_timed_with_both_kernels_in_turn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = ["--hidden", "64", "--intermediate", "128", "--heads", "2", "--samples", "2", "--seqlen", "16"]
+    monkeypatch.setattr(
+        sys, "argv", ["block", "--method", "gptq", "--kernels", "auto", "plain", "--group", "32", *shape]
+    )
+    block.main()
+    told = capsys.readouterr().out
+    assert told.count("gptq: ") == 2
+    assert "kernels=plain; output_error 0." in told
+    assert "codes that are those of the first: 1.000000" in told or torch.cuda.is_available()
+    monkeypatch.setattr(sys, "argv", ["block", "--method", "awq", "--kernels", "plain"])
+    with pytest.raises(SystemExit):
+        block.main()
+    assert "--kernels plain: only gptq has a choice" in capsys.readouterr().err
 
 
 @pytest.mark.product
@@ -41,3 +60,18 @@ def test_a_whole_model_is_quantised_and_its_time_projected(
     step.main()
     told = capsys.readouterr().out
     assert all(word in told for word in ("block 1: ", "plain", "projected for 20 epochs", "peak"))
+
+
+@pytest.mark.product
+def test_the_best_recipe_runs_in_part_and_the_rest_is_projected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["--layers", "3", "--blocks", "2", "--samples", "8", "--seqlen", "16", "--device", "cpu"]
+    form = ["--form", "window", "--window", "2", "--end-share", "0.2"]
+    short = "method.weight_only.start.training.epochs=1"
+    monkeypatch.setattr(sys, "argv", ["best", "--small", *size, *form, short])
+    best.main()
+    told = capsys.readouterr().out
+    assert all(
+        word in told for word in ("block 1: ", "window of 2 blocks", "2 of 10 epochs", "s a step", "projected: ")
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +25,14 @@ FILES = sorted(
 )
 
 
-# Model files differ in sizes alone.
+# Model files differ in sizes alone. Methods that train single blocks are composed by tests/conformance/test_methods.py,
+# and studies by tests/runs/test_sweeps.py.
+QUICK = {"model": {"tiny-llama", "opt-125m"}, "method": {"best", "e2e"}, "sweep": {"baselines"}}
+
+
 @pytest.mark.parametrize(
     ("group", "choice"),
-    [slow(*file) if file[0] == "model" and file[1] not in ("tiny-llama", "opt-125m") else file for file in FILES],
+    [file if file[1] in QUICK.get(file[0], {file[1]}) else slow(*file) for file in FILES],
     ids=lambda part: part,
 )
 def test_every_file_composes_to_checked_settings(group: str, choice: str, text_file: Path) -> None:
@@ -43,6 +49,8 @@ def test_every_file_composes_to_checked_settings(group: str, choice: str, text_f
         overrides.append("quant.weight.scale=float16")
     config = parse(compose_run(*overrides))
     assert config.model.seqlen >= 8
+    if group == "quant":
+        assert config.quant.name == choice
 
 
 @pytest.mark.parametrize(("group", "choice"), FILES, ids=lambda part: part)
@@ -64,27 +72,34 @@ def test_the_best_recipe_follows_the_format() -> None:
     assert "weight_only" not in plain["method"]  # the record holds what was carried out
 
 
-def test_quant_files_are_called_what_they_are() -> None:
-    for file in (CONF / "quant").glob("*.yaml"):
-        assert parse(compose_run(f"quant={file.stem}")).quant.name == file.stem
+WITHOUT_TORCH = """
+import importlib, json, sys
+jobs, modules = json.loads(sys.argv[1])
+import lsiq.experiment.run
+from lsiq.cli.compose import compose
+from lsiq.experiment.config import parse
+for words in jobs:
+    parse(compose(*words))
+for module in modules:
+    importlib.import_module(module)
+assert not {'torch', 'transformers', 'wandb', 'datasets'} & set(sys.modules), sorted(sys.modules)
+"""
 
 
 def test_settings_are_checked_without_importing_torch() -> None:
-    code = (
-        "import sys; sys.argv=['run.py']\n"
-        "import lsiq.experiment.run\n"
-        "from lsiq.experiment.config import parse\n"
-        "from hydra import compose, initialize_config_dir\n"
-        f"with initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
-        "    from pathlib import Path\n"
-        f"    for file in sorted(Path({str(CONF)!r}, 'method').glob('*.yaml')):\n"
-        "        run = ['method.run=x'] if 'run: ???' in file.read_text() else []\n"
-        "        parse(compose('config', overrides=[f'method={file.stem}', *run]))\n"
-        f"    for file in Path({str(CONF)!r}, 'export').glob('*.yaml'):\n"
-        "        parse(compose('config', overrides=[f'export={file.stem}', 'quant.weight.scale=float16']))\n"
-        "assert not {'torch', 'transformers', 'wandb', 'datasets'} & set(sys.modules), sorted(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    """The first file of each class is composed; the modules of all classes are imported."""
+    jobs: dict[str, list[str]] = {}
+    modules: set[str] = set()
+    for file in sorted(file for group in ("method", "export") for file in (CONF / group).rglob("*.yaml")):
+        text = file.read_text()
+        for target in re.findall(r"^ *_target_: (\S+)$", text, re.M):
+            modules.add(target.rpartition(".")[0])
+            if file.parent.parent == CONF:
+                words = [f"{file.parent.name}={file.stem}", "quant.weight.scale=float16"]
+                jobs.setdefault(target, words + (["method.run=x"] if "run: ???" in text else []))
+    assert len(jobs) > 10
+    command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps([list(jobs.values()), sorted(modules)])]
+    subprocess.run(command, check=True)
 
 
 def test_a_run_is_named_by_what_decides_its_numbers() -> None:
@@ -120,6 +135,27 @@ def test_runs_from_before_templates_and_mixtures_keep_their_names(text_file: Pat
     assert run_id(parse(cfg), plain, {}) == name
     rendered = compose_run("calib=file", f"calib.path={text_file}", "calib.template=true")
     assert run_id(parse(rendered), plain_config(rendered), {}) != name
+
+
+@pytest.mark.parametrize("overrides", [["method=gptq"], ["method=rotate", "method@method.then=gptq"]])
+def test_runs_of_gptq_from_before_its_kernels_keep_their_names(overrides: list[str]) -> None:
+    cfg = compose_run(*overrides)
+    plain = plain_config(cfg)
+    name = run_id(parse(cfg), plain, {})
+    gptq = plain["method"].get("then", plain["method"])
+    assert gptq["kernels"] == "auto"
+    del gptq["kernels"]
+    assert run_id(parse(cfg), plain, {}) == name
+    gptq["kernels"] = "plain"
+    assert run_id(parse(cfg), plain, {}) != name
+
+
+def test_the_kernels_of_learned_methods_are_part_of_the_name_as_ever() -> None:
+    cfg = compose_run("method=lsi")
+    plain = plain_config(cfg)
+    name = run_id(parse(cfg), plain, {})
+    del plain["method"]["training"]["kernels"]
+    assert run_id(parse(cfg), plain, {}) != name
 
 
 def test_a_mixture_is_named_by_its_weights_whatever_their_order() -> None:

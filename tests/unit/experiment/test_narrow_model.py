@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
-from lsiq.experiment.narrow_model import Shape, narrowed
+from lsiq.experiment.narrow_model import LONG, Shape, narrowed
 from lsiq.experiment.run import run
 from lsiq.models.families import find_spec
 
@@ -44,6 +44,15 @@ def test_counts_are_those_of_the_model_and_of_the_narrow_one(name: str) -> None:
         assert found.outside == pytest.approx(outside, rel=0.01)  # norms and two positions of OPT are left out
 
 
+def test_the_narrow_model_has_positions_for_what_is_tried() -> None:
+    config = parse(compose_run("quant=w4a16g128", "dry_run=true"))
+    assert SHAPES["opt"]["max_position_embeddings"] < LONG
+    assert narrowed(SHAPES["opt"], config.quant, 1)["max_position_embeddings"] == LONG
+    assert (
+        narrowed({**SHAPES["opt"], "max_position_embeddings": 2048}, config.quant, 1)["max_position_embeddings"] == 2048
+    )
+
+
 METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
 
 
@@ -63,10 +72,11 @@ def test_every_method_is_estimated(method: str, small_run: SmallRun, tmp_path: P
 def test_training_whole_models_needs_sixteen_bytes_for_each_weight(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    run(compose_run("model=llama-2-7b", "method=best", "quant=w2a16g128", "calib=random", "eval=none", "dry_run=true"))
+    model = ["model=llama-2-7b", "quant=w2a16g128", "calib=random", "eval=none", "dry_run=true"]
+    run(compose_run("method=best", "method.weight_only.trained=all", *model))
     said = " ".join(capsys.readouterr().out.split())
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    needed = float(said.split("best keeps ")[1].split(" GiB")[0])
+    needed = float(said.split(" GiB for what is trained at once")[0].rpartition(" ")[2])
     assert needed == pytest.approx(16 * weights / 2**30, rel=0.02)  # besides weights, step sizes and norms are trained
     assert {"load", "start", "quantize"} <= set(said.split())
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.configuration import compose_run
 from helpers.learned import W2, fresh, schedule_of, setting
-from helpers.marks import product, slow
+from helpers.marks import product, slow, slow_but
 from helpers.models import SHAPES, load_small, save_model
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from lsiq.learning.weight_path import choose
 from lsiq.models.block import Block
 from lsiq.parts.base import Part, PartState
 from lsiq.parts.clip import Clip
+from lsiq.parts.dense import Dense
 from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.expansion import Expansion
 from lsiq.parts.rounding import Rounding
@@ -53,11 +54,32 @@ CASES: dict[str, tuple[tuple[Part, ...], Integer]] = {
         (Expansion(width=2, sides="upper", top=20, corner=30, lr=1e-3), Clip(lr=1e-2)),
         Integer(bits=2, group=32),
     ),
+    "offsets, ranges": (
+        (Rounding(), Clip(form="linear", start_logit=None, lr=None)),
+        Integer(bits=3, group=32),
+    ),
+    "diagonal and offsets": (
+        (Singular(corner=0, lr=1e-3), Equivalent(weight_only_families=None), Clip(lr=1e-2), Rounding()),
+        Integer(bits=2, group=32),
+    ),
+    "offsets alone, symmetric by channel": ((Rounding(),), Integer(bits=4, group=None, symmetric=True)),
+    "every weight, in steps": ((Dense(lr=1e-3, unit="step"), Clip(lr=1e-2)), Integer(bits=2, group=32)),
+    "every weight, scales, offsets": (
+        (Dense(lr=1e-3), Equivalent(weight_only_families=None), Clip(lr=1e-2), Rounding()),
+        Integer(bits=4, group=None),
+    ),
     "one linear": (
         (Singular(linears=["self_attn.q_proj"], lr=1e-3, corner=0), Clip(lr=1e-2)),
         Integer(bits=4, group=32),
     ),
 }
+# These have all parts, both ways to clip, a band with a corner, and scales in half precision.
+QUICK = (
+    "3 bits, symmetric",
+    "8 bits, scales in half precision",
+    "linear clipping alone",
+    "upper band, few directions, larger corner",
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +151,9 @@ def distance(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 
-@pytest.mark.parametrize(("parts", "fmt"), CASES.values(), ids=CASES)
-def test_weights_and_gradients_equal_the_plain_path_in_float64(
-    small: dict[str, Path], parts: tuple[Part, ...], fmt: Integer
-) -> None:
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
+def test_weights_and_gradients_equal_the_plain_path_in_float64(small: dict[str, Path], case: str) -> None:
+    parts, fmt = CASES[case]
     quant = QuantSettings(weight=fmt, activation=A16)
     block, states = shaken(parts, small["llama"], quant, torch.float64)
     assert uncovered(parts, states, block, quant) is None
@@ -229,7 +250,8 @@ def test_what_the_kernels_do_not_cover_is_refused_with_the_reason(
     mx = QuantSettings(weight=MXInt(bits=4), activation=A16)
     for parts, quant, reason in (
         ((Clip(lr=1e-2),), mx, "integers of 2 to 8 bits"),
-        ((Rounding(), Clip(lr=1e-2)), W2, "in this order"),
+        ((Rounding(hardening=0.5), Clip(lr=1e-2)), W2, "hardening=0"),
+        ((Dense(lr=1e-3), Singular(lr=1e-3, corner=0)), W2, "not both"),
         ((Equivalent(weight_only_families=None), Singular(lr=1e-3, corner=0)), W2, "in this order"),
         ((Equivalent(shift="always", weight_only_families=None),), W2, "not shifts"),
     ):

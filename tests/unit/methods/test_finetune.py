@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from lsiq.errors import ConfigError, InputError
 from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
+from lsiq.methods.finetune import FineTune
 from lsiq.methods.finetune.tuned_block import TunedBlock
 from lsiq.models.context import Context
 from lsiq.models.result import result_weights
@@ -107,13 +108,17 @@ def test_increments_and_step_sizes_train_together_and_are_stored_as_trained(
     block = model.block(1, kwargs)
     context = Context(hidden, None, torch.Generator().manual_seed(0), 2, lambda values: None, tokens)
     found = BlockStore(Path(config.paths.runs) / parent.run_id / "blocks").read(1)
+    assert isinstance(config.method, FineTune)
     tuned = TunedBlock(config.method, block, found, config.quant, context)
+    increments = tuned.open(6)
     assert all(torch.equal(w, found.weights[n].decode()) for n, w in tuned.weights().items() if n in found.weights)
     with torch.no_grad():
-        for group in tuned.groups:
+        for group in (*tuned.groups, *increments):
             for parameter in group["params"]:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    trained, stored = tuned.weights(), result_weights(tuned.result({}), block.weights)
+    trained = tuned.weights()
+    tuned.settle()
+    stored = result_weights(tuned.result({}), block.weights)
     assert all(torch.equal(trained[name], stored[name]) for name in stored)
     assert tuned.result({}).metrics["flip_rate"] > 0
 

@@ -7,6 +7,7 @@ import json
 import re
 import resource
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
 from lsiq.models.result import BlockResult
 from lsiq.pipeline.block_loop import quantize
-from lsiq.results.store import BlockStore, Streams
+from lsiq.results.store import BlockStore, Digest, Streams
 from lsiq.runtime import processes
 from lsiq.runtime.files import read_tensors
 
@@ -41,8 +42,10 @@ def model(checkpoints: dict[str, Path]) -> Path:
 
 @pytest.fixture(autouse=True)
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every block count as large."""
+    """Let every block count as large, and let its streams be worth writing."""
     monkeypatch.setattr("lsiq.results.store.LARGE", 0)
+    monkeypatch.setattr("lsiq.results.store.SECONDS", 0.0)
+    monkeypatch.setattr("lsiq.results.store.TIMES_WRITING", 0.0)
 
 
 @contextlib.contextmanager
@@ -178,6 +181,24 @@ def test_streams_on_their_way_hold_up_no_block(tmp_path: Path) -> None:
     found = store.read_streams(store.finished_blocks(3))
     assert found is not None
     assert found.position == 1
+
+
+def test_streams_are_written_once_enough_work_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsiq.results.store.SECONDS", 0.2)
+    store = BlockStore(tmp_path / "blocks")
+    store.open()
+    before: Digest = ""
+    for index in range(3):
+        before = store.write(index, result(float(index)), before)
+        store.write_streams(Streams(1 + index, [0.1] * (1 + index), STREAM, STREAM + 1), before)
+        store.wait()
+        time.sleep(0.15)
+    # The first two came within 0.2 s of the start; the third one's are the first that it would cost much to lose.
+    assert read_tensors(tmp_path / "streams.safetensors").metadata["done"] == "3"
+    monkeypatch.setattr("lsiq.results.store.SECONDS", 60.0)
+    store.write_streams(Streams(3, [0.1] * 3, STREAM + 1, STREAM), before)
+    store.wait()
+    assert torch.equal(read_tensors(tmp_path / "streams.safetensors").tensors["floats"], STREAM)
 
 
 def test_small_streams_of_a_large_block_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

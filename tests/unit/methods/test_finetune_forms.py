@@ -1,0 +1,176 @@
+"""What is trained at once through the whole model: windows, the grid, and which of them fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.configuration import compose_run
+from omegaconf import DictConfig
+
+from lsiq.errors import ConfigError, ResourceError
+from lsiq.experiment.config import parse
+from lsiq.experiment.run import run
+from lsiq.methods.finetune import FineTune, loss, tuner
+from lsiq.methods.finetune.form import GIB, Load, choose
+from lsiq.methods.finetune.windows import groups
+from lsiq.models.shape import Shape
+from lsiq.results.block_file import to_tensors
+from lsiq.results.store import BlockStore
+from lsiq.runtime.files import tensor_digest
+
+SmallRun = Callable[..., DictConfig]
+DENSE = "method.part={_target_: lsiq.parts.dense.Dense, lr: 0.05, unit: step}"
+# LLaMA-2-7B in half precision, 128 sequences of 2048 tokens, groups of 128, trained in float32.
+SEVEN_BILLION = Load(Shape(202_375_168, 4096, 11008, 32000, 262_144_000), 32, 128, 2048, 128, 2, 4)
+
+
+def best(**changes: object) -> FineTune:
+    method = parse(compose_run("method=best", "quant=w2a16g128")).method
+    assert isinstance(method, FineTune)
+    return replace(method, **changes)
+
+
+def test_windows_share_the_steps_and_cover_the_blocks_in_their_order() -> None:
+    (group,) = groups(best(trained="window", window=3), depth=8, samples=20)
+    # 10 epochs of 3 steps; 8 blocks in three windows of which none has more than three.
+    assert [list(window.blocks) for window in group.windows] == [[0, 1], [2, 3, 4], [5, 6, 7]]
+    assert [(window.steps.start, window.steps.stop) for window in group.windows] == [(0, 7), (7, 18), (18, 30)]
+    (whole,) = groups(best(trained="all"), depth=8, samples=20)
+    assert whole.windows == (type(whole.windows[0])(range(8), range(30)),)
+    singles = groups(replace(best(), together=False, blocks=2), depth=8, samples=20)
+    assert [(list(single.blocks), single.steps) for single in singles] == [([6], 30), ([7], 30)]
+
+
+@pytest.mark.parametrize(
+    ("room", "trained", "least", "most"), [(139, "all", 0, 0), (70, "window", 8, 16), (30, "window", 1, 3)]
+)
+def test_seven_billion_weights_take_the_first_form_that_fits(room: int, trained: str, least: int, most: int) -> None:
+    form = choose(best(), SEVEN_BILLION, room * GIB)
+    assert form.trained == trained
+    assert least <= (form.window or 0) <= most
+    assert form.bytes <= room * GIB
+
+
+def test_where_no_window_fits_the_grid_is_trained_and_where_that_does_not_nothing_begins() -> None:
+    grid = choose(best(), SEVEN_BILLION, 17 * GIB)
+    assert (grid.trained, grid.window, grid.sequences) == ("grid", None, 1)
+    assert not choose(best(), SEVEN_BILLION, 8 * GIB).fits
+    assert choose(best(trained="window", window=4), SEVEN_BILLION, 8 * GIB).window == 4  # asked for is asked for
+
+
+def stored(checkpoint: Path, small_run: SmallRun, tmp_path: Path, *arguments: str) -> list[BlockStore]:
+    """Blocks of a run by rounding and of one that fine-tunes it."""
+    parent = run(small_run(checkpoint, f"paths.runs={tmp_path / 'parents'}"))
+    source = f"method.run={tmp_path / 'parents' / parent.run_id}"
+    child = run(small_run(checkpoint, "method=e2e", source, "method.training.epochs=2", "eval.rtn=false", *arguments))
+    folders = tmp_path / "parents" / parent.run_id, tmp_path / "runs" / child.run_id
+    return [BlockStore(folder / "blocks") for folder in folders]
+
+
+def test_one_window_of_all_blocks_is_training_them_all(checkpoint: Path, small_run: SmallRun, tmp_path: Path) -> None:
+    digests = []
+    for form in ("all", "window"):
+        _, store = stored(checkpoint, small_run, tmp_path, DENSE, f"method.trained={form}")
+        digests.append([tensor_digest(to_tensors(store.read(index))[0]) for index in range(2)])
+    assert digests[0] == digests[1]
+
+
+def test_a_window_flips_codes_in_its_turn_and_step_sizes_move_everywhere(
+    checkpoint: Path, small_run: SmallRun, tmp_path: Path
+) -> None:
+    # Two steps in all, one for each block, and it goes beyond the edge of a cell.
+    part = DENSE.replace("0.05", "0.6")
+    before, after = stored(
+        checkpoint, small_run, tmp_path, part, "method.trained=window", "method.window=1", "method.training.batch=4"
+    )
+    for index in range(2):
+        old, new = before.read(index).weights, after.read(index).weights
+        assert any(not torch.equal(old[name].codes, new[name].codes) for name in old)
+        assert all(not torch.equal(old[name].scale, new[name].scale) for name in old)
+
+
+def test_the_grid_alone_leaves_all_codes(checkpoint: Path, small_run: SmallRun, tmp_path: Path) -> None:
+    before, after = stored(checkpoint, small_run, tmp_path, DENSE.replace("0.05", "0.6"), "method.trained=grid")
+    for index in range(2):
+        old, new = before.read(index).weights, after.read(index).weights
+        assert all(torch.equal(old[name].codes, new[name].codes) for name in old)
+        assert all(not torch.equal(old[name].scale, new[name].scale) for name in old)
+
+
+def test_a_run_says_which_form_it_took_and_keeps_its_name(
+    checkpoint: Path, small_run: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["method=e2e", "method.run=null", "method@method.start=rtn", DENSE, "method.training.epochs=1"]
+    with pytest.raises(
+        ResourceError, match=r"method\.trained=auto: no form of rtn\+e2e fits 0\.0 GiB; the least, grid"
+    ):
+        run(small_run(checkpoint, *start, "method.memory=0.001"))
+    record = run(small_run(checkpoint, *start))
+    assert record.training_form["trained"] == "all"
+    room = float(record.training_form["why"].split()[0])
+    assert room < 0.2
+    # A little less than what all of it takes, rounded up, is enough for one block of two.
+    method = parse(small_run(checkpoint, *start)).method
+    assert isinstance(method, FineTune)
+    load = Load(Shape(74_000, 96, 160, 4096, 0), 2, 4, 32, 32, 4, 4)
+    taken = load.bytes(method, "window", 1, 1, 10 * GIB) / GIB
+    other = run(small_run(checkpoint, *start, f"method.memory={taken * 1.02}", "force=true"))
+    assert other.run_id == record.run_id
+    assert (other.training_form["trained"], other.training_form["window"]) == ("window", 1)
+    assert "trains through the whole model by window of 1 blocks" in capsys.readouterr().err
+
+
+def test_logits_made_in_parts_give_the_same_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(50, 8, generator=generator)
+    hidden, reference = (torch.randn(3, 7, 8, generator=generator) for _ in range(2))
+    tokens = torch.randint(0, 50, (3, 7), generator=generator)
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        return states @ head.t()
+
+    results = []
+    for limit in (2**28, 4 * 50):
+        monkeypatch.setattr(loss, "LOGITS", limit)
+        leaf = hidden.clone().requires_grad_()
+        total = loss.float_loss(logits, leaf, reference, 50) + loss.text_loss(logits, leaf, tokens, 50)
+        total.backward()
+        results.append((total.detach(), leaf.grad))
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)  # measured: 0 and 1.2e-7
+
+
+def test_products_in_tf32_last_as_long_as_fine_tuning(
+    checkpoint: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_float32_matmul_precision("highest")  # whatever was trained in this process before
+    seen = []
+    measured = tuner.float_loss
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return measured(*arguments)
+
+    monkeypatch.setattr(tuner, "float_loss", watched)
+    for precision in ("tf32", "float32"):
+        stored(checkpoint, small_run, tmp_path, f"method.training.precision={precision}")
+    half = len(seen) // 2
+    assert seen == [True] * half + [False] * half
+    assert half > 0
+    with pytest.raises(ConfigError, match="precision=tf32: is for fine-tuning through the whole model"):
+        parse(compose_run("method=lsi", "method.training.precision=tf32"))
+
+
+def test_forms_that_cannot_be_are_refused() -> None:
+    for overrides, message in (
+        (["method.trained=all", "method.window=2"], "window=2: trained=all has no windows"),
+        (["method.trained=window", "method.together=false"], "trained=window: together=false trains blocks one by one"),
+        (["method.trained=grid", "method.scales=null", "method.floats=null", DENSE], "trained=grid: scales and floats"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse(compose_run("method=e2e", "method.run=x", *overrides))
