@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from lsiq.models.loading import Model
 from lsiq.models.prefix import after_prefix
 from lsiq.runtime import processes
 from lsiq.runtime.cache import ContentCache
+from lsiq.runtime.memory import host_bytes
 from lsiq.runtime.micro_batch import MicroBatch
 
 # Of the memory that is free, what the blocks of a model may take; the rest is for keys, values and activations.
@@ -59,10 +59,7 @@ def check_room(model: Model) -> None:
     """Raise ResourceError where the blocks of the model do not fit the device together."""
     parameters = [parameter.numel() for block in model.blocks for parameter in block.parameters()]
     needed = sum(parameters) * model.dtype.itemsize
-    if model.device.type == "cuda":
-        room = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else host_bytes()
     if needed > _SHARE * room:
         raise ResourceError(
             f"eval.tasks: tasks that generate text need all blocks of the model at once, {needed / 2**30:.1f} GiB of "

@@ -18,7 +18,11 @@ from lsiq.models.folder import fingerprint
 NOT_IDENTITY = ("tracker", "paths", "force", "trace", "dry_run", "export")
 # Settings of methods that came later, at the values which stand for what was done before: runs keep their names.
 BEFORE = (
-    *(("unit", "value"), ("travel", 1.0), ("span", "present"), ("latents", False), ("trained", "auto")),
+    ("unit", "value"),
+    ("travel", 1.0),
+    ("span", "present"),
+    ("latents", False),
+    ("trained", "auto"),
     ("window", None),
 )
 # Settings of methods that say where a run comes from, or how much room it has.

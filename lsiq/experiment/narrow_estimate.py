@@ -12,7 +12,7 @@ import torch
 from lsiq.evals.windows import STATES_BYTES
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
 from lsiq.experiment.estimate import READING, Estimate, ahead_of
-from lsiq.experiment.narrow_model import Narrow, host_bytes, narrowed
+from lsiq.experiment.narrow_model import Narrow, narrowed
 from lsiq.experiment.probe import architecture, probe_architecture
 from lsiq.experiment.probed_formats import allocation_costs
 from lsiq.formats.placed import check_widths
@@ -24,7 +24,7 @@ from lsiq.models.families import find_spec
 from lsiq.models.shape import Shape
 from lsiq.report.terminal import PlannedStage
 from lsiq.results.store import BlockStore
-from lsiq.runtime.memory import reset_peak
+from lsiq.runtime.memory import host_bytes, reset_peak
 from lsiq.runtime.streams import stored_in
 
 # Weights of a block that are tried out in their true size on a CPU.

@@ -9,7 +9,6 @@ the width; scaled as cubic, a block of gptq came out two and a half times too lo
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -196,8 +195,3 @@ class Narrow:
 
 def _shape_of(model: Model) -> dict[str, Any]:
     return {"model_type": model.spec.model_type, **model.config.to_dict()}
-
-
-def host_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

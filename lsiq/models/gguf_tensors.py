@@ -94,5 +94,5 @@ def _check_type(gguf: Any, kind: int, path: Path) -> None:
         quant_type = gguf.GGMLQuantizationType(kind)
         name = quant_type.name
         gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[quant_type][1]), np.uint8), quant_type)
-    except (NotImplementedError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:  # what the package raises for types it has no decoder of
         raise InputError(f"{path}: holds tensors of type {name}, which the package gguf cannot read") from error

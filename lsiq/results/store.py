@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -21,14 +20,15 @@ from lsiq.results.block_file import to_result, to_tensors
 from lsiq.runtime import processes
 from lsiq.runtime.background_writer import Background
 from lsiq.runtime.files import DamagedError, Stored, read_tensors, remove_partial, write_tensors
+from lsiq.runtime.pace import Pace
 from lsiq.runtime.terminal import warn
 from lsiq.runtime.unfinished import Unfinished
 
 # So many bytes or more are written beside the next block: streams of 7 billion parameters take as long as an epoch.
 LARGE = 2**26
-# Of large streams, those are written for which more work was done than running the blocks through anew would take: half
-# a minute's, and ten times what writing the last ones took. Many runs on one disk would wait for nothing else.
-SECONDS, TIMES_WRITING = 30.0, 10.0
+# Large streams are written once more work was done than running the blocks through anew would take. Many runs on one
+# disk would wait for nothing else.
+SECONDS = 30.0
 # Of a block; not known yet of one that is still being written.
 Digest = str | Future[str]
 # The digest of a file that cannot be read.
@@ -87,7 +87,7 @@ class BlockStore:
         self.folder, self.stamp = folder, stamp
         # Two, so that streams that are being written never hold up a block.
         self._blocks, self._streams = Background(), Background()
-        self._streams_written, self._streams_wait = time.monotonic(), 0.0
+        self._streams_pace = Pace()
 
     def clear(self) -> None:
         """Leave nothing behind."""
@@ -205,11 +205,9 @@ class BlockStore:
         metadata = {"done": str(streams.position), "errors": json.dumps(list(streams.errors))}
 
         def save(tensors: Mapping[str, Tensor]) -> None:
-            name = _on_disk(before)
-            start = time.monotonic()
-            self._save(self._streams_file, tensors, metadata | {"before": name})
-            self._streams_written = time.monotonic()
-            self._streams_wait = TIMES_WRITING * (self._streams_written - start)
+            name = _on_disk(before)  # which waits for the block, and that is not writing
+            with self._streams_pace.writing():
+                self._save(self._streams_file, tensors, metadata | {"before": name})
 
         if not present or (_bytes(present) < LARGE and not self._blocks.busy):  # after the last block nothing is held
             self._streams.wait()
@@ -220,8 +218,7 @@ class BlockStore:
 
     def _streams_due(self, streams: Mapping[str, Tensor]) -> bool:
         """Whether these should be written, now that the last ones are."""
-        since = time.monotonic() - self._streams_written
-        return not self._streams.busy and (_bytes(streams) < LARGE or since >= max(SECONDS, self._streams_wait))
+        return not self._streams.busy and (_bytes(streams) < LARGE or self._streams_pace.due(SECONDS))
 
     def read_streams(self, blocks: Sequence[StoredBlock]) -> Streams | None:
         """Return what enters the next block after some of the finished `blocks`; None where that is not known."""

@@ -117,12 +117,13 @@ def carry_out(cfg: str, rename: int | str | None, background: bool) -> None:
     from omegaconf import OmegaConf
 
     import lsiq.results.store
+    import lsiq.runtime.pace
     from lsiq.experiment.run import run
 
     torch.set_num_threads(1)
     if background:
         lsiq.results.store.LARGE = 0
-        lsiq.results.store.SECONDS = lsiq.results.store.TIMES_WRITING = 0.0
+        lsiq.results.store.SECONDS = lsiq.runtime.pace.TIMES_WRITING = 0.0
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     with contextlib.nullcontext() if rename is None else at_rename(rename, kill):
         run(OmegaConf.create(cfg))

@@ -233,14 +233,18 @@ def test_the_streams_are_not_run_through_again(model: Path, small_run: SmallRun,
     assert not read_tensors(streams).tensors  # nothing of their size stays behind
 
 
+def all_streams_are_written_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsiq.results.store.LARGE", 1)
+    monkeypatch.setattr("lsiq.results.store.SECONDS", 0.0)
+    monkeypatch.setattr("lsiq.runtime.pace.TIMES_WRITING", 0.0)
+
+
 def test_large_streams_are_written_beside_the_next_block(
     model: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(small_run(model, "method=gptq", f"paths.runs={tmp_path / 'other'}"))
     _, alone = only_run(tmp_path / "other")
-    monkeypatch.setattr("lsiq.results.store.LARGE", 1)
-    monkeypatch.setattr("lsiq.results.store.SECONDS", 0.0)
-    monkeypatch.setattr("lsiq.results.store.TIMES_WRITING", 0.0)
+    all_streams_are_written_as_large_ones(monkeypatch)
     run(small_run(model, "method=gptq"))
     _, folder = only_run(tmp_path / "runs")
     assert outcome(folder) == outcome(alone)
@@ -265,9 +269,7 @@ def test_blocks_whose_streams_were_not_worth_writing_are_run_through_again(
 
 
 def test_streams_make_way_while_others_are_still_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsiq.results.store.LARGE", 1)
-    monkeypatch.setattr("lsiq.results.store.SECONDS", 0.0)
-    monkeypatch.setattr("lsiq.results.store.TIMES_WRITING", 0.0)
+    all_streams_are_written_as_large_ones(monkeypatch)
     store, gate, stream = BlockStore(tmp_path / "blocks"), threading.Event(), torch.ones(2, 3, 4)
     store._streams.start(gate.wait)
     store.write_streams(Streams(1, [0.1], stream, stream + 1), "first")
@@ -282,9 +284,7 @@ def test_streams_make_way_while_others_are_still_being_written(tmp_path: Path, m
 def test_a_disk_that_refuses_large_streams_is_named_at_the_next_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lsiq.results.store.LARGE", 1)
-    monkeypatch.setattr("lsiq.results.store.SECONDS", 0.0)
-    monkeypatch.setattr("lsiq.results.store.TIMES_WRITING", 0.0)
+    all_streams_are_written_as_large_ones(monkeypatch)
     store, stream = BlockStore(tmp_path / "nowhere" / "blocks"), torch.ones(2, 3, 4)
     store.write_streams(Streams(1, [0.1], stream, stream + 1), "first")
     with pytest.raises(OutputError, match=r"streams\.safetensors: cannot be written"):

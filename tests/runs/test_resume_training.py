@@ -53,7 +53,7 @@ def states(stop: int | None = None, error: type[BaseException] = KilledError) ->
 def parent(checkpoint: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
     """A run to start from; states are written before every step from here on."""
     monkeypatch.setattr(progress, "SECONDS", 0.0)
-    monkeypatch.setattr(progress, "TIMES_WRITING", 0.0)
+    monkeypatch.setattr("lsiq.runtime.pace.TIMES_WRITING", 0.0)
     return run(small_run(checkpoint, f"paths.runs={tmp_path / 'parents'}"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,13 @@ from lsiq.models.result import BlockResult
 from lsiq.results.block_file import to_result, to_tensors
 from lsiq.runtime import processes
 from lsiq.runtime.files import Stored
+from lsiq.runtime.pace import Pace
 
 if TYPE_CHECKING:
     from lsiq.runtime.unfinished import Unfinished
 
-# A stop costs three minutes of training, or where the state takes long to write, ten times as long as that takes.
-SECONDS, TIMES_WRITING = 180.0, 10.0
+# A stop costs three minutes of training, or more where the state takes long to write.
+SECONDS = 180.0
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Progress:
 
     def __init__(self, unfinished: Unfinished | None, form: Mapping[str, Any]) -> None:
         self._unfinished, self._form = unfinished, json.dumps(form, sort_keys=True)
-        self._written, self._wait = time.monotonic(), SECONDS
+        self._pace = Pace()
         stored = None if unfinished is None else unfinished.read("state")
         exists = stored is not None and stored.metadata["form"] == self._form
         self.stored: Stored | None = stored if all(processes.gather(exists)) else None
@@ -62,7 +62,7 @@ class Progress:
     @property
     def due(self) -> bool:
         """Whether so much has been done since the state was last written that it should be again."""
-        return self._unfinished is not None and time.monotonic() - self._written > self._wait
+        return self._unfinished is not None and self._pace.due(SECONDS)
 
     def write(
         self,
@@ -79,7 +79,6 @@ class Progress:
         """
         if self._unfinished is None:
             return
-        start = time.monotonic()
         tensors = {f"settled/{i}/{name}": tensor for i, block in settled.items() for name, tensor in block.items()}
         for number, optimizer in enumerate(optimizers):
             for index, parameter in enumerate(_parameters(optimizer)):
@@ -94,9 +93,8 @@ class Progress:
             tensors |= {f"block/{index}/{name}": tensor for name, tensor in block.items()}
         facts = asdict(replace(course, sums=[]))
         metadata = {"form": self._form, "course": json.dumps(facts), "blocks": json.dumps(blocks)}
-        self._unfinished.write("state", tensors, metadata)
-        self._written = time.monotonic()
-        self._wait = max(SECONDS, TIMES_WRITING * (self._written - start))
+        with self._pace.writing():
+            self._unfinished.write("state", tensors, metadata)
 
     def course(self, device: torch.device) -> Course | None:
         """Return where an earlier try stopped."""

@@ -45,7 +45,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every block count as large, and let its streams be worth writing."""
     monkeypatch.setattr("lsiq.results.store.LARGE", 0)
     monkeypatch.setattr("lsiq.results.store.SECONDS", 0.0)
-    monkeypatch.setattr("lsiq.results.store.TIMES_WRITING", 0.0)
+    monkeypatch.setattr("lsiq.runtime.pace.TIMES_WRITING", 0.0)
 
 
 @contextlib.contextmanager
