@@ -12,16 +12,11 @@ from torch import nn
 from lsiq.models.loading import Model
 from lsiq.models.outside import outside_modules
 from lsiq.models.result import BlockResult
+from lsiq.pipeline.area import relative_area
 
 if TYPE_CHECKING:
     from lsiq.formats.base import WeightFormat
     from lsiq.formats.quant import QuantSettings
-
-
-# Area of a multiply-accumulate in half precision, in the unit in which one of two integers takes the product of their
-# widths. Fitted to the three circuits of LQER's table that compute with small integers alone, relative to float16:
-# 4 x 8 with a 1 % branch of 8 x 8, 0.325; 4 x 6 with 8 x 6, 0.229; 6 x 6, 0.386. Here: 0.327, 0.245, 0.360.
-FLOAT16_AREA = 100
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ def model_cost(
         as well only a row. The cache of keys and values is left out: it grows with the context.
     macs_per_token: multiply-accumulates by width, weight times activation, the head included in its own. Products of
         queries, keys and values are left out for the same reason.
-    relative_area: see `relative_area`; of the blocks' linears.
+    relative_area: see `lsiq.pipeline.area`; of the blocks' linears.
     """
     costs = list(blocks)
     weights, bits = sum(block.weights for block in costs), sum(block.stored_bits for block in costs)
@@ -122,32 +117,3 @@ def model_cost(
         "macs_per_token": dict(macs),
         "relative_area": area,
     }
-
-
-def relative_area(macs: Mapping[str, int], weights: int) -> float | None:
-    """Return the circuit area of linears relative to float16 at equal throughput; None where it cannot be said.
-
-    Args:
-        macs: multiply-accumulates per token by width.
-        weights: how many they would be in float16: one per original weight.
-
-    Every width has its own multipliers, busy all the time, so areas add up by the share of the work. A multiplier of
-    two integers takes the product of their widths, one of two halves `FLOAT16_AREA`. Adders, memory and control are in
-    that constant or left out. Circuits that mix small integers with half precision have to convert between them, which
-    costs more than the multipliers (LQER's table: 1.136 for integer weights with a float16 branch, 14 for 4-bit weights
-    under 16-bit activations): for them nothing is estimated. Neither is it for small floating-point numbers: adding
-    products of different exponents costs more than the multipliers, and no circuit of that table does it.
-
-    Source: in the manner of LQER (arXiv 2402.02446, table of circuit areas), whose synthesis is not repeated here.
-    """
-    if set(macs) == {"16x16"}:
-        return sum(macs.values()) / weights
-    area = 0.0
-    if not all(width.replace("x", "").isdecimal() for width in macs):
-        return None
-    for width, count in macs.items():
-        first_bits, second_bits = (int(bits) for bits in width.split("x"))
-        if max(first_bits, second_bits) > 8:
-            return None
-        area += count * first_bits * second_bits / FLOAT16_AREA
-    return area / weights

@@ -100,7 +100,7 @@ def costs(runs: Runs, settings: Sequence[tuple[str, str]]) -> Table:
 
 def areas(literature: Literature) -> Table:
     """Return the circuit areas of LQER's table beside this project's estimate for the same layer."""
-    from lsiq.pipeline.cost import relative_area
+    from lsiq.pipeline.area import relative_area
 
     out, into = AREA_SHAPE
     branch = AREA_RANK * (out + into)

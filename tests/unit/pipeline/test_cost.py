@@ -12,7 +12,7 @@ from helpers.configuration import SHARED, compose_run
 from omegaconf import DictConfig
 
 from lsiq.experiment.run import run
-from lsiq.pipeline.cost import relative_area
+from lsiq.pipeline.area import relative_area
 
 # The small llama: hidden 96, feed-forward 160, two of six heads for keys and values, two blocks, vocabulary 4096.
 WEIGHTS = 2 * (96 * 96 * 2 + 32 * 96 * 2 + 96 * 160 * 3)
@@ -44,16 +44,19 @@ def test_blocks_with_a_branch_cost_exponents_and_both_factors(
     assert cost["relative_area"] == pytest.approx((32 + 64 * 16 * sides / WEIGHTS) / 100)
 
 
-def test_floats_are_counted_by_their_type_and_no_area_is_made_up_for_them(
-    small_run: Callable[..., DictConfig], checkpoints: dict[str, Path]
-) -> None:
+def test_floats_are_counted_by_their_type(small_run: Callable[..., DictConfig], checkpoints: dict[str, Path]) -> None:
     config = small_run(checkpoints["llama"], "eval=none", "method=l2qer", "method.rank=16")
     config.quant = compose_run("quant=mxfp4a8").quant
     cost = run(config).cost
     sides = 2 * (2 * (96 + 96) + 2 * (32 + 96) + 3 * (96 + 160))
     assert cost["macs_per_token"] == {"e2m1xe4m3": WEIGHTS, "e4m3xe4m3": 16 * sides, "16x16": EMBEDDING}
     assert cost["average_bits"] > 4.25 + 8.25 * 16 * sides / WEIGHTS  # blocks of 16 along the rank
-    assert cost["relative_area"] is None
+    linears, branch = (
+        relative_area({kind: count}, WEIGHTS) for kind, count in (("e2m1xe4m3", WEIGHTS), ("e4m3xe4m3", 16 * sides))
+    )
+    assert linears is not None
+    assert branch is not None
+    assert cost["relative_area"] == pytest.approx(linears + branch)
 
 
 def test_the_float_model_costs_sixteen_bits(small_run: Callable[..., DictConfig], checkpoints: dict[str, Path]) -> None:
