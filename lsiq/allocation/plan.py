@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ class Plan:
     Attributes:
         layers: by number of the block and name of the linear, a format: its name, or its settings as plain data.
         average_bits: bits per weight of the linears, all that decodes them counted.
-        divergence: the sum of the chosen sensitivities, nats per token; None where nothing was measured.
+        divergence: the sum of the sensitivities chosen first, nats per token; None where nothing was measured.
         sensitivities: by unit and name of the choice, nats per token.
         request: what the plan was asked for and measured on; empty where it came from rules or a file.
+        measured: the divergence of the whole model as planned, first without and then after each round of measuring
+            around the plan; empty where there was none.
     """
 
     layers: Mapping[str, Any]
@@ -32,6 +34,7 @@ class Plan:
     divergence: float | None = None
     sensitivities: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
+    measured: Sequence[float] = ()
 
     @property
     def digest(self) -> str:

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from lsiq.errors import NumericalError
 
 
-def choose(sensitivities: Sequence[Sequence[float]], bits: Sequence[Sequence[int]], budget: int) -> list[int]:
+@dataclass(frozen=True)
+class Near:
+    """Where a choice is looked for: at most `changes` units differ from `plan`, each by a choice that is `allowed`.
+
+    Attributes:
+        plan: an index for each unit.
+        allowed: `(units, choices)`, true for those of the plan.
+    """
+
+    plan: Sequence[int]
+    allowed: np.ndarray
+    changes: int
+
+
+def choose(
+    sensitivities: Sequence[Sequence[float]],
+    bits: Sequence[Sequence[int]],
+    budget: int,
+    near: Near | None = None,
+) -> list[int]:
     """Return, for each unit, the index of its choice.
 
         minimise  Σ_uc s_uc x_uc   where  Σ_c x_uc = 1,   Σ_uc b_uc x_uc ≤ budget,   x ∈ {0, 1}
 
     Args:
         sensitivities, bits: `(units, choices)`.
-        budget: bits that all units may take together; the smallest choices take no more.
+        budget: bits that all units may take together; the smallest choices, or those of `near`, take no more.
+        near: where to look; None for everywhere.
 
     Raises:
         NumericalError: a sensitivity is not finite, or the solver gives up.
@@ -30,15 +51,20 @@ def choose(sensitivities: Sequence[Sequence[float]], bits: Sequence[Sequence[int
     units, choices = cost.shape
     one_each = kron(csr_matrix(np.eye(units)), np.ones((1, choices)))
     # Both sides in units near 1, so that the solver's tolerances, about 1e-6, are a part in a million of each.
-    scale = max(cost.max(), 1e-300)
+    scale = max(np.abs(cost).max(), 1e-300)
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint((size / budget).reshape(1, -1), -np.inf, 1),
+    ]
+    if near is not None:
+        stays = np.zeros((units, choices))
+        stays[np.arange(units), near.plan] = 1
+        constraints.append(LinearConstraint(stays.reshape(1, -1), units - near.changes, np.inf))
     solution = milp(
         cost.ravel() / scale,
         integrality=np.ones(units * choices),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint((size / budget).reshape(1, -1), -np.inf, 1),
-        ],
+        bounds=Bounds(0, 1 if near is None else near.allowed.astype(float).ravel()),
+        constraints=constraints,
         options={"mip_rel_gap": 0.0},
     )
     if solution.x is None:

@@ -68,7 +68,12 @@ def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, An
         ignored.add("kv")
     if not config.quant.allocate.active:
         ignored.add("allocate")
-    return {key: value for key, value in quant.items() if key not in ignored}
+    settings = {key: value for key, value in quant.items() if key not in ignored}
+    if "allocate" in settings:  # what came later stands for what was done before
+        before = {"rounds": 0, "rounding": "nearest"}
+        allocate = settings["allocate"].items()
+        settings["allocate"] = {k: v for k, v in allocate if k not in before or v != before[k]}
+    return settings
 
 
 def _as_before(node: Any) -> Any:

@@ -56,14 +56,15 @@ def allocation_steps(config: RunConfig, model: Model, depth: int) -> tuple[float
     drawn = random_windows(model.config.vocab_size, allocation.samples, config.calib.seqlen, 0)
     if allocation.measure == "fisher":
         return 4.0 * depth * allocation.samples, 3.0 * allocation.samples, 2.0  # the way back costs twice the way there
-    through = passes(model, drawn, len(units), len(allocation.choices), ROOM)
-    trials = len(allocation.choices) * sum(depth - unit.block for unit in units)
-    count = len(allocation.choices) * len(units)
-    return (
-        float(allocation.samples * (trials + through * depth)),
-        float(allocation.samples * (count + through)),
-        through,
-    )
+    blocks = heads = through = 0.0
+    # Around a plan each unit is tried with two other choices, and the plan and some others are tried as a whole.
+    for choices, whole in ((len(allocation.choices), 0), *[(2, 8)] * allocation.rounds):
+        count = choices * len(units) + whole
+        rounds = passes(model, drawn, count, ROOM)
+        through += rounds
+        blocks += choices * sum(depth - unit.block for unit in units) + (whole + rounds) * depth
+        heads += count + rounds
+    return allocation.samples * blocks, allocation.samples * heads, through
 
 
 def allocation_costs(config: RunConfig, model: Model) -> tuple[float, float]:

@@ -74,7 +74,7 @@ class Allocation:
 
     Each of `choices` is tried on each unit of linears, the rest of the model in float; the divergence of what the model
     predicts on `samples` calibration sequences is the unit's sensitivity. A choice for each unit with the least sum is
-    found exactly.
+    found exactly. Then it may be measured again around the plan, `rounds` times: see `lsiq.allocation.refine`.
     """
 
     bits: float | None = Field(
@@ -95,12 +95,20 @@ class Allocation:
         "second-order estimate, from gradients)",
     )
     samples: int = Field(8, ge=1, description="calibration sequences on which sensitivities are measured, at least 1")
+    rounds: int = Field(
+        0, ge=0, description="how often sensitivities are measured again around the plan, and the plan solved again"
+    )
+    rounding: Literal["nearest", "method"] = Field(
+        "nearest", description="nearest, or method: how linears are rounded while the model is measured"
+    )
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bytes is not None:
             raise ValueError(f"bits={self.bits}: and bytes={self.bytes} are two limits; set one of them to null")
         if len(set(self.choices)) < len(self.choices):
             raise ValueError(f"choices={self.choices}: names a format twice; each may stand once")
+        if self.measure == "fisher" and self.rounding == "method":
+            raise ValueError("rounding=method: the estimate takes rounding to nearest; use measure=divergence")
 
     @property
     def active(self) -> bool:
