@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lsiq.allocation.units import check_solver
 from lsiq.api.models import FloatModel, load_model
 from lsiq.api.recipes import Calibration, Recipe
 from lsiq.cli.compose import compose
@@ -21,13 +22,16 @@ from lsiq.errors import ConfigError
 from lsiq.evals.block_pass import FunctionOf, run_blocks
 from lsiq.evals.perplexity import Perplexity
 from lsiq.evals.perplexity import perplexity as measure
-from lsiq.experiment.calibrate import calibration_tokens
+from lsiq.experiment.calibrate import NOTHING_KEPT, calibration_tokens
 from lsiq.experiment.checks import check_formats
 from lsiq.experiment.composed import plain_config
 from lsiq.experiment.config import RunConfig, parse
 from lsiq.experiment.export import export
 from lsiq.experiment.quantize import block_row
+from lsiq.experiment.rounded_choices import check_rounding
+from lsiq.experiment.sharing import Sharing
 from lsiq.export.source import Source
+from lsiq.formats.names import as_format
 from lsiq.formats.placed import place
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
@@ -178,9 +182,10 @@ def quantize(
     source = model if isinstance(model, FloatModel) else load_model(model)
     if isinstance(method, Recipe):
         method = method.method(quant)
-    quant = _placed(quant, source)
     check_formats(source.model, quant)
     tokens, batch = _calibration_tokens(source, calibration, batch)
+    quant = _placed(quant, source, method, tokens, batch, seed)
+    check_formats(source.model, quant)
     if tokens is None and method.needs and quant.name != "fp16":
         raise ConfigError(
             f"calibration=None: method {method.name} needs calibration tokens; give lsiq.tokens(…) or ids (N, T)"
@@ -203,14 +208,31 @@ def quantize(
     return QuantizedModel(source, prepared, quant, method, store, rows, cost, facts, seed)
 
 
-def _placed(quant: QuantSettings, source: FloatModel) -> QuantSettings:
-    """Return the formats with those of each linear; ConfigError where they would have to be found first."""
+def _placed(
+    quant: QuantSettings,
+    source: FloatModel,
+    method: Method | WholeMethod,
+    tokens: Tensor | None,
+    batch: int,
+    seed: int,
+) -> QuantSettings:
+    """Return the formats with those of each linear; where bits are to be shared out, they are."""
+    model, layers = source.model, None
     if quant.allocate.active:
-        raise ConfigError(
-            "quant.allocate: bits are shared out by a run (python run.py quant.allocate.bits=…); give its plan.json "
-            "here as quant.plan=FILE"
-        )
-    return place(quant, source.model.depth, source.model.spec.linears, source.name)
+        check_solver(quant)
+        try:
+            check_rounding(quant, method)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if tokens is None:
+            raise ConfigError(
+                "calibration=None: quant.allocate measures sensitivities on calibration tokens; give lsiq.tokens(…) or "
+                "ids (N, T)"
+            )
+        samples = tokens[: quant.allocate.samples]
+        plan = Sharing(quant, model, source.name, method, samples, tokens, batch, seed, NOTHING_KEPT).plan()
+        layers = {name: as_format(value) for name, value in plan.layers.items()}
+    return place(quant, model.depth, model.spec.linears, source.name, layers)
 
 
 def _fill(

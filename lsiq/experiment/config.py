@@ -13,6 +13,7 @@ from lsiq.data.settings import CalibSettings
 from lsiq.errors import ConfigError
 from lsiq.evals.settings import EvalSettings
 from lsiq.experiment.composed import named_config, recipe_family
+from lsiq.experiment.rounded_choices import check_rounding
 from lsiq.export.base import Exporter, refuse_method
 from lsiq.formats.key_value import refuse_padded
 from lsiq.formats.mixed import OUTSIDE
@@ -68,11 +69,7 @@ class RunConfig:
                 f"method.scales={self.method.scales}: step sizes of quant={self.quant.name} are stored in a few "
                 "bits and cannot be trained; use method.scales=null or an integer format"
             )
-        if self.quant.allocate.active and self.quant.allocate.rounding == "method" and not self.method.rounds_only:
-            raise ValueError(
-                f"quant.allocate.rounding=method: method {self.method.name} changes more than the codes, so that one "
-                "linear cannot be exchanged alone; use quant.allocate.rounding=nearest, or method=gptq"
-            )
+        check_rounding(self.quant, self.method)
         if (
             rounded := [rule.match for rule in self.quant.rules if rule.match in OUTSIDE and rule.format.bits < 16]
         ) and (reason := self._why_outside_stays()):

@@ -15,7 +15,6 @@ from lsiq.data.corpora import KINDS, read_corpus
 from lsiq.data.tokens import cut_windows, random_windows
 from lsiq.errors import InputError
 from lsiq.evals.windows import STATES_BYTES
-from lsiq.experiment.allocate import ROOM
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
 from lsiq.experiment.checks import check_formats
 from lsiq.experiment.probe import (
@@ -30,6 +29,7 @@ from lsiq.experiment.probe import (
 )
 from lsiq.experiment.probed_formats import allocation_costs, allocation_steps, with_probed_formats
 from lsiq.experiment.quantize import prepare_model
+from lsiq.experiment.sharing import ROOM
 from lsiq.methods.base import Method, chain
 from lsiq.models.loading import Model
 from lsiq.pipeline.block_loop import STREAMS

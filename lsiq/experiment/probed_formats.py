@@ -11,8 +11,8 @@ from lsiq.allocation.divergence import passes
 from lsiq.allocation.units import units_of
 from lsiq.data.tokens import random_windows
 from lsiq.evals.perplexity import score_tokens
-from lsiq.experiment.allocate import ROOM
 from lsiq.experiment.config import with_formats
+from lsiq.experiment.sharing import ROOM
 from lsiq.formats.placed import PlacedQuant, place
 from lsiq.models.block import run_stream
 from lsiq.models.families import find_spec

@@ -12,7 +12,7 @@ from helpers.configuration import compose_run
 from helpers.interruption import at_rename, interrupt
 from omegaconf import DictConfig
 
-import lsiq.experiment.allocate
+import lsiq.experiment.sharing
 from lsiq.errors import ConfigError
 from lsiq.experiment.composed import plain_config
 from lsiq.experiment.config import parse
@@ -117,7 +117,7 @@ def test_bits_are_shared_out_once_and_the_plan_serves_other_methods(
     assert len(plan["sensitivities"]) == 14
     assert (folder / "plan.svg").is_file() == (find_spec("matplotlib") is not None)
 
-    monkeypatch.setattr(lsiq.experiment.allocate, "_measure", pytest.fail)  # what was measured is in the cache
+    monkeypatch.setattr(lsiq.experiment.sharing, "measure", pytest.fail)  # what was measured is in the cache
     tighter = run(small_run(model, "quant.allocate.bits=3.0", *words[1:]))
     assert tighter.average_bits is not None
     assert tighter.average_bits <= 3.0
@@ -230,7 +230,7 @@ def test_a_run_that_stopped_goes_on_with_the_formats_it_had_chosen(
     undisturbed = run(small_run(model, *words, f"paths.runs={tmp_path / 'other'}"))
     with at_rename("block_001.safetensors", interrupt), pytest.raises(KeyboardInterrupt):
         run(small_run(model, *words))
-    monkeypatch.setattr(lsiq.experiment.allocate, "_measure", pytest.fail)  # the plan lies beside the record
+    monkeypatch.setattr(lsiq.experiment.sharing, "measure", pytest.fail)  # the plan lies beside the record
     again = run(small_run(model, *words))
     assert again.status == "finished"
     assert again.metrics == undisturbed.metrics
