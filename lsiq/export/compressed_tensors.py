@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lsiq.export.source import Source
-    from lsiq.formats.base import WeightFormat
+    from lsiq.formats.base import ActivationFormat, WeightFormat
     from lsiq.formats.key_value import KeyValue
     from lsiq.formats.quant import QuantSettings
     from lsiq.formats.tensor import QuantizedTensor
@@ -58,12 +58,14 @@ class CompressedTensors(Destination):
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=compressed-tensors")
         _check_cache(quant)
-        if _float_layout(quant) is not None:
-            float_layouts.check_activation(quant)
-            return
         beside = ", FP8 (e4m3), MXFP4, MXFP6 (e2m3), MXFP8 (e4m3) and NVFP4 in their usual blocks"
-        activation, weights = quant.activation, [integers(fmt, _NAME, beside) for fmt in rounded_formats(quant)]
-        if not activation.active:
+        activation, weights = quant.activation, []
+        for fmt in rounded_formats(quant):
+            if float_layouts.layout(fmt, activation) is None:
+                weights.append(integers(fmt, _NAME, beside))
+            else:
+                float_layouts.check_activation(fmt, activation)
+        if not activation.active or not weights:
             return
         if activation.bits != 8 or any(weight.bits != 8 or weight.group is not None for weight in weights):
             raise ValueError(
@@ -102,9 +104,14 @@ class CompressedTensors(Destination):
 
 def _layout(quant: QuantSettings) -> Callable[[QuantizedTensor], dict[str, Tensor]]:
     """Return what lays out a linear's weight."""
-    if _float_layout(quant) is not None:
-        return lambda weight: {**float_layouts.weight_parts(weight), **float_layouts.input_parts(quant)}
-    return _integers if quant.activation.active else _packed
+    of_integers = _integers if quant.activation.active else _packed
+
+    def parts(weight: QuantizedTensor) -> dict[str, Tensor]:
+        if float_layouts.layout(weight.format, quant.activation) is None:
+            return of_integers(weight)
+        return {**float_layouts.weight_parts(weight), **float_layouts.input_parts(quant)}
+
+    return parts
 
 
 def _halved(weight: QuantizedTensor) -> bool:
@@ -153,14 +160,12 @@ def _check_cache(quant: QuantSettings) -> None:
 
 
 def _config(source: Source) -> dict[str, Any]:
-    """Return the settings that loaders read: one group for all linears, or one for each format."""
+    """Return the settings that loaders read: one group for all linears, or one for each format.
+
+    Where groups have different layouts each names its own.
+    """
     activation = source.quant.activation
-    if (layout := _float_layout(source.quant)) is not None:
-        stated = float_layouts.inputs_config(activation)
-        weights = float_layouts.weights_config(source.quant.weight)
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": stated}
-        return _described(source, layout, {"group_0": group}, [])
-    inputs = None
+    inputs = float_layouts.inputs_config(activation)
     if isinstance(activation, Activation) and activation.active:
         inputs = {
             "num_bits": activation.bits,
@@ -170,16 +175,19 @@ def _config(source: Source) -> dict[str, Any]:
             "dynamic": True,
         }
     by_format, floats = _targets(source)
+    of_integers = "int-quantized" if activation.active else "pack-quantized"
+    layouts = {fmt: float_layouts.layout(fmt, activation) or of_integers for fmt in by_format}
+    one_layout = len(set(layouts.values())) == 1
     groups = {
-        f"group_{number}": {"targets": targets, "weights": _weights(fmt), "input_activations": inputs}
+        f"group_{number}": {
+            "targets": targets,
+            "weights": _weights(fmt, activation),
+            "input_activations": inputs,
+            **({} if one_layout else {"format": layouts[fmt]}),
+        }
         for number, (fmt, targets) in enumerate(by_format.items())
     }
-    return _described(source, "int-quantized" if activation.active else "pack-quantized", groups, floats)
-
-
-def _float_layout(quant: QuantSettings) -> str | None:
-    """Return the layout of floating-point weights, which is one for all linears."""
-    return None if quant.mixed else float_layouts.layout(quant)
+    return _described(source, layouts.popitem()[1] if one_layout else "mixed-precision", groups, floats)
 
 
 def _described(source: Source, layout: str, groups: dict[str, Any], floats: list[str]) -> dict[str, Any]:
@@ -206,7 +214,9 @@ def _targets(source: Source) -> tuple[dict[WeightFormat, list[str]], list[str]]:
     return ({fmt: ["Linear"] for fmt in rounded} if len(rounded) == 1 else rounded), floats
 
 
-def _weights(fmt: WeightFormat) -> dict[str, Any]:
+def _weights(fmt: WeightFormat, activation: ActivationFormat) -> dict[str, Any]:
+    if float_layouts.layout(fmt, activation) is not None:
+        return float_layouts.weights_config(fmt)
     weight = integers(fmt, _NAME)
     return {
         "num_bits": weight.bits,
@@ -245,7 +255,8 @@ def _load(folder: Path) -> Logits:
                     wide, dtype=torch.float32, quantization_config=dequantize, local_files_only=True
                 )
             )
-        if all(group["weights"]["symmetric"] for group in groups):
+        halved = any(group["weights"]["strategy"] == "tensor_group" for group in groups)  # handed out in bfloat16
+        if not halved and all(group["weights"]["symmetric"] for group in groups):
             return as_logits(AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32, local_files_only=True))
         return as_logits(_load_groups(Path(wide)))
 
@@ -260,8 +271,9 @@ def _groups(folder: Path) -> dict[str, Any]:
 def _load_groups(folder: Path) -> nn.Module:
     """Return the model that transformers builds, each linear unpacked by compressed-tensors as its own group says.
 
-    transformers 5.23 unpacks all linears as the first group says where it is to de-quantise, and fails on asymmetric
-    weights where it is not, so compressed-tensors is asked for the linears one by one.
+    transformers 5.23 unpacks all linears as the first group says where it is to de-quantise; where it is not, it fails
+    on asymmetric weights and on those of NVFP4 in a model of float32, as they come in bfloat16. So compressed-tensors
+    is asked for the linears one by one.
     """
     import json
 
@@ -281,7 +293,7 @@ def _load_groups(folder: Path) -> nn.Module:
             raise ValueError(f"a group of settings is expected, not {group}")
         compressor = BaseCompressor.get_value_from_registry(group.format or stated.format)
         for target in group.targets:
-            names = [name for name in tensors if name.startswith(f"{target}.weight_")]
+            names = [name for name in tensors if name.startswith(f"{target}.weight")]
             parts = {name.removeprefix(f"{target}."): tensors.pop(name) for name in names}
             tensors[f"{target}.weight"] = compressor.decompress(parts, group)["weight"]
     unknown = model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)

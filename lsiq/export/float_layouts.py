@@ -21,14 +21,13 @@ _NAME = "export=compressed-tensors"
 _MX = {"e2m1": "mxfp4-pack-quantized", "e2m3": "mxfp6-pack-quantized", "e4m3": "mxfp8-quantized"}
 
 
-def layout(quant: QuantSettings) -> str | None:
+def layout(weight: WeightFormat, activation: ActivationFormat) -> str | None:
     """Return the library's name of the layout, or None where it has none for these weights.
 
     e5m2 and e3m2 it does not have, and blocks only of the usual width.
     """
-    weight = quant.weight
     if isinstance(weight, FP8) and weight.element == "e4m3":
-        return "float-quantized" if quant.activation.active else "naive-quantized"
+        return "float-quantized" if activation.active else "naive-quantized"
     if isinstance(weight, MXFP) and weight.block == BLOCK:
         return _MX.get(weight.element)
     if isinstance(weight, NVFP4) and weight.block == NVFP4_BLOCK:
@@ -36,9 +35,8 @@ def layout(quant: QuantSettings) -> str | None:
     return None
 
 
-def check_activation(quant: QuantSettings) -> None:
+def check_activation(weight: WeightFormat, activation: ActivationFormat) -> None:
     """Raise ValueError where the activations are not what the library's models round to beside such weights."""
-    activation = quant.activation
     if not activation.active:
         return
     if activation.attention or activation.softmax:
@@ -51,9 +49,9 @@ def check_activation(quant: QuantSettings) -> None:
             f"{_NAME}: a checkpoint holds the float32 scale of activations as a number, not "
             f"quant.activation.above={activation.above}; quantise with quant.activation.above=NUMBER, such as 1"
         )
-    if _activation(activation) is None or activation.family != quant.weight.family:
+    if _activation(activation) is None or activation.family != weight.family:
         raise ValueError(
-            f"{_NAME} has no activations of {activation.words} beside weights of {quant.weight.words}; use quant=fp8, "
+            f"{_NAME} has no activations of {activation.words} beside weights of {weight.words}; use quant=fp8, "
             "mxfp4, mxfp4a8, mxfp8, nvfp4 or float activations"
         )
 

@@ -127,12 +127,18 @@ def test_is_an_exporter(name: str) -> None:
     assert (exporter.folder, exporter.push) == (None, None)
 
 
+BOTH = {"compressed-tensors", "gguf"}
 # Formats of their own for some linears, by the layouts that hold them.
 MIXED = {
     "integers": ([("*_proj", "0", "w4g32-sym"), ("self_attn.k_proj", None, "w3g32")], {"compressed-tensors", "gguf"}),
     "symmetric": ([("*", None, "w4g32-sym"), ("mlp.*", "1", "w8-sym")], {"compressed-tensors", "gguf"}),
     "some in float": ([("self_attn.*", "-1", "float"), ("self_attn.v_proj", "0", "w8")], {"compressed-tensors"}),
     "a float block": ([("*", "0", "float")], {"compressed-tensors", "gguf"}),
+    "floating point": (
+        [("*", None, "nvfp4"), ("mlp.down_proj", "0", "fp8"), ("self_attn.v_proj", None, "mxfp8")],
+        {"compressed-tensors"},
+    ),
+    "floating point beside integers": ([("mlp.*", None, "mxfp4"), ("mlp.up_proj", "1", "w8-sym")], BOTH),
 }
 
 

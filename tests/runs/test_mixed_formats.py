@@ -130,6 +130,19 @@ def test_bits_are_shared_out_once_and_the_plan_serves_other_methods(
     assert {fmt.bits for name, fmt in ruled.items() if name.endswith("v_proj")} == {8}
 
 
+def test_a_plan_may_be_measured_again_as_the_method_rounds(model: Path, small_run: SmallRun, tmp_path: Path) -> None:
+    words = ["method=gptq", "quant.allocate.bits=3.5", CHOICES, "quant.allocate.samples=2", "quant.allocate.rounds=2"]
+    record = run(small_run(model, *words, "quant.allocate.rounding=method"))
+    measured = record.plan["measured"]
+    assert measured == sorted(measured, reverse=True)
+    assert record.average_bits is not None
+    assert record.average_bits <= 3.5
+    request = json.loads((folder_of(record, tmp_path) / "plan.json").read_text())["request"]
+    assert request["rounding"]["method"] == "gptq"
+    with pytest.raises(ConfigError, match=r"quant\.allocate\.rounding=method: method awq changes more than the codes"):
+        run(small_run(model, "method=awq", "quant.allocate.bits=3.5", CHOICES, "quant.allocate.rounding=method"))
+
+
 def test_a_limit_below_the_smallest_choice_is_one_line(model: Path, small_run: SmallRun) -> None:
     with pytest.raises(
         ConfigError, match=r"quant\.allocate\.bits=2\.1: the smallest of the choices takes 2\.5625 bits"

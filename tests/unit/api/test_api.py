@@ -46,6 +46,22 @@ def test_quantize_makes_the_blocks_that_a_run_makes_bit_for_bit(method, tmp_path
     assert lsiq.perplexity(model, "bundled", windows=2).value == record.metrics["float/ppl/bundled@64"]
 
 
+def test_bits_are_shared_out_as_a_run_does(tmp_path, checkpoints):
+    words = ["quant.weight.group=32", "quant.allocate.bits=3.5", "quant.allocate.choices=[w2g32,w4g32]"]
+    words += ["quant.allocate.samples=2", "quant.allocate.unit=block", "quant.allocate.rounds=1"]
+    model, path = lsiq.load_model(checkpoints["llama"], "model.seqlen=64"), checkpoints["llama"]
+    quant = lsiq.format("w3a16", *words)
+    made = lsiq.quantize(model, lsiq.recipe("rtn"), quant, lsiq.tokens("bundled", **SMALL))
+    record = lsiq.run(
+        *(f"model.path={path}", "model.seqlen=64", "quant=w3a16", *words, "method=rtn", "calib.samples=4"),
+        *("calib=bundled", "eval=none", "tracker=none", f"paths.runs={tmp_path}"),
+    )
+    assert made.average_bits == record.average_bits
+    assert 2.5 < made.average_bits <= 3.5
+    with pytest.raises(lsiq.LsiqError, match="calibration=None: quant.allocate measures"):
+        lsiq.quantize(model, lsiq.recipe("rtn"), quant)
+
+
 def in_memory(checkpoints):
     return AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
 
