@@ -63,7 +63,7 @@ def choose(
     solution = milp(
         cost.ravel() / scale,
         integrality=np.ones(units * choices),
-        bounds=Bounds(0, 1 if near is None else near.allowed.astype(float).ravel()),
+        bounds=Bounds(0, 1 if near is None else near.allowed.astype(float).ravel()),  # type: ignore[arg-type]
         constraints=constraints,
         options={"mip_rel_gap": 0.0},
     )

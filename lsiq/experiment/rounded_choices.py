@@ -49,7 +49,7 @@ def by_method(
     stores = [MemoryStore() for _ in formats]
     for fmt, store in zip(formats, stores, strict=True):
         if fmt.bits < 16:
-            uniform = QuantSettings(weight=fmt, activation=quant.activation, kv=quant.kv)
+            uniform = QuantSettings(weight=fmt, activation=quant.activation, kv=quant.kv, rules=[], plan=None)
             for _ in quantize(model, method, uniform, tokens, batch, seed, store, lambda _: None):
                 pass
 
