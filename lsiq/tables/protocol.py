@@ -61,9 +61,11 @@ class Protocol:
         return contradiction(run.config, stated, "", self.varied)
 
     def same_float(self, run: Run) -> bool:
-        """Whether the run began with the same float model: of the same type, and as it was trained."""
+        """Whether the run measured the same float model on as much text: of the same type, and as it was trained."""
         expected = _composed(self.overrides)
         assert expected is not None  # the study's own file
+        if run.get("eval.windows") != expected["eval"].get("windows"):
+            return False
         return expected["model"]["dtype"] in ("auto", run.dtype) and not run.get("model.outliers")
 
     def commands(self, jobs: Iterable[Job]) -> list[str]:

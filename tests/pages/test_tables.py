@@ -241,6 +241,9 @@ def test_rounding_and_the_float_model_are_read_from_beside_other_methods(committ
     assert rtn is not None
     assert rtn.values == (pytest.approx(239.286, abs=1e-3),)  # as in docs/results.md
     assert rtn.spread == 0.0
+    few = replace(found, config={**found.config, "eval": {**found.config["eval"], "windows": 32}})
+    assert Runs([few]).sample(STUDY, found.model, found.setting, "rtn", "ppl/bundled@512") is None
+    assert Runs([few]).sample(STUDY, found.model, "fp16", "fp16", "ppl/bundled@512") is None
 
 
 # Published numbers
