@@ -63,14 +63,17 @@
     const stops = name === "diverging" ? ["--better", "--neutral", "--worse"] : ["--low", "--middle", "--high"];
     return stops.map((stop, place) => [place / 2, colour(stop)]);
   }
+  function marks(spec, name) { // over one decade or two plotly marks 6, 7, 8 and 9 on top of each other
+    if (spec.layout[name]?.type !== "log") return {};
+    const values = spec.data.flatMap(trace => trace[name[0]] ?? []).filter(value => value > 0);
+    const decades = Math.log10(Math.max(...values) / Math.min(...values));
+    return decades > 0.5 && decades < 2.5 ? { dtick: "D2" } : { nticks: 6 };
+  }
   function themed(spec) {
     const text = colour("--text"), grid = colour("--grid"), back = "rgba(0,0,0,0)";
     const way = [...Array(8).keys()].map(place => colour(`--c${place}`));
     const axis = { gridcolor: grid, zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
-    const merged = name => {
-      const own = spec.layout[name], marks = own?.type === "log" ? { nticks: 6 } : {}; // more would stand on each other
-      return { ...axis, ...marks, ...own, title: { standoff: 8, ...own?.title } };
-    };
+    const merged = name => ({ ...axis, ...marks(spec, name), ...spec.layout[name], title: { standoff: 8, ...spec.layout[name]?.title } });
     const layout = {
       margin: { l: 8, r: 8, t: 30, b: 8 }, barmode: "group", bargap: 0.25, hovermode: "closest",
       legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 11 } },
