@@ -183,9 +183,11 @@ def _add_vocabulary(writer: Any, source: Source, folder: Path) -> None:
     size = source.model.config.vocab_size
     splitter = _pre_tokenizer(folder)
     if splitter is None:
-        vocabulary = gguf.LlamaHfVocab(folder) if not (folder / "tokenizer.model").is_file() else None
-        vocabulary = vocabulary or gguf.SentencePieceVocab(folder)
+        own = (folder / "tokenizer.model").is_file()
+        vocabulary = gguf.SentencePieceVocab(folder) if own else gguf.LlamaHfVocab(folder)
         pieces, scores, kinds = (list(column) for column in zip(*vocabulary.all_tokens(), strict=True))
+        if not own:
+            scores = _scores(folder, pieces)
         writer.add_tokenizer_model("llama")
         if norm_offset(source.model.config):  # Gemma's texts get no blank in front
             writer.add_add_space_prefix(False)
@@ -199,6 +201,16 @@ def _add_vocabulary(writer: Any, source: Source, folder: Path) -> None:
     writer.add_token_list(pieces + [f"[PAD{number}]" for number in range(len(pieces), size)])
     writer.add_token_types(kinds + [gguf.TokenType.UNUSED] * missing)
     gguf.SpecialVocab(folder, load_merges=splitter is not None, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
+def _scores(folder: Path, pieces: list[bytes]) -> list[float]:
+    """Scores by which llama.cpp, which joins two pieces if their whole has the best one, follows the merges' order."""
+    merges = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+    ranks: dict[bytes, int] = {}
+    for rank, merge in enumerate(merges):
+        whole = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        ranks.setdefault(whole.encode(), rank)
+    return [-float(ranks.get(piece, len(merges))) for piece in pieces]
 
 
 def _byte_level(folder: Path, size: int) -> tuple[list[str], list[Any]]:

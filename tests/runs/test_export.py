@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.configuration import ROOT, compose_run
 from helpers.families import FAMILIES as TINY
+from helpers.gguf_files import write_gguf
 from helpers.marks import slow
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
@@ -264,6 +265,26 @@ def test_a_gguf_file_brings_its_tokenizer(families: dict[str, Path], small_run: 
     read = AutoTokenizer.from_pretrained(record.exports["gguf"]["folder"], gguf_file="model.gguf")
     own = AutoTokenizer.from_pretrained(families["llama"])
     assert read(text, add_special_tokens=False).input_ids == own(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("family", [slow("gemma3"), "phi3"])
+def test_pieces_of_sentencepiece_come_back_in_the_order_in_which_they_are_joined(
+    family: str, families: dict[str, Path], small_run: SmallRun, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    pieces = ["▁", *"aboth", "▁b", "oa", "▁boa", "▁boat", "▁▁"]
+    path = write_gguf(families[family], tmp_path / "m.gguf", "F32", pieces=pieces)
+    record = run(small_run(path, *QUICK, "quant.weight.group=32", "export=gguf", "export.verify=false"))
+    folder = Path(record.exports["gguf"]["folder"])
+    own = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    read = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+    for text in ("a boat 7", "  a  boat", "boat<eos>b"):
+        assert read(text)["input_ids"] == own(text)["input_ids"]
+    metadata = read_header(folder / "model.gguf").metadata
+    scores = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True))
+    assert sorted(["▁b", "oa", "▁boa", "▁boat"], key=scores.__getitem__) == ["▁boat", "▁boa", "oa", "▁b"]
+    assert metadata.get("tokenizer.ggml.add_space_prefix") == (False if family == "gemma3" else None)
 
 
 DIGITS = {"type": "Digits", "individual_digits": True}
