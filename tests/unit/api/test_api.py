@@ -58,7 +58,7 @@ def test_bits_are_shared_out_as_a_run_does(tmp_path, checkpoints):
     )
     assert made.average_bits == record.average_bits
     assert 2.5 < made.average_bits <= 3.5
-    with pytest.raises(lsiq.LsiqError, match="calibration=None: quant.allocate measures"):
+    with pytest.raises(lsiq.LsiqError, match=r"calibration=None: quant\.allocate measures"):
         lsiq.quantize(model, lsiq.recipe("rtn"), quant)
 
 
