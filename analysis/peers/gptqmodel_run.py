@@ -3,7 +3,8 @@
 GPTQMODEL_CPU_WORKERS=2 PEER/bin/python analysis/peers/gptqmodel_run.py DIR gptq|awq OUT --bits 3 --group 64
 
 The package asks for two workers even where one core is given. Nothing is packed: packing would round scales to float16,
-and for AWQ takes no float32 model. `--order none` takes GPTQ's columns as they come.
+and for AWQ takes no float32 model. `--order none` takes GPTQ's columns as they come. `--no-clip` leaves AWQ's search for
+ranges out, which on a CPU takes longer than all else.
 """
 
 import argparse
@@ -27,7 +28,10 @@ parser.add_argument("out", type=Path)
 parser.add_argument("--bits", type=int, required=True)
 parser.add_argument("--group", type=int, default=128)
 parser.add_argument("--order", choices=["static", "none"], default="static", help="of GPTQ's columns")
+parser.add_argument("--no-clip", action="store_true", help="AWQ searches scales alone")
 options = parser.parse_args()
+if options.no_clip:  # the package has an attribute for it and no setting
+    AWQProcessor.apply_clip = property(lambda self: False, lambda self, value: None)
 tokens = torch.load(options.folder / "tokens.pt")
 ordered = options.order == "static"
 own = {
