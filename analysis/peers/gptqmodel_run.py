@@ -3,8 +3,8 @@
 GPTQMODEL_CPU_WORKERS=2 PEER/bin/python analysis/peers/gptqmodel_run.py DIR gptq|awq OUT --bits 3 --group 64
 
 The package asks for two workers even where one core is given. Nothing is packed: packing would round scales to float16,
-and for AWQ takes no float32 model. `--order none` takes GPTQ's columns as they come. `--no-clip` leaves AWQ's search for
-ranges out, which on a CPU takes longer than all else.
+and for AWQ takes no float32 model. `--order none` takes GPTQ's columns as they come. `--no-clip` leaves out
+AWQ's search for ranges, which on a CPU takes longer than all else.
 """
 
 import argparse
