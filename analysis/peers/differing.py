@@ -1,4 +1,4 @@
-"""Count the weights in which a run of ours and a package's checkpoint differ, block by block.
+"""Count the weights in which a run of ours and a package's checkpoint differ, block by block (LLaMA's names).
 
 python analysis/peers/differing.py RUN_FOLDER OUT
 """
