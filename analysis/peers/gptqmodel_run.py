@@ -3,7 +3,7 @@
 GPTQMODEL_CPU_WORKERS=2 PEER/bin/python analysis/peers/gptqmodel_run.py DIR OUT --bits 3 --group 64
 
 The package asks for two workers even where one core is given. Nothing is packed: packing would round scales to float16.
-Its AWQ is left out: taken before packing, norms and weights did not belong together (SmolLM2, 3 bits: perplexity 1.6e8).
+Its AWQ is left out: taken before packing, norms and weights did not belong together (SmolLM2, 3 bits: ppl 1.6e8).
 `--order none` takes the columns as they come.
 """
 
