@@ -21,7 +21,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from lsiq.bench.shapes import LLAMA, random_model
+from lsiq.bench.shapes import LLAMA, LLAMA_3, random_model
 from lsiq.data.tokens import random_windows
 from lsiq.experiment.config import RunConfig, parse
 from lsiq.methods.finetune import FineTune
@@ -37,6 +37,7 @@ from lsiq.runtime.hydra_release import version_base
 from lsiq.runtime.memory import peak_bytes, reset_peak
 
 _CONF = Path(__file__).parent.parent.parent / "conf"
+SHAPES = {"llama-2-7b": LLAMA, "llama-3-8b": LLAMA_3}
 say = partial(print, flush=True)
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     say(f"torch {torch.__version__}")
     config = settings(options)
     assert isinstance(config.method, FineTune)
-    bench = Bench(random_model(options, LLAMA, options.layers, device), config, config.method)
+    bench = Bench(random_model(options, SHAPES[options.shape], options.layers, device), config, config.method)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         start = Path(folder) / "start"
         blocks = bench.blocks(BlockStore(start / "blocks"), options.blocks)
@@ -64,6 +65,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the best recipe on a whole model with random weights.")
     parser.add_argument("overrides", nargs="*", help="further settings of the run, key=value each")
+    parser.add_argument("--shape", default="llama-2-7b", choices=SHAPES)
     parser.add_argument("--blocks", type=int, default=8, help="that are quantised by the recipe")
     parser.add_argument("--end-share", type=float, default=0.1, help="of the end stage's epochs")
     parser.add_argument("--form", default="auto", choices=["auto", "all", "window", "grid"])

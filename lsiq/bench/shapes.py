@@ -19,10 +19,12 @@ from lsiq.settings import fill
 
 LLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
          "num_attention_heads": 32, "max_position_embeddings": 2048, "tie_word_embeddings": True}  # fmt: skip
+LLAMA_3 = {**LLAMA, "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8,
+           "tie_word_embeddings": False}  # fmt: skip
 OPT = {"model_type": "opt", "vocab_size": 50272, "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384,
        "num_attention_heads": 32, "max_position_embeddings": 2048}  # fmt: skip
 SMALL = {"hidden_size": 128, "word_embed_proj_dim": 128, "intermediate_size": 256, "ffn_dim": 256,
-         "num_attention_heads": 2}  # fmt: skip
+         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
 
 
 def random_model(options: argparse.Namespace, shape: dict[str, Any], depth: int, device: torch.device) -> Model:

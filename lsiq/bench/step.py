@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lsiq.bench.shapes import LLAMA, OPT, course, formats, random_model
+from lsiq.bench.shapes import LLAMA, LLAMA_3, OPT, course, formats, random_model
 from lsiq.bench.timing import FlopsByDtype, Mark, measured_rate, median_ms
 from lsiq.bench.whole import run_whole
 from lsiq.learning.batches import BatchFeeder
@@ -31,6 +31,7 @@ from lsiq.parts.base import Part, PartState
 from lsiq.parts.clip import Clip
 from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.expansion import Expansion
+from lsiq.parts.rounding import Rounding
 from lsiq.parts.singular import Singular
 from lsiq.runtime.device import find_device
 from lsiq.runtime.memory import peak_bytes, reset_peak
@@ -40,6 +41,8 @@ SAMPLES, DEPTH = 8, 3
 # Rates and corner that a step costs the same with, whatever they are.
 RATE, DIAGONAL = {"lr": 1e-3}, {"lr": 1e-3, "corner": 0}
 LSI, LET, CLIP = fill(Singular, DIAGONAL), fill(Equivalent, {"weight_only_families": None}), fill(Clip, RATE)
+# The parts of method=lsi.
+RECIPE = (fill(Singular, {**DIAGONAL, "unit": "step"}), fill(Clip, {**RATE, "search": True}), fill(Rounding, RATE))
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,13 @@ CASES = (
     Case("lwc-1", (CLIP,), 1, "", LLAMA),
     Case("lwc-4", (CLIP,), 4, "≤ 4.1", LLAMA),
     Case("corner-4", (fill(Singular, {**RATE, "corner": 300}), CLIP), 4, "", LLAMA),
+    Case("corner-half-4", (fill(Singular, {**RATE, "corner": 0.5}), CLIP), 4, "", LLAMA),
+    Case("recipe-4", RECIPE, 4, "", LLAMA),
     Case("sde8-4", (fill(Expansion, {**DIAGONAL, "width": 8}), CLIP), 4, "≤ 1.1 × lsi-4", LLAMA),
     Case("cl2-4", (LSI, CLIP), 4, "≤ 2.0 × lsi-4", LLAMA, ahead=2),
     Case("w4a4-let-4", (LSI, LET, CLIP), 4, "≤ 10", LLAMA, group=None, activation=4),
+    Case("llama-3-lsi-4", (LSI, CLIP), 4, "", LLAMA_3),
+    Case("llama-3-recipe-4", RECIPE, 4, "", LLAMA_3),
     Case("opt-let-1", (LSI, LET, CLIP), 1, "", OPT),
     Case("opt-let-4", (LSI, LET, CLIP), 4, "≤ 6", OPT),
 )
@@ -84,7 +91,7 @@ def main() -> None:
     print("| case | ms/step | ms/sample | mark | weights fwd | tokens fwd | tokens bwd | weights bwd | optimizer "
           "| peak GiB | of the matmul ceiling |")  # fmt: skip
     print("|" + " --- |" * 11)
-    for shape in (LLAMA, OPT):
+    for shape in (LLAMA, LLAMA_3, OPT):
         cases = [c for c in CASES if c.shape is shape and (not options.only or c.name in options.only)]
         if cases:
             bench = Bench(options, shape, device)

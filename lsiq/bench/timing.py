@@ -25,8 +25,20 @@ class FlopsByDtype(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             first = next(arg for arg in args if isinstance(arg, Tensor))
+            if "scaled_dot_product" in func._overloadpacket.__name__:
+                args = [_with_heads(arg, first.shape[1]) for arg in args]
             self.counts[str(first.dtype).removeprefix("torch.")] += count(*args, **(kwargs or {}), out_val=out)
         return out
+
+
+def _with_heads(argument: Any, heads: int) -> Any:
+    """Return a tensor `(batch, heads, T, channels)` of no content for keys and values that several queries share.
+
+    torch counts attention only where each query has keys of its own; as many products are made either way.
+    """
+    if not isinstance(argument, Tensor) or argument.dim() != 4 or argument.shape[1] == heads:
+        return argument
+    return torch.empty(argument.shape[0], heads, *argument.shape[2:], dtype=argument.dtype, device="meta")
 
 
 class Mark:

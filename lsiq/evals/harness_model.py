@@ -67,13 +67,17 @@ class BlockLM(TemplateLM):
         likelihoods = self._measure([(context, continuation) for _, context, continuation in requests])
         return list(zip(likelihoods.log_likelihood.tolist(), likelihoods.greedy.tolist(), strict=True))
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """The log likelihood of whole texts, in windows as long as the model's positions."""
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Any]:
+        """The log likelihood of whole texts, in windows as long as the model's positions.
+
+        lm-eval 0.4 asks with `(text,)` and takes a number. 0.5 asks with `("", text)` and takes it beside a False, as
+        it takes likelihoods of answers beside whether they are the greedy ones.
+        """
         del disable_tqdm
         pairs: list[Pair] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            tokens = self.tok_encode(request.args[-1])
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self._positions or _WINDOW, 1)
             for context, continuation in map(make_disjoint_window, windows):
                 pairs.append((context, continuation))
@@ -81,7 +85,9 @@ class BlockLM(TemplateLM):
         sums = [0.0] * len(requests)
         for owner, value in zip(owners, self._measure(pairs).log_likelihood.tolist(), strict=True):
             sums[owner] += value
-        return sums
+        return [
+            (value, False) if len(request.args) > 1 else value for request, value in zip(requests, sums, strict=True)
+        ]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """The likeliest texts after the requests' contexts, token by token, cut where a stop appears.

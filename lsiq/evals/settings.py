@@ -38,6 +38,9 @@ class EvalSettings:
         default_factory=dict, description="by task, a jsonl file of its items instead of the hub's data"
     )
     items: int | None = Field(None, ge=1, description="measure only the first items of each task; null measures all")
+    tf32: bool = Field(
+        False, description="true measures a float32 model on a GPU with products in TF32, which has 10 bits of mantissa"
+    )
 
     def __post_init__(self) -> None:
         if "file" in self.corpora and self.path is None:

@@ -98,6 +98,9 @@ FLAT: dict[str, tuple[str, tuple[str, ...], Callable[[Row], Row]]] = {
     "piqa": ("piqa", ("query", "choices", "gold"), _piqa),
     "winogrande": ("winogrande", ("context_options", "continuation", "gold"), _winogrande),
 }
+# What definitions with local rows are grouped under, as rows go into the members of a group alone; lm-eval 0.5 puts it
+# before the names.
+_GROUP = "local"
 _OWN = ("query", "choices", "gold")
 _OWN_TEXT = ("query", "answer")
 
@@ -190,11 +193,11 @@ def _load(name: str, rows: Sequence[Row] | None) -> dict[str, Any]:
             if set(fields) <= set(rows[0]):
                 return _build(TaskManager(include_defaults=False), {**definition(name), **_data(rows)}, name)
     manager = _manager(name)
-    if name not in manager.task_index:
+    if name not in manager.all_tasks:
         raise ConfigError(no_such_task(name, difflib.get_close_matches(name, manager.all_tasks, n=3)))
     if rows is None:
         return _build(manager, name, name)
-    return _build(manager, {"group": "local", "task": [{"task": name, **_data(rows)}]}, name)
+    return _build(manager, {"group": _GROUP, "task": [{"task": name, **_data(rows)}]}, name)
 
 
 def _manager(name: str) -> Any:
@@ -204,7 +207,7 @@ def _manager(name: str) -> Any:
     if name in FLAT:
         folder = Path(lm_eval.tasks.__file__).parent / FLAT[name][0]
         manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
-        if name in manager.task_index:
+        if name in manager.all_tasks:
             return manager
     return _whole_index()
 
@@ -264,7 +267,10 @@ def _build(manager: Any, spec: str | Row, name: str) -> dict[str, Any]:
     local = f"give its items with eval.tasks_local.{name}=FILE"
     try:
         with _short_patience() if isinstance(spec, str) else contextlib.nullcontext():
-            return dict(manager.load([spec])["tasks"])
+            tasks = {key.removeprefix(f"{_GROUP}::"): task for key, task in manager.load([spec])["tasks"].items()}
+            for task in tasks.values():
+                _ = task.dataset  # lm-eval 0.5 reads it as late as here
+            return tasks
     except Exception as error:  # the harness and datasets raise many kinds; all mean that the task has no data
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"eval.tasks: the data of {name} cannot be had ({cause}); go online, or {local}") from error

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 from lsiq.errors import ConfigError
+from lsiq.evals.settings import EvalSettings
 from lsiq.experiment.config import RunConfig
 from lsiq.formats.placed import check_widths
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import chain
 from lsiq.models.loading import Model
 from lsiq.runtime import processes
+from lsiq.runtime.precision import name_of
 from lsiq.runtime.terminal import warn
 
 
@@ -18,6 +22,15 @@ def check_formats(model: Model, quant: QuantSettings) -> None:
     head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
     quant.kv.check(head_dim)
     check_widths(quant, {name: block.get_submodule(name).in_features for name in model.spec.linears})  # type: ignore[misc]
+
+
+def check_products(settings: EvalSettings, model: Model) -> None:
+    """Raise ConfigError where TF32 is asked for and nothing would be multiplied in it."""
+    if settings.tf32 and (model.device.type != "cuda" or model.dtype != torch.float32):
+        raise ConfigError(
+            f"eval.tf32=true: is for float32 models on a GPU, not {name_of(model.dtype)} on {model.device.type}; leave "
+            "it out, or give model.dtype=float32 and device=cuda"
+        )
 
 
 def check_processes(config: RunConfig, samples: int) -> None:

@@ -32,6 +32,7 @@ from lsiq.results.record import Record
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes
 from lsiq.runtime.cache import ContentCache
+from lsiq.runtime.precision import name_of
 from lsiq.runtime.sources import source_hash
 from lsiq.runtime.terminal import show_progress
 
@@ -116,7 +117,7 @@ def open_cache(config: RunConfig, model: Model, record: Record, run_folder: Path
         "sources": source_hash(*REFERENCES),
         "model": weights,
         "outliers": [config.model.outliers, config.model.outlier_strength] if config.model.outliers else None,
-        "dtype": str(model.dtype),
+        "dtype": name_of(model.dtype),
         "batch": config.eval.batch,
         "machine": {name: record.machine.get(name) for name in ("device", "gpu")},
         "versions": {name: record.versions.get(name) for name in ("torch", "transformers")},
@@ -142,7 +143,7 @@ def _report(key: str, tokens: Tensor, results: Mapping[str, Measured], model: Mo
         "windows": perplexity.windows,
         "predicted_tokens": perplexity.tokens,
         "tokens": token_hash(tokens),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": name_of(model.dtype),
     }
 
 

@@ -43,6 +43,7 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
     # Where a checkpoint or an earlier run lies does not matter; `inputs` says which it is.
     identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
     identity["calib"] = _calib_identity(identity["calib"])
+    identity["eval"] = {key: value for key, value in identity["eval"].items() if (key, value) != ("tf32", False)}
     identity["quant"] = _quant_identity(identity["quant"], config)
     identity["method"] = _as_before({key: value for key, value in identity["method"].items() if key not in NOT_METHOD})
     text = json.dumps({"config": identity, "inputs": dict(inputs)}, sort_keys=True, default=str)

@@ -18,7 +18,7 @@ from lsiq.evals.harness import check_tasks
 from lsiq.evals.tasks import Tasks, load_tasks
 from lsiq.experiment.allocate import placed_formats
 from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE, calibration_tokens
-from lsiq.experiment.checks import check_formats, check_processes
+from lsiq.experiment.checks import check_formats, check_processes, check_products
 from lsiq.experiment.config import with_formats
 from lsiq.experiment.evaluate import SCORES, evaluate, evaluation_windows, open_cache
 from lsiq.experiment.export import export
@@ -35,6 +35,7 @@ from lsiq.runtime import processes
 from lsiq.runtime.device import describe, find_device
 from lsiq.runtime.files import remove_partial
 from lsiq.runtime.memory import peak_bytes, reset_peak
+from lsiq.runtime.precision import tf32
 from lsiq.runtime.streams import stored_in
 from lsiq.runtime.terminal import say
 from lsiq.track.choose import make_tracker
@@ -89,6 +90,7 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
         if (choice := precision_of(config.method, model.device, model.dtype, cache)) is not None:
             record.training_precision = asdict(choice)
     check_formats(model, config.quant)
+    check_products(config.eval, model)
     config.check_lengths(model.limit)
     texts = read_texts(request, model, store, record)
     check_tasks(model, texts.tasks)
@@ -104,9 +106,10 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
             else:
                 config = with_form(config, model, texts.calibration, record)
                 prepared = QuantizeStage(config, texts.calibration, record, tracker, folder).run(model, store)
-            record.timed(
-                "evaluate", lambda: evaluate(config, model, prepared, texts.windows, texts.tasks, store, record)
-            )
+            with tf32(config.eval.tf32):
+                record.timed(
+                    "evaluate", lambda: evaluate(config, model, prepared, texts.windows, texts.tasks, store, record)
+                )
         finally:
             before = record.seconds.pop("total", 0.0)
             # A process that was killed left the seconds of its stages, but no total.

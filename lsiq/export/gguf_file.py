@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lsiq.errors import ConfigError, InputError
+from lsiq.errors import InputError
+from lsiq.export.gguf_families import add_family, check_family, norm_offset, positions, rotary_base
 from lsiq.export.gguf_types import ARCHITECTURES, BLOCK, RANGES
 from lsiq.export.shards import tokenizer_folder
 from lsiq.export.source import Source
@@ -34,19 +35,7 @@ _SPLITTERS = {
 
 def check_architecture(source: Source) -> None:
     """Raise where llama.cpp has no place for the model."""
-    config = source.model.config
-    family = config.model_type
-    if family not in ARCHITECTURES:
-        raise ConfigError(
-            f"export=gguf: writes {', '.join(ARCHITECTURES)} models, not {family}; "
-            "use export=compressed-tensors, gptq or plain"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(
-            f"export=gguf: rotary embeddings of type {rope['rope_type']} are not written yet; "
-            "use export=compressed-tensors, gptq or plain"
-        )
+    check_family(source.model.config)
     with tokenizer_folder(source) as folder:
         _pre_tokenizer(folder)
 
@@ -71,11 +60,11 @@ def write_file(source: Source, path: Path, type_of: Callable[[WeightFormat], str
         writer.add_tensor(stored, data, raw_dtype=gguf.GGMLQuantizationType[kind])
 
     for name, tensor in source.outside():
-        add(name, *_float(tensor))
+        add(name, *_float(_with_offset(name, tensor, source)))
     for index in range(source.model.depth):
         result, prefix = source.block(index), source.prefix(index)
         for name, tensor in result.floats.items():
-            add(prefix + name, *_float(_order_rows(name, tensor, source)))
+            add(prefix + name, *_float(_order_rows(name, _with_offset(name, tensor, source), source)))
         for name, weight in result.weights.items():
             parts = (weight.codes, weight.scale, weight.zero)
             codes, scale, zero = (_order_rows(name, part, source) for part in parts)
@@ -146,6 +135,12 @@ def _float(tensor: Tensor) -> tuple[np.ndarray, str]:
     return tensor.half().numpy(), "F16"
 
 
+def _with_offset(name: str, tensor: Tensor, source: Source) -> Tensor:
+    """Norms as llama.cpp has them; float32, in which the sum of a weight and 1 is what the model multiplies by."""
+    offset = norm_offset(source.model.config)
+    return tensor.float() + offset if offset and name.endswith("norm.weight") else tensor
+
+
 def _order_rows(name: str, rows: Tensor, source: Source) -> Tensor:
     """llama.cpp's llama rotates channels 2i and 2i + 1 of a head together, transformers i and i + head_dim / 2."""
     config = source.model.config
@@ -163,15 +158,11 @@ def _add_settings(writer: Any, source: Source, kind: str) -> None:
 
     config = source.model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    positions = config.max_position_embeddings
-    # llama.cpp's llama attends to everything: within the window that is the same function.
-    if getattr(config, "sliding_window", None):
-        positions = min(positions, config.sliding_window)
     names = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}  # the only name that there is for MXFP4
     writer.add_file_type(gguf.LlamaFileType[names.get(kind, f"MOSTLY_{kind}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(positions)
+    writer.add_context_length(positions(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(source.model.depth)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -180,8 +171,9 @@ def _add_settings(writer: Any, source: Source, kind: str) -> None:
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_rope_freq_base(rotary_base(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_family(writer, config)
 
 
 def _add_vocabulary(writer: Any, source: Source, folder: Path) -> None:
@@ -191,10 +183,14 @@ def _add_vocabulary(writer: Any, source: Source, folder: Path) -> None:
     size = source.model.config.vocab_size
     splitter = _pre_tokenizer(folder)
     if splitter is None:
-        vocabulary = gguf.LlamaHfVocab(folder) if not (folder / "tokenizer.model").is_file() else None
-        vocabulary = vocabulary or gguf.SentencePieceVocab(folder)
+        own = (folder / "tokenizer.model").is_file()
+        vocabulary = gguf.SentencePieceVocab(folder) if own else gguf.LlamaHfVocab(folder)
         pieces, scores, kinds = (list(column) for column in zip(*vocabulary.all_tokens(), strict=True))
+        if not own:
+            scores = _scores(folder, pieces)
         writer.add_tokenizer_model("llama")
+        if norm_offset(source.model.config):  # Gemma's texts get no blank in front
+            writer.add_add_space_prefix(False)
         missing = size - len(pieces)
         writer.add_token_scores(scores + [-1000.0] * missing)
     else:
@@ -205,6 +201,16 @@ def _add_vocabulary(writer: Any, source: Source, folder: Path) -> None:
     writer.add_token_list(pieces + [f"[PAD{number}]" for number in range(len(pieces), size)])
     writer.add_token_types(kinds + [gguf.TokenType.UNUSED] * missing)
     gguf.SpecialVocab(folder, load_merges=splitter is not None, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
+def _scores(folder: Path, pieces: list[bytes]) -> list[float]:
+    """Scores by which llama.cpp, which joins two pieces if their whole has the best one, follows the merges' order."""
+    merges = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+    ranks: dict[bytes, int] = {}
+    for rank, merge in enumerate(merges):
+        whole = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        ranks.setdefault(whole.encode(), rank)
+    return [-float(ranks.get(piece, len(merges))) for piece in pieces]
 
 
 def _byte_level(folder: Path, size: int) -> tuple[list[str], list[Any]]:

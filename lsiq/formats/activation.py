@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.formats.grid import divided, round_through
+from lsiq.formats.grid import clipped, divided, round_through
 from lsiq.formats.integer import MAX_SCALE, MIN_SCALE
 from lsiq.settings import settings
 
@@ -77,12 +77,12 @@ def rounded(x: Tensor, dims: tuple[int, ...], bits: int, symmetric: bool) -> Ten
     Dtype and shape are those of `x`.
     """
     wide = x.float()  # the range of half precision is too small for the scale of a quiet token
-    lo, hi = wide.amin(dims, keepdim=True).clamp(max=0), wide.amax(dims, keepdim=True).clamp(min=0)
+    lo, hi = clipped(wide.amin(dims, keepdim=True), high=0), clipped(wide.amax(dims, keepdim=True), low=0)
     if symmetric:
         half = 2 ** (bits - 1)
         scale = divided((-lo).maximum(hi), half - 1).clamp(MIN_SCALE, MAX_SCALE)
-        return (round_through(wide / scale).clamp(-half, half - 1) * scale).to(x.dtype)
+        return (clipped(round_through(wide / scale), -half, half - 1) * scale).to(x.dtype)
     levels = 2**bits - 1
     scale = divided(hi - lo, levels).clamp(MIN_SCALE, MAX_SCALE)
     zero = round_through(-lo / scale)
-    return (((round_through(wide / scale) + zero).clamp(0, levels) - zero) * scale).to(x.dtype)
+    return ((clipped(round_through(wide / scale) + zero, 0, levels) - zero) * scale).to(x.dtype)

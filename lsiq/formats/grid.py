@@ -92,7 +92,7 @@ class Grid(ABC):
     def extremes(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return the smallest and largest weight of each group, zero included, as `(out, groups, 1)`."""
         groups = self.grouped(w)
-        return groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+        return clipped(groups.amin(-1, keepdim=True), high=0), clipped(groups.amax(-1, keepdim=True), low=0)
 
     @abstractmethod
     def fit(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class Grid(ABC):
 
         Clipped entries pass no gradient to `w`.
         """
-        codes = (round_through(self.grouped(w) / scale) + zero).clamp(self.lowest, self.levels)
+        codes = clipped(round_through(self.grouped(w) / scale) + zero, self.lowest, self.levels)
         return ((codes - zero) * scale).reshape(w.shape)
 
     def encode(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -184,6 +184,15 @@ def check_divides(key: str, width: int | None, in_features: int, name: str, way_
     raise ConfigError(
         f"{key}={width} does not divide in_features={in_features} of {name}; use one of {', '.join(choices)}{way_out}"
     )
+
+
+def clipped(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    """Return `x` clamped to a range; its gradient passes where `x` lies in it, ends included."""
+    if not x.requires_grad:
+        return x.clamp(low, high)
+    from lsiq.formats.rounding import clip  # torch only once there is something to compute
+
+    return clip(x, low, high)
 
 
 def round_through(x: Tensor) -> Tensor:

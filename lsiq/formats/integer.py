@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.formats.grid import Grid, check_divides, divided, round_through
+from lsiq.formats.grid import Grid, check_divides, clipped, divided, round_through
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Integer(Grid):
         scale = self.storable(scale)
         if self.symmetric:
             return scale, scale.detach().new_full(scale.shape, 2 ** (self.bits - 1))
-        zero = round_through(-lo / scale).clamp(0, self.levels)
+        zero = clipped(round_through(-lo / scale), 0, self.levels)
         return scale, zero
 
     def limits(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:

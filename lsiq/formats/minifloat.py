@@ -7,7 +7,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lsiq.formats.grid import Grid, round_through
+from lsiq.formats.grid import Grid, clipped, round_through
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class Minifloat:
 
     def round(self, x: Tensor) -> Tensor:
         """Return the number nearest to each `x`; the gradient passes where nothing saturates."""
-        clamped = x.clamp(-self.largest, self.largest)
+        clamped = clipped(x, -self.largest, self.largest)
         spacing = self.spacing(clamped)
         return round_through(clamped / spacing) * spacing
 

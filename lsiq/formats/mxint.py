@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lsiq.formats.activation import check_activation_bits
-from lsiq.formats.grid import Grid, round_through
+from lsiq.formats.grid import Grid, clipped, round_through
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class MXActivation:
         blocks = torch.nn.functional.pad(x.float(), (0, -channels % self.block)).unflatten(-1, (-1, self.block))
         step = power_of_two_step(blocks.detach().abs().amax(-1, keepdim=True), self.bits, self.exponent)
         largest = 2 ** (self.bits - 1) - 1
-        rounded = round_through(blocks / step).clamp(-largest, largest) * step
+        rounded = clipped(round_through(blocks / step), -largest, largest) * step
         return rounded.flatten(-2)[..., :channels].to(x.dtype)
 
     def fake_softmax(self, weights: Tensor) -> Tensor:

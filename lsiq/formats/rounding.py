@@ -21,6 +21,23 @@ class _RoundThrough(torch.autograd.Function):
         return gradient
 
 
+def _ends_pass() -> bool:
+    x = torch.ones((), requires_grad=True)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(x.clamp(0, 1), x)
+    return bool(gradient)
+
+
+# From torch 2.14 on clamp passes no gradient where a number is an end of its range, as the largest of each group is.
+_ENDS_PASS = _ends_pass()
+
+
+def clip(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    """Return `x` clamped to a range; its gradient passes where `x` lies in it, ends included."""
+    clamped = x.clamp(low, high)
+    return clamped if _ENDS_PASS else torch.where(clamped == x, x, clamped.detach())
+
+
 def straight_through(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes as if nothing had been rounded."""
     return _RoundThrough.apply(x)  # type: ignore[return-value]

@@ -2,13 +2,74 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lsiq.errors import InputError
 from lsiq.models.gguf_file import Header, read_header
+from lsiq.models.gguf_rope import gemma3_rope, phi3_rope, plain_rope
+
+Settings = dict[str, Any]
+_ATTENTION = {True: "sliding_attention", False: "full_attention"}
+# Gemma-2's caps where a file of before August 2024 does not say them; as llama.cpp has them.
+_CAPS = {"attn": 50.0, "final": 30.0}
+
+
+def _llama(header: Header, config: Settings, path: Path) -> Settings:
+    biases = {"attention_bias": "blk.0.attn_q.bias" in header.tensors}
+    return biases | _qwen2(header, config, path)
+
+
+def _qwen2(header: Header, config: Settings, path: Path) -> Settings:
+    """Its projections always have biases."""
+    head_dim = header.get("attention.key_length") or header.get("rope.dimension_count") or _even_width(config)
+    return {"head_dim": head_dim, "rope_parameters": plain_rope(header, head_dim, path)}
+
+
+def _gemma2(header: Header, config: Settings, path: Path) -> Settings:
+    caps = {f"{place}_logit_softcapping": header.get(f"{place}_logit_softcapping", cap) for place, cap in _CAPS.items()}
+    rope = {"rope_parameters": plain_rope(header, _head_dim(header, config), path)}
+    return _gemma(header, config, large=46) | caps | rope
+
+
+def _gemma3(header: Header, config: Settings, path: Path) -> Settings:
+    pattern = header.get("attention.sliding_window_pattern", 6)
+    if isinstance(pattern, list):
+        layers: Settings = {"layer_types": [_ATTENTION[windowed] for windowed in pattern]}
+    else:
+        layers = {"sliding_window_pattern": pattern}
+    cap = {"final_logit_softcapping": header.get("final_logit_softcapping")}
+    return _gemma(header, config, large=62) | layers | cap | {"rope_parameters": gemma3_rope(header, path)}
+
+
+def _gemma(header: Header, config: Settings, large: int) -> Settings:
+    """What Gemma-2 and 3 share; `large` is the depth of the 27B model.
+
+    No file says by what attention scores are divided. llama.cpp and this module take the root of the head's width, and
+    for the 27B models that of the model's width by its heads. transformers takes 16 for all, which is right for the
+    others.
+    """
+    head_dim = _head_dim(header, config)
+    scalar = _even_width(config) if config["num_hidden_layers"] == large else head_dim
+    window = header.metadata[f"{header.architecture}.attention.sliding_window"]
+    return {"head_dim": head_dim, "query_pre_attn_scalar": scalar, "sliding_window": window}
+
+
+def _phi3(header: Header, config: Settings, path: Path) -> Settings:
+    rope = phi3_rope(header, _head_dim(header, config), path)
+    trained = {key: rope[key] for key in ("original_max_position_embeddings",) if key in rope}
+    window = header.get("attention.sliding_window") or None  # 0 stands for none
+    return {"rope_parameters": rope, "sliding_window": window, **trained}
+
+
+def _head_dim(header: Header, config: Settings) -> int:
+    return header.get("attention.key_length") or _even_width(config)
+
+
+def _even_width(config: Settings) -> int:
+    return config["hidden_size"] // config["num_attention_heads"]
 
 
 @dataclass(frozen=True)
@@ -17,25 +78,29 @@ class Architecture:
 
     Attributes:
         model_type, model_class: of transformers.
+        settings: the part of the configuration that not all architectures share; from header, the shared part and the
+            path for messages.
         interleaved: whether the rows of Q and K are stored in llama.cpp's order, in which channels 2i and 2i + 1 of a
             head rotate together; transformers rotates i and i + head_dim / 2.
+        norm_offset: how much larger norms are in the file than in transformers, whose Gemma adds 1 as it computes.
     """
 
     model_type: str
     model_class: str
-    interleaved: bool
+    settings: Callable[[Header, Settings, Path], Settings]
+    interleaved: bool = False
+    norm_offset: float = 0.0
 
 
 # Mistral's files call themselves llama: within its window that is the same function.
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", interleaved=False),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", interleaved=False),
+    "llama": Architecture("llama", "LlamaForCausalLM", _llama, interleaved=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _qwen2),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _llama),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _gemma2, norm_offset=1.0),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3, norm_offset=1.0),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", _phi3),
 }
-# LLaMA 3.1 and 3.2 stretch their rotary wavelengths by these; the file holds the outcome, not the factor.
-_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA3_FACTORS, _LLAMA3_POSITIONS = (8.0, 32.0), 8192
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 def find_architecture(header: Header, where: Path) -> Architecture:
@@ -61,85 +126,30 @@ def gguf_config(path: Path) -> dict[str, Any]:
     header = read_header(path)
     architecture = find_architecture(header, path)
     try:
-        return _config(header, architecture, path)
+        config = _shared(header, architecture)
+        return config | architecture.settings(header, config, path)
     except KeyError as error:
         raise InputError(f"{path}: its metadata lacks {error.args[0]}; fetch the file again") from error
 
 
-def _config(header: Header, architecture: Architecture, path: Path) -> dict[str, Any]:
+def _shared(header: Header, architecture: Architecture) -> dict[str, Any]:
     def need(key: str) -> Any:
         return header.metadata[f"{header.architecture}.{key}"]
 
-    heads, width = need("attention.head_count"), need("embedding_length")
-    head_dim = header.get("attention.key_length") or header.get("rope.dimension_count") or width // heads
-    if header.get("rope.dimension_count", head_dim) != head_dim:
-        raise InputError(f"{path}: rotates only a part of each head's channels, which is not supported")
+    heads = need("attention.head_count")
     config = {
         "architectures": [architecture.model_class],
         "model_type": architecture.model_type,
-        "hidden_size": width,
+        "hidden_size": need("embedding_length"),
         "intermediate_size": need("feed_forward_length"),
         "num_hidden_layers": need("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": header.get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
         "max_position_embeddings": need("context_length"),
         "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": _rope(header, head_dim, path),
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
     }
-    if architecture.model_type in ("llama", "qwen3"):  # Qwen2's projections always have biases
-        config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     for key, name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
         config[f"{name}_token_id"] = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
     return config
-
-
-def _rope(header: Header, head_dim: int, path: Path) -> dict[str, Any]:
-    base = header.get("rope.freq_base", 10000.0)
-    kind = header.get("rope.scaling.type", "none")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": header.get("rope.scaling.factor"), "rope_theta": base}
-    if kind != "none":
-        raise InputError(f"{path}: its rotary embeddings are scaled by {kind}, which is not read; give safetensors")
-    if ROPE_FACTORS not in header.tensors:
-        return {"rope_type": "default", "rope_theta": base}
-    stored = _floats(path, header)
-    for factor in _LLAMA3_FACTORS:
-        expected = llama3_factors(base, head_dim, factor)
-        if len(stored) == len(expected) and all(map(_close, stored, expected)):
-            positions = {"original_max_position_embeddings": _LLAMA3_POSITIONS}
-            return {**_LLAMA3, **positions, "factor": factor, "rope_theta": base}
-    raise InputError(f"{path}: {ROPE_FACTORS} is neither LLaMA 3.1's nor 3.2's, so its rotation is not known")
-
-
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-4)
-
-
-def _floats(path: Path, header: Header) -> tuple[float, ...]:
-    import struct
-
-    tensor = header.tensors[ROPE_FACTORS]
-    if tensor.kind != 0:
-        raise InputError(f"{path}: {ROPE_FACTORS} is not float32, as llama.cpp writes it")
-    with path.open("rb") as file:
-        file.seek(tensor.offset)
-        return struct.unpack(f"<{tensor.shape[0]}f", file.read(4 * tensor.shape[0]))
-
-
-def llama3_factors(base: float, head_dim: int, factor: float) -> list[float]:
-    """By what LLaMA 3.1 divides each rotary frequency: 1 for short wavelengths, `factor` for long ones."""
-    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    factors = []
-    for channel in range(0, head_dim, 2):
-        wavelength = 2 * math.pi * base ** (channel / head_dim)
-        if wavelength < _LLAMA3_POSITIONS / high:
-            factors.append(1.0)
-        elif wavelength > _LLAMA3_POSITIONS / low:
-            factors.append(factor)
-        else:
-            smooth = (_LLAMA3_POSITIONS / wavelength - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
-    return factors

@@ -21,7 +21,8 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class GGUFTensors(Mapping[str, Callable[[], Tensor]]):
     """By a parameter's name in transformers, what reads it: floats as they are stored, all else as float32.
 
-    Rows of Q and K come in the order of transformers. Only the pages of the tensor that is read are touched.
+    Rows of Q and K come in the order of transformers, norms as it has them. Only the pages of the tensor that is read
+    are touched.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +33,7 @@ class GGUFTensors(Mapping[str, Callable[[], Tensor]]):
         """
         gguf = gguf_package()
         self._path, self._header = path, read_header(path)
-        self._interleaved = find_architecture(self._header, path).interleaved
+        self._architecture = find_architecture(self._header, path)
         number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == self._header.architecture)
         self._names = gguf.get_tensor_name_map(number, self._header.get("block_count"))
         self._data = np.memmap(path, dtype=np.uint8, mode="r")
@@ -50,7 +51,7 @@ class GGUFTensors(Mapping[str, Callable[[], Tensor]]):
         if stored is None:
             raise KeyError(name)
         tensor = self._header.tensors[stored]
-        return lambda: self._in_order(stored, _read(self._data, tensor))
+        return lambda: self._as_in_transformers(stored, _read(self._data, tensor))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._header.tensors)
@@ -58,8 +59,10 @@ class GGUFTensors(Mapping[str, Callable[[], Tensor]]):
     def __len__(self) -> int:
         return len(self._header.tensors)
 
-    def _in_order(self, stored: str, rows: Tensor) -> Tensor:
-        if not self._interleaved:
+    def _as_in_transformers(self, stored: str, rows: Tensor) -> Tensor:
+        if self._architecture.norm_offset and stored.endswith("norm.weight"):
+            return rows.float() - self._architecture.norm_offset
+        if not self._architecture.interleaved:
             return rows
         heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}.get(stored.split(".")[-2])
         return rows if heads is None else halves_apart(rows, head_count(self._header, heads))

@@ -60,7 +60,9 @@ class Run:
 
     @property
     def dtype(self) -> str | None:
-        """What the model was held in, as far as the settings say; auto on a CPU is float32."""
+        """What the model was measured in, as far as the settings say; auto on a CPU is float32."""
+        if self.get("eval.tf32"):
+            return "tf32"
         dtype = self.get("model.dtype")
         return "float32" if dtype == "auto" and self.machine.get("device") == "cpu" else dtype
 
@@ -90,6 +92,7 @@ def compact(record: Record) -> Run:
     """Return what tables need of a finished run's record."""
     model, setting, method, *_ = record.run_id.rsplit("_", 4)
     groups = {group: {key: record.config[group].get(key) for key in keys} for group, keys in _KEPT.items()}
+    groups["eval"]["tf32"] = record.config["eval"].get("tf32") or None
     config = without_nulls({**groups, "method": _with_precision(record.config["method"], record.training_precision)})
     metrics = {
         key: float(f"{value:.6g}")

@@ -52,6 +52,11 @@ def tf32(wanted: bool) -> Iterator[None]:
         products.allow_tf32 = before
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """What tensors of a type are multiplied in: float32, tf32, bfloat16 or float16."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else _name(dtype)
+
+
 def fastest(device: torch.device, dtype: torch.dtype, cache: Path | None = None) -> Choice:
     """Return the precision that `precision=auto` stands for on a device.
 

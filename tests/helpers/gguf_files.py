@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,33 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
+    **{"gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3"},
+}
 
 
-def write_gguf(checkpoint: Path, path: Path, kind: str, extra: Mapping[str, np.ndarray] | None = None) -> Path:
-    """Write the checkpoint with its matrices as `kind`; vectors are float32, Q and K of LLaMA in llama.cpp's order."""
+def write_gguf(
+    checkpoint: Path,
+    path: Path,
+    kind: str,
+    extra: Mapping[str, np.ndarray] | None = None,
+    pieces: Sequence[str] = (),
+) -> Path:
+    """Write the checkpoint with its matrices as `kind`; vectors are float32, Q and K of LLaMA in llama.cpp's order.
+
+    `pieces` are a vocabulary of SentencePiece, behind the special tokens and the bytes, that replaces the tokenizer.
+    """
     import gguf
 
     config = json.loads((checkpoint / "config.json").read_text())
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, architecture)
     _add_metadata(writer, config)
-    _add_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text()))
+    if pieces:
+        _add_pieces(writer, pieces)
+    else:
+        _add_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text()))
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
@@ -31,10 +46,14 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, extra: Mapping[str, np.n
         if count is not None:  # as llama.cpp's own converter writes it
             halves = tensor.reshape(count, 2, len(tensor) // count // 2, *tensor.shape[1:])
             tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            tensor = tensor + 1
         stored = gguf.GGMLQuantizationType["F32" if tensor.dim() == 1 else kind]
         data = gguf.quants.quantize(tensor.float().numpy(), stored)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=stored)
-    for name, array in (extra or {}).items():
+    long = {key: np.array(config["rope_parameters"].get(f"{key}_factor", ()), np.float32) for key in ("short", "long")}
+    factors = {f"rope_factors_{key}.weight": divisors for key, divisors in long.items() if len(divisors)}
+    for name, array in (factors | dict(extra or {})).items():
         writer.add_tensor(name, array)
     finish(writer)
     return path
@@ -59,9 +78,32 @@ def _add_metadata(writer: Any, config: dict[str, Any]) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    rope = config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config["model_type"] in ("gemma2", "gemma3_text", "phi3"):
+        _add_windows(writer, config, rope)
+
+
+def _add_windows(writer: Any, config: dict[str, Any], rope: dict[str, Any]) -> None:
+    from gguf import RopeScalingType
+
+    if config["sliding_window"] is not None:
+        writer.add_sliding_window(config["sliding_window"])
+    if config["model_type"] == "gemma3_text":  # as every file since it was needed, in blocks from the first
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+        writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    if config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
 
 
 def _add_tokenizer(writer: Any, tokenizer: dict[str, Any]) -> None:
@@ -77,8 +119,23 @@ def _add_tokenizer(writer: Any, tokenizer: dict[str, Any]) -> None:
         [TokenType.CONTROL if number in special else TokenType.NORMAL for number in range(len(vocabulary))]
     )
     writer.add_token_merges(merges)
-    for add in (writer.add_bos_token_id, writer.add_eos_token_id):
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
         add(0)
+
+
+def _add_pieces(writer: Any, pieces: Sequence[str]) -> None:
+    from gguf import TokenType
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    spelled = [f"<0x{byte:02X}>" for byte in range(256)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*special, *spelled, *pieces])
+    writer.add_token_scores([-float(number) for number in range(260 + len(pieces))])
+    kinds = [(TokenType.CONTROL, special), (TokenType.BYTE, spelled), (TokenType.NORMAL, pieces)]
+    writer.add_token_types([kind for kind, tokens in kinds for _ in tokens])
+    for number, add in enumerate((writer.add_pad_token_id, writer.add_eos_token_id, writer.add_bos_token_id)):
+        add(number)
+    writer.add_unk_token_id(3)
 
 
 def all_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -302,6 +302,19 @@ def test_every_committed_record_stands_on_the_page_of_the_study(study: Path) -> 
         )
 
 
+def test_rows_of_a_study_name_the_run_and_the_best_of_a_format_stand_first(study: Path) -> None:
+    (table,) = [t for t in Tree(study).root.all("table") if t.all("caption")[0].words().startswith("All ")]
+    columns = [heading.words() for heading in table.all("thead")[0].all("th")]
+    assert columns[:3] == ["method", "format", "model"]
+    place, shown = columns.index("excess/wikitext2@512"), rows(Tree(study), table.all("caption")[0].words())
+    models = Counter(row[2] for row in shown)
+    assert [row[2] for row in shown] == [model for model, count in models.most_common() for _ in range(count)]
+    for kind in {(row[1], row[2]) for row in shown}:
+        values = [float(row[place]) for row in shown if (row[1], row[2]) == kind and row[place] != "—"]
+        assert values == sorted(values)
+    assert any(row[0] == "lsi-corner, calib.samples=16" for row in shown)
+
+
 def test_names_cannot_become_markup(tmp_path: Path) -> None:
     nasty = '</script><script>alert("x")</script><img src=x onerror=alert(1)>&amp;'
     first = read_runs(RECORDS / "scale.jsonl")[0]
@@ -406,6 +419,9 @@ def test_tables_sort_and_filter_by_keyboard_and_the_pareto_plot_follows_its_choi
             known = [float(value) for value in values if value != "—"]
             assert known == sorted(known, reverse=wanted == "descending")
             assert values[len(known) :] == ["—"] * (len(values) - len(known))
+        driver.execute_script("arguments[0].closest('.scroll').scrollLeft = 1e5", table)
+        ends = "return [...arguments[0].tBodies[0].rows[0].cells].map(cell => cell.getBoundingClientRect().right)"
+        assert driver.execute_script(ends, table)[1] > driver.execute_script(ends, table)[5], "what names a row stays"
         search = driver.find_element("css selector", f"[data-filter='{table.get_attribute('id')}']")
         search.send_keys("tiny-opt autoround")
         shown = "return [...arguments[0].querySelectorAll('tbody tr:not([hidden])')].map(row => row.textContent)"

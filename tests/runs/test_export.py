@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.configuration import ROOT, compose_run
+from helpers.families import FAMILIES as TINY
+from helpers.gguf_files import write_gguf
 from helpers.marks import slow
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
@@ -34,12 +36,20 @@ from lsiq.results.store import BlockStore
 SmallRun = Callable[..., DictConfig]
 W8A8 = ("quant=w8a8", "quant.weight.group=null", "quant.activation.attention=false")
 QUICK = ("calib=none", "eval=none", "quant.weight.scale=float16")
+# As transformers' reader of GGUF takes every Gemma to be.
+WIDE = {"head_dim": 256, "query_pre_attn_scalar": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 FAMILIES = {
     **SHAPES,
     "mistral": {**SHAPES["llama"], "model_type": "mistral", "sliding_window": None},
     "qwen2": {**SHAPES["llama"], "model_type": "qwen2"},
     # The head width that transformers' reader of GGUF takes for granted, and all published ones have.
     "qwen3": {**SHAPES["llama"], "model_type": "qwen3", "head_dim": 128},
+    "gemma2": TINY["gemma2"] | WIDE | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": TINY["gemma3"] | WIDE | {"num_hidden_layers": 6, "sliding_window_pattern": 6},
+    "phi3": TINY["phi3"] | {"sliding_window": 100},
+    "phi4-mini": TINY["phi4-mini"],
+    "gemma3-scalar": TINY["gemma3"] | {"num_hidden_layers": 6, "sliding_window_pattern": 6},
+    "gemma2-caps": TINY["gemma2"] | WIDE,
 }
 
 
@@ -92,6 +102,7 @@ EXPORTS = [
     ("opt", "export=plain", "quant.weight.scale=float32"),
     ("llama", "export=gguf", "quant.weight.bits=4"),
     ("qwen3", "export=gguf"),
+    ("gemma3", "export=gguf"),
 ]  # fmt: skip
 MORE_EXPORTS = [
     ("llama", "export=compressed-tensors", "quant.weight.bits=2", "quant.weight.symmetric=true"),
@@ -102,6 +113,8 @@ MORE_EXPORTS = [
     ("llama", "export=gguf", "export.type=F32", "quant.weight.bits=8", "quant.weight.scale=float32"),
     ("mistral", "export=gguf"),
     ("qwen2", "export=gguf"),
+    ("gemma2", "export=gguf", "quant.weight.bits=4"),
+    ("phi3", "export=gguf"),
 ]  # fmt: skip
 
 
@@ -254,6 +267,26 @@ def test_a_gguf_file_brings_its_tokenizer(families: dict[str, Path], small_run: 
     assert read(text, add_special_tokens=False).input_ids == own(text, add_special_tokens=False).input_ids
 
 
+@pytest.mark.parametrize("family", [slow("gemma3"), "phi3"])
+def test_pieces_of_sentencepiece_come_back_in_the_order_in_which_they_are_joined(
+    family: str, families: dict[str, Path], small_run: SmallRun, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    pieces = ["▁", *"aboth", "▁b", "oa", "▁boa", "▁boat", "▁▁"]
+    path = write_gguf(families[family], tmp_path / "m.gguf", "F32", pieces=pieces)
+    record = run(small_run(path, *QUICK, "quant.weight.group=32", "export=gguf", "export.verify=false"))
+    folder = Path(record.exports["gguf"]["folder"])
+    own = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    read = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+    for text in ("a boat 7", "  a  boat", "boat<eos>b"):
+        assert read(text)["input_ids"] == own(text)["input_ids"]
+    metadata = read_header(folder / "model.gguf").metadata
+    scores = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True))
+    assert sorted(["▁b", "oa", "▁boa", "▁boat"], key=scores.__getitem__) == ["▁boat", "▁boa", "oa", "▁b"]
+    assert metadata.get("tokenizer.ggml.add_space_prefix") == (False if family == "gemma3" else None)
+
+
 DIGITS = {"type": "Digits", "individual_digits": True}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
@@ -314,7 +347,10 @@ def test_large_checkpoints_are_cut_into_shards(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {
-    "gguf-opt": ("opt", ["export=gguf"], r"writes llama, mistral, qwen2, qwen3 models, not opt; use export="),
+    "gguf-opt": ("opt", ["export=gguf"], r"writes llama, mistral, .*, phi3 models, not opt; use export="),
+    "gguf-rope": ("phi4-mini", ["export=gguf"], r"rotary embeddings of type longrope are not written yet"),
+    "gguf-scalar": ("gemma3-scalar", ["export=gguf"], r"gemma3_text to have query_pre_attn_scalar=256, not 20"),
+    "gguf-caps": ("gemma2-caps", ["export=gguf"], r"gemma2 to have attn_logit_softcapping=50\.0, not 2\.0"),
     "gguf-group": ("llama", ["export=gguf", "quant.weight.group=16"], r"quant\.weight\.group=16; use a multiple of 32"),
     "gguf-bits": ("llama", ["export=gguf", "quant.weight.bits=8"], r"the nearest is Q8_0 with quant\.weight\.bits=7"),
     "gguf-type": ("llama", ["export=gguf", "quant.weight.bits=4", "export.type=Q4_0"], r"smallest type .* is Q5_0"),

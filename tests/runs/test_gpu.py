@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from lsiq.calib.gram import output_error
+from lsiq.errors import ConfigError
 from lsiq.experiment.run import run
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
@@ -45,6 +46,21 @@ def test_a_run_on_a_gpu_ends_where_one_on_a_cpu_does(
     # Another order of summation flips codes of so small a model: on an H200 the largest difference of a block was 4e-4
     # (rtn), 2e-4 (qera), 6e-3 (best), 1.1e-2 (awq), 2.2e-2 (gptq); of lsi and sde only that it is below this is known.
     assert [row["error"] for row in there.blocks] == pytest.approx([row["error"] for row in here.blocks], rel=0.2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_evaluation_in_tf32_says_so_and_is_close_to_float32(
+    checkpoints: dict[str, Path], small_run: SmallRun, tmp_path: Path
+) -> None:
+    plain = [checkpoints["llama"], "method=rtn", "model.dtype=float32"]
+    exact = run(small_run(*plain))
+    fast = run(small_run(*plain, "eval.tf32=true", f"paths.runs={tmp_path / 'tf32'}"))
+    assert {text["dtype"] for text in exact.protocol.values()} == {"float32"}
+    assert {text["dtype"] for text in fast.protocol.values()} == {"tf32"}
+    assert not torch.backends.cuda.matmul.allow_tf32
+    for key, value in exact.metrics.items():
+        if "ppl/" in key:
+            assert fast.metrics[key] == pytest.approx(value, rel=1e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -102,6 +118,11 @@ def test_the_record_of_a_gpu_says_what_rounded_gptqs_columns(
     record = run(small_run(checkpoints["llama"], "method=gptq", f"method.kernels={kernels}"))
     expected = "triton" if kernels == "auto" else "plain"
     assert [row["kernels"] for row in record.blocks] == [expected] * len(record.blocks)
+
+
+def test_tf32_is_refused_where_nothing_is_multiplied_in_it(checkpoints: dict[str, Path], small_run: SmallRun) -> None:
+    with pytest.raises(ConfigError, match=r"eval\.tf32=true: is for float32 models on a GPU, not float32 on cpu"):
+        run(small_run(checkpoints["llama"], "method=rtn", "eval.tf32=true", "model.dtype=float32", "device=cpu"))
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])

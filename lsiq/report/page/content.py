@@ -40,11 +40,13 @@ class Sheet:
 
     Attributes:
         filtered: whether words can be typed that leave only the rows with them.
+        names: how many columns name a row, and stay in view where a wide screen's reader moves to the right.
     """
 
     table: Table
     caption: str
     filtered: bool = False
+    names: int = 1
     kind: ClassVar[str] = "sheet"
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "page.html"
 # Characters of a cell that stand in one line.
-_LONG, _SHORT = 48, 16
+_LONG = 48
 # Models that the title names.
 _NAMED = 3
 
@@ -88,16 +88,11 @@ def _environment() -> Environment:
 
 
 def _kinds(table: Table) -> list[str]:
-    """The classes of each column's cells.
-
-    `n` for numbers, `w` for text that is too long for one line, `s` for a first column that leaves room beside it on a
-    phone.
-    """
+    """The class of each column's cells: `n` for numbers, `w` for text that is too long for one line."""
     kinds = []
     for place, number in enumerate(right_aligned(table)):
         longest = max((len(cell_text(row[place])) for row in table.rows), default=0)
-        kind = "n" if number else "w" * (longest > _LONG)
-        kinds.append(f"{kind} s".strip() if place == 0 and longest <= _SHORT else kind)
+        kinds.append("n" if number else "w" * (longest > _LONG))
     return kinds
 
 

@@ -9,6 +9,7 @@ import torch
 from helpers.marks import slow
 
 from lsiq.bench import best, block, processes, step
+from lsiq.bench.timing import FlopsByDtype
 
 
 @pytest.mark.parametrize("method", ["gptq", slow("qera-exact")])
@@ -75,3 +76,12 @@ def test_the_best_recipe_runs_in_part_and_the_rest_is_projected(
     assert all(
         word in told for word in ("block 1: ", "window of 2 blocks", "2 of 10 epochs", "s a step", "projected: ")
     )
+
+
+@pytest.mark.parametrize("key_heads", [8, 2])
+def test_attention_counts_the_same_products_where_queries_share_keys(key_heads: int) -> None:
+    queries = torch.empty(3, 8, 16, 64, dtype=torch.float16, device="meta")
+    keys = torch.empty(3, key_heads, 32, 64, dtype=torch.float16, device="meta")
+    with FlopsByDtype() as counted:
+        torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, keys)
+    assert counted.counts == {"float16": 2 * (2 * 3 * 8 * 16 * 32 * 64)}

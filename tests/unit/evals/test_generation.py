@@ -9,7 +9,7 @@ import pandas
 import pytest
 import torch
 from helpers.configuration import compose_run
-from helpers.evaluations import NO_CACHE, unchanged
+from helpers.evaluations import NO_CACHE, request, unchanged
 from helpers.families import FAMILIES
 from helpers.marks import slow
 from helpers.models import SHAPES, load_small, save_model
@@ -159,18 +159,16 @@ def test_a_model_without_room_is_refused_before_its_blocks_are_read() -> None:
 
 
 def test_the_harness_gets_text_cut_at_its_stops() -> None:
-    from lm_eval.api.instance import Instance
-
     model = load_small(bundled_model("tiny-llama"))
     lm = BlockLM(model.tokenizer, 64, lambda pairs: pytest.fail("not asked"), Writer(model, unchanged).write)
     expected = generated(bundled_model("tiny-llama"), prompts(model, 16))
     texts = [model.tokenizer.decode(answer, skip_special_tokens=True) for answer in expected]
-    asked = [Instance("generate_until", {}, (text, {"until": [" the"], "max_gen_toks": 16}), 0) for text in TEXTS]
+    asked = [request("generate_until", text, {"until": [" the"], "max_gen_toks": 16}) for text in TEXTS]
     assert lm.generate_until(asked) == [text.split(" the")[0] for text in texts]
-    long = Instance("generate_until", {}, ("The river. " * 60, {"until": [], "max_gen_toks": 16}), 0)
+    long = request("generate_until", "The river. " * 60, {"until": [], "max_gen_toks": 16})
     assert len(lm._prompt(*long.args).tokens) == 64 - 16
     with pytest.raises(InputError, match="an answer of 64 tokens has no place in a model of 64 positions"):
-        lm.generate_until([Instance("generate_until", {}, ("A", {"until": [], "max_gen_toks": 64}), 0)])
+        lm.generate_until([request("generate_until", "A", {"until": [], "max_gen_toks": 64})])
 
 
 def write_rows(file: Path, rows: list[dict[str, object]]) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.configuration import compose_run
@@ -166,9 +167,8 @@ def test_hub_tasks_without_the_hub_say_how_to_go_on() -> None:
 
 def test_the_harness_own_model_class_gives_the_same_likelihoods(checkpoint: Path) -> None:
     pytest.importorskip("accelerate")  # the harness' class for transformers models wants it, this package does not
-    from helpers.evaluations import NO_CACHE, unchanged
+    from helpers.evaluations import NO_CACHE, request, unchanged
     from helpers.models import load_small
-    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     from lsiq.evals.generation import Writer
@@ -189,18 +189,15 @@ def test_the_harness_own_model_class_gives_the_same_likelihoods(checkpoint: Path
     )
     long = "The boat went to the harbour. " * 40  # more than the model's 128 positions
     asked = [("", "The boat"), ("A trailing blank ", "moves"), (long, " again"), ("The boat", " sank slowly")]
-    ranked = [Instance("loglikelihood", {}, pair, 0) for pair in asked]
+    ranked = [request("loglikelihood", *pair) for pair in asked]
     expected, found = (lm.loglikelihood(ranked, disable_tqdm=True) for lm in (harness, ours))
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert [value for value, _ in found] == pytest.approx(
         [value for value, _ in expected], rel=1e-5
     )  # measured: 1.2e-7
-    rolled = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (long, "Short.")]
-    assert ours.loglikelihood_rolling(rolled) == pytest.approx(
-        harness.loglikelihood_rolling(rolled, disable_tqdm=True), rel=1e-5
-    )
+    rolled = [request("loglikelihood_rolling", text) for text in (long, "Short.")]
+    expected, found = (np.array(lm.loglikelihood_rolling(rolled, disable_tqdm=True)) for lm in (harness, ours))
+    assert found == pytest.approx(expected, rel=1e-5)
     settings = {"until": [" the", "\n"], "max_gen_toks": 12, "do_sample": False}
-    written = [
-        Instance("generate_until", {}, (text, settings), 0) for text in ("The boat", "A harbour with a wall", long)
-    ]
+    written = [request("generate_until", text, settings) for text in ("The boat", "A harbour with a wall", long)]
     assert ours.generate_until(written) == harness.generate_until(written, disable_tqdm=True)

@@ -106,6 +106,7 @@ def test_a_run_says_which_form_it_took_and_keeps_its_name(
     checkpoint: Path, small_run: SmallRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = ["method=e2e", "method.run=null", "method@method.start=rtn", DENSE, "method.training.epochs=1"]
+    start.append("device=cpu")  # which has no other memory in use
     with pytest.raises(
         ResourceError, match=r"method\.trained=auto: no form of rtn\+e2e fits 0\.0 GiB; the least, grid"
     ):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.configuration import compose_run
-from helpers.gguf_files import ARCHITECTURES, all_weights, finish, write_gguf
+from helpers.families import FAMILIES as TINY
+from helpers.gguf_files import all_weights, finish, write_gguf
 from helpers.marks import slow, slow_but
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
@@ -21,8 +22,8 @@ from omegaconf import DictConfig
 from lsiq.errors import ConfigError, InputError
 from lsiq.experiment.run import run
 from lsiq.models.folder import find_folder, fingerprint, packaged_file, read_config
-from lsiq.models.gguf_config import llama3_factors
 from lsiq.models.gguf_file import is_gguf, read_header, weights_from
+from lsiq.models.gguf_rope import llama3_factors
 from lsiq.models.gguf_tensors import GGUFTensors
 from lsiq.models.loading import Model, load
 from lsiq.models.settings import ModelSettings
@@ -34,11 +35,27 @@ from lsiq.tables.table import Cell, Row, Table
 gguf = pytest.importorskip("gguf")
 CPU = torch.device("cpu")
 LLAMA = SHAPES["llama"]
+# As wide as transformers takes every head of Gemma to be.
+GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 FAMILIES = {
     "llama": LLAMA,
     "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": None},
     "qwen2": {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 128},
+    "gemma2": TINY["gemma2"] | GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": TINY["gemma3"] | GEMMA | {"num_hidden_layers": 6, "sliding_window_pattern": 6},
+    "phi3": TINY["phi3"] | {"sliding_window": None},
+}
+# What transformers leaves out of a file: caps, windows of Phi-3, where Gemma-3 has which, scaled and partial rotations.
+_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+}
+LEFT_OUT = {
+    "gemma2-caps": TINY["gemma2"] | {"query_pre_attn_scalar": 24},
+    "gemma3-scaled": TINY["gemma3"] | {"query_pre_attn_scalar": 24, "rope_parameters": _ROPE},
+    "phi3-window": TINY["phi3"],
+    "phi4-mini": TINY["phi4-mini"],
 }
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 TOKENS = torch.randint(4096, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -47,7 +64,7 @@ TOKENS = torch.randint(4096, (2, 40), generator=torch.Generator().manual_seed(0)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {family: save_model(shape, root / family) for family, shape in FAMILIES.items()}
+    return {family: save_model(shape, root / family) for family, shape in {**FAMILIES, **LEFT_OUT}.items()}
 
 
 def open_file(path: Path) -> Model:
@@ -69,14 +86,14 @@ def theirs(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *LEFT_OUT])
 def test_logits_are_those_of_the_model_that_was_written(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     found = logits(open_file(write_gguf(folders[family], tmp_path / "m.gguf", "F32")))
     wanted = logits(open_file(folders[family]))
     assert torch.equal(found, wanted)
 
 
-QUICK = {("llama", "Q4_1"), ("qwen3", "F16")}
+QUICK = {("llama", "Q4_1"), ("qwen3", "F16"), ("gemma3", "Q4_1"), ("phi3", "Q4_1")}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +108,10 @@ def test_weights_are_those_that_transformers_reads(
     assert set(ours) == set(state)
     for name, weight in ours.items():
         assert torch.equal(weight.float(), state[name]), name
+    with torch.no_grad():
+        assert torch.allclose(
+            logits(open_file(path)), reference(input_ids=TOKENS).logits, rtol=0, atol=1e-5
+        )  # measured 0
     assert weights_from(path) == (None if kind in ("F32", "F16", "BF16") else f"GGUF {kind}")
 
 
@@ -111,7 +132,21 @@ def test_every_type_that_the_package_can_decode_is_read(kind: str, folders: dict
     assert found.abs().max() > 0
 
 
-@pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "depth", "scalar"), [("gemma2", 46, 32), ("gemma2", 42, 256), ("gemma3", 62, 32), ("gemma3", 48, 256)]
+)
+def test_attention_of_the_largest_gemma_is_scaled_by_its_width_over_its_heads(
+    family: str, depth: int, scalar: int, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "deep").mkdir()
+    for file in folders[family].iterdir():
+        (tmp_path / "deep" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folders[family] / "config.json").read_text())
+    (tmp_path / "deep" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": depth}))
+    assert read_config(write_gguf(tmp_path / "deep", tmp_path / "m.gguf", "F16"))["query_pre_attn_scalar"] == scalar
+
+
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma3"], FAMILIES))
 def test_config_and_tokenizer_are_those_of_transformers(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
@@ -125,8 +160,18 @@ def test_config_and_tokenizer_are_those_of_transformers(family: str, folders: di
     words = "The 7th boat carried 49 barrels.\n\n  Café 🙂"
     found = open_file(path).tokenizer(words)["input_ids"]
     assert found == AutoTokenizer.from_pretrained(tmp_path, **place)(words)["input_ids"]
-    if ARCHITECTURES[family] == "llama":  # files of Qwen2 and Qwen3 are taken to split words as these do
+    if family in ("llama", "mistral"):  # of other files it is taken that they split words as their family does
         assert found == AutoTokenizer.from_pretrained(folders[family])(words)["input_ids"]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3"])
+def test_pieces_of_sentencepiece_become_the_family_s_tokenizer(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    path = write_gguf(folders[family], tmp_path / "m.gguf", "F16", pieces=["▁", *"aboth", "▁b", "oa", "▁boa", "▁boat"])
+    tokenizer = open_file(path).tokenizer
+    assert tokenizer.tokenize("a boat 7")[-3:] == ["▁boat", "▁", "<0x37>"]
+    assert tokenizer.decode(tokenizer("a boat 7", add_special_tokens=False)["input_ids"]).strip() == "a boat 7"
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

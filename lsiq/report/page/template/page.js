@@ -5,10 +5,10 @@
 
   // ---- tables ----
   const number = text => (text === "—" || text === "" ? NaN : Number(text));
+  const words = new Intl.Collator(undefined, { numeric: true });
   const compare = (a, b) => {
     const [x, y] = [number(a), number(b)];
-    if (!Number.isNaN(x) && !Number.isNaN(y)) return x - y;
-    return a.localeCompare(b, undefined, { numeric: true });
+    return Number.isNaN(x) || Number.isNaN(y) ? words.compare(a, b) : x - y;
   };
   function sort(heading) {
     const table = heading.closest("table"), body = table.tBodies[0];
@@ -63,11 +63,17 @@
     const stops = name === "diverging" ? ["--better", "--neutral", "--worse"] : ["--low", "--middle", "--high"];
     return stops.map((stop, place) => [place / 2, colour(stop)]);
   }
+  function marks(spec, name) { // over one decade or two plotly marks 6, 7, 8 and 9 on top of each other
+    if (spec.layout[name]?.type !== "log") return {};
+    const values = spec.data.flatMap(trace => trace[name[0]] ?? []).filter(value => value > 0);
+    const decades = Math.log10(Math.max(...values) / Math.min(...values));
+    return decades > 0.5 && decades < 2.5 ? { dtick: "D2" } : { nticks: 6 };
+  }
   function themed(spec) {
     const text = colour("--text"), grid = colour("--grid"), back = "rgba(0,0,0,0)";
     const way = [...Array(8).keys()].map(place => colour(`--c${place}`));
     const axis = { gridcolor: grid, zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
-    const merged = name => ({ ...axis, ...spec.layout[name], title: { standoff: 8, ...spec.layout[name]?.title } });
+    const merged = name => ({ ...axis, ...marks(spec, name), ...spec.layout[name], title: { standoff: 8, ...spec.layout[name]?.title } });
     const layout = {
       margin: { l: 8, r: 8, t: 30, b: 8 }, barmode: "group", bargap: 0.25, hovermode: "closest",
       legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 11 } },
@@ -121,7 +127,7 @@
     const traces = methods.map((method, place) => {
       const own = points.filter(point => point.method === method), faint = only && unescaped(method) !== only;
       return {
-        type: "scatter", mode: "markers", name: method, x: own.map(p => p.x), y: own.map(p => p.y),
+        type: "scatter", mode: "markers", name: method, showlegend: !faint, x: own.map(p => p.x), y: own.map(p => p.y),
         text: own.map(p => p.label), hovertemplate: "%{text}<br>%{x:.4g} bits<br>%{y:.5g}<extra></extra>",
         marker: {
           size: 8, color: colour(faint ? "--line" : `--c${place % 8}`),
@@ -129,7 +135,7 @@
         },
       };
     }).filter(trace => trace.x.length);
-    const many = traces.length > 12, wide = document.getElementById(id).clientWidth > 700;
+    const many = !only && traces.length > 12, wide = document.getElementById(id).clientWidth > 700;
     traces.sort((a, b) => (unescaped(a.name) === only) - (unescaped(b.name) === only)); // the chosen one on top
     traces.push({
       type: "scatter", mode: "lines", name: "Pareto front", x: best.map(p => p.x), y: best.map(p => p.y),

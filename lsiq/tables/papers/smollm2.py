@@ -1,0 +1,99 @@
+"""What methods make of SmolLM2-135M by the published protocol, and AutoRound's package beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lsiq.report.compact import Run, read_runs
+from lsiq.results.record import origin_note
+from lsiq.tables.papers.size import PACKAGE
+from lsiq.tables.protocol import ROOT
+from lsiq.tables.study import LQER_TASKS, Sample
+from lsiq.tables.table import DASH, Cell, Row, Table, decimals
+
+MODEL = "smollm2-135m"
+WEIGHTS = ("w2a16g64", "w3a16g64", "w4a16g64")
+ACTIVATIONS = ("w4a8", "w4a4", "w2a8-mxint", "w3a8-mxint", "w4a8-mxint")
+METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", "sde", "lsi-diagonal", "autoround", PACKAGE,
+           "lsi", "best", "l2qer")  # fmt: skip
+# The package's checkpoints were evaluated as models of their own: by name, the setting.
+PACKAGES = {f"ar-w{bits}-200": f"w{bits}a16g64" for bits in (2, 3, 4)}
+ACCURACY = "acc/mean"
+COLUMNS = {
+    "excess/file@2048": "excess, C4",
+    "excess/wikitext2@2048": "excess, WikiText-2",
+    "kl/file@2048": "divergence, C4",
+    "kl/wikitext2@2048": "divergence, WikiText-2",
+    ACCURACY: "accuracy",
+}
+
+
+class ProtocolRuns:
+    """The runs of one model and protocol, by setting and method."""
+
+    def __init__(self, runs: Iterable[Run]) -> None:
+        latest = {(run.model, run.setting, run.method, run.seed): run for run in sorted(runs, key=lambda r: r.created)}
+        self.runs = [_with_accuracy(run) for run in latest.values()]
+        self.float = next(run for run in self.runs if run.model == MODEL).metrics
+        self.notes = (origin_note(MODEL, "GGUF Q4_1"),)
+
+    def sample(self, setting: str, method: str, metric: str) -> Sample | None:
+        """Return what the seeds measured; rounding to nearest and the package's single run draw nothing here."""
+        values = [
+            value
+            for run in self.runs
+            if (_setting(run), _method(run)) == (setting, method)
+            and (value := self._metrics(run).get(metric)) is not None
+        ]
+        return Sample(tuple(values), method == "rtn", self.notes) if values else None
+
+    def _metrics(self, run: Run) -> Mapping[str, float]:
+        if run.model == MODEL:
+            return run.metrics
+        # What the package made is the float model of its own evaluation.
+        texts = [key.removeprefix("float/ppl/") for key in run.metrics if key.startswith("float/ppl/")]
+        excess = {f"excess/{text}": math.log(self._ratio(run, f"float/ppl/{text}")) for text in texts}
+        return {**excess, ACCURACY: run.metrics[f"float/{ACCURACY}"]}
+
+    def _ratio(self, run: Run, key: str) -> float:
+        return run.metrics[key] / self.float[key]
+
+
+def load_protocol_runs(folder: Path = ROOT / "analysis" / "records") -> ProtocolRuns:
+    """Return the committed runs of SmolLM2 by the published protocol."""
+    return ProtocolRuns(read_runs(folder / "smollm2.jsonl"))
+
+
+def by_setting(runs: ProtocolRuns, name: str, settings: Sequence[str]) -> Table:
+    """Return a table of all methods that were run in some settings; the first row has the float model's accuracy."""
+    float_model = Cell(Sample((runs.float[f"float/{ACCURACY}"],), True, runs.notes))
+    rows = [Row(("float", ""), (*(Cell(text="") for _ in range(len(COLUMNS) - 1)), float_model))]
+    for setting in settings:
+        for method in METHODS:
+            samples = [runs.sample(setting, method, metric) for metric in COLUMNS]
+            if any(samples):
+                cells = tuple(Cell(sample) if sample is not None else Cell(text=DASH) for sample in samples)
+                rows.append(Row((setting, method), cells, setting))
+    caption = "SmolLM2-135M: excess loss and divergence in nats, windows of 2048; mean accuracy on six tasks"
+    heads = ("setting", "method", *COLUMNS.values())
+    return Table(name, caption, heads, tuple(rows), number=decimals(3), counted=True)
+
+
+def _setting(run: Run) -> str:
+    return PACKAGES.get(run.model, run.setting)
+
+
+def _method(run: Run) -> str:
+    return PACKAGE if run.model in PACKAGES else run.method
+
+
+def _with_accuracy(run: Run) -> Run:
+    means = {
+        f"{prefix}{ACCURACY}": sum(run.metrics[f"{prefix}acc/{task}"] for task in LQER_TASKS) / len(LQER_TASKS)
+        for prefix in ("", "float/")
+        if f"{prefix}acc/{LQER_TASKS[0]}" in run.metrics
+    }
+    return replace(run, metrics={**run.metrics, **means})
