@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from auto_round import AutoRound
+from dequantised import write
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,9 +43,5 @@ rounding = AutoRound(
     **({"enable_alg_ext": True} if options.extra else {}),
 )
 quantised, _ = rounding.quantize()
-plain = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
-state = {name: tensor.float().cpu() for name, tensor in quantised.state_dict().items() if name in plain.state_dict()}
-plain.load_state_dict(state)
-plain.save_pretrained(options.out)
-AutoTokenizer.from_pretrained(options.folder).save_pretrained(options.out)
+write(options.folder, quantised.state_dict(), options.out)
 print(f"{options.out}: AutoRound, {vars(options)}, {time.perf_counter() - start:.0f} s")

@@ -7,6 +7,7 @@ from typing import Any
 
 from lsiq.errors import ConfigError
 from lsiq.export.gguf_types import ARCHITECTURES
+from lsiq.models.gguf_rope import GEMMA3_WINDOW_BASE
 
 _OTHERS = "use export=compressed-tensors, gptq or plain"
 # What transformers, which reads every export back, takes for granted of these families; llama.cpp takes the same
@@ -17,7 +18,6 @@ _GRANTED: dict[str, dict[str, Any]] = {
     "phi3": {},
 }
 _PERIOD = {"gemma2": 2, "gemma3_text": 6}  # blocks of which the last attends to everything, the others to a window
-_GEMMA3_WINDOW_BASE = 10000.0
 
 
 def check_family(config: Any) -> None:
@@ -38,7 +38,7 @@ def check_family(config: Any) -> None:
         ]
     given = {key: getattr(config, key) for key in granted}
     if family == "gemma3_text":
-        granted["rope_theta of windows"] = _GEMMA3_WINDOW_BASE
+        granted["rope_theta of windows"] = GEMMA3_WINDOW_BASE
         given["rope_theta of windows"] = _rotations(config)["sliding_attention"]["rope_theta"]
     for key, value in granted.items():
         if given[key] != value:
@@ -85,7 +85,7 @@ def add_family(writer: Any, config: Any) -> None:
         if getattr(config, name, None) is not None:
             add(getattr(config, name))
     if family == "gemma3_text":
-        writer.add_rope_freq_base_swa(_GEMMA3_WINDOW_BASE)
+        writer.add_rope_freq_base_swa(GEMMA3_WINDOW_BASE)
 
 
 def _rotations(config: Any) -> Mapping[str, Mapping[str, Any]]:

@@ -16,7 +16,7 @@ _LLAMA3_FACTORS, _LLAMA3_POSITIONS = (8.0, 32.0), 8192
 _LLAMA3_TENSOR = "rope_freqs.weight"
 # What Phi-3 divides its frequencies by, up to the positions that it was trained with and beyond them.
 _LONG_ROPE = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
-_GEMMA3_WINDOW_BASE = 10000.0
+GEMMA3_WINDOW_BASE = 10000.0
 
 
 def plain_rope(header: Header, head_dim: int, path: Path) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def gemma3_rope(header: Header, path: Path) -> dict[str, Any]:
         KeyError: the file names no base, for which llama.cpp and transformers have different defaults.
     """
     base = header.metadata["gemma3.rope.freq_base"]
-    window_base = header.get("rope.freq_base_swa", _GEMMA3_WINDOW_BASE)
+    window_base = header.get("rope.freq_base_swa", GEMMA3_WINDOW_BASE)
     return {
         "full_attention": {**_scaled(header, path), "rope_theta": base},
         "sliding_attention": {"rope_type": "default", "rope_theta": window_base},

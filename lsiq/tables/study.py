@@ -70,7 +70,7 @@ class Runs:
             for run in self.runs
             if (run.model, run.setting, run.method) == (model, setting, method)
             and all(run.get(key) == value for key, value in (where or {}).items())
-            and (metric is None or _measured(run, metric) is not None)
+            and (metric is None or measured(run, metric) is not None)
             and self.follows(run, protocol)
         }
         return [by_seed[seed] for seed in sorted(by_seed)]
@@ -99,12 +99,12 @@ class Runs:
         exact = method in SEEDLESS
         if method == "fp16":
             beside = [run for run in self.runs if run.model == model and protocol.same_float(run)]
-            values = [_measured(run, metric, "float/") for run in beside]
+            values = [measured(run, metric, "float/") for run in beside]
         else:
-            values = [_measured(run, metric) for run in self.find(protocol, model, setting, method, where, metric)]
+            values = [measured(run, metric) for run in self.find(protocol, model, setting, method, where, metric)]
         if method == "rtn" and not values:
             beside = [run for run in self.runs if (run.model, run.setting) == (model, setting)]
-            values = [_measured(run, metric, "rtn/") for run in beside if protocol.same_float(run)]
+            values = [measured(run, metric, "rtn/") for run in beside if protocol.same_float(run)]
         numbers = [value for value in values if value is not None]
         if not numbers:
             return None
@@ -124,7 +124,7 @@ class Runs:
         return statistics.fmean(numbers) if numbers else None
 
 
-def _measured(run: Run, metric: str, of: str = "") -> float | None:
+def measured(run: Run, metric: str, of: str = "") -> float | None:
     """The metric of the run, of the float model (`float/`) or of rounding to nearest (`rtn/`); acc/mean6 is LQER's."""
     if metric != "acc/mean6":
         return run.metrics.get(of + metric)

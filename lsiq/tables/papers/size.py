@@ -244,9 +244,13 @@ def _peer(run: Run, base: Run | None) -> Point:
     if base is None:
         raise InputError(f"{run.model}: no run of {PEERS_OF} says what the float model's perplexity is; collect one")
     width, entry = PEERS[run.model]
-    ratios = {key: value / base.metrics[key] for key, value in run.metrics.items() if key.startswith("float/ppl/")}
-    excess = {key.replace("float/ppl/", "excess/"): math.log(ratio) for key, ratio in ratios.items()}
-    return Point(SIZES[-1].name, width, entry, excess)
+    return Point(SIZES[-1].name, width, entry, excess_over(base, run))
+
+
+def excess_over(base: Run, peer: Run) -> dict[str, float]:
+    """Return by text the excess of a peer's checkpoint, the float model of its own run, over that of `base`."""
+    ratios = {key: value / base.metrics[key] for key, value in peer.metrics.items() if key.startswith("float/ppl/")}
+    return {key.replace("float/ppl/", "excess/"): math.log(ratio) for key, ratio in ratios.items()}
 
 
 def _check_tokens(runs: Iterable[Run]) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
-from lsiq.tables.papers.size import PACKAGE
+from lsiq.tables.papers.size import PACKAGE, excess_over
 from lsiq.tables.protocol import ROOT
-from lsiq.tables.study import LQER_TASKS, Sample
+from lsiq.tables.study import Sample, measured
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
 
 MODEL = "smollm2-135m"
@@ -21,7 +19,7 @@ METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", "sde
            "lsi", "best", "l2qer")  # fmt: skip
 # The package's checkpoints were evaluated as models of their own: by name, the setting.
 PACKAGES = {f"ar-w{bits}-200": f"w{bits}a16g64" for bits in (2, 3, 4)}
-ACCURACY = "acc/mean"
+ACCURACY = "acc/mean6"
 COLUMNS = {
     "excess/file@2048": "excess, C4",
     "excess/wikitext2@2048": "excess, WikiText-2",
@@ -35,31 +33,25 @@ class ProtocolRuns:
     """The runs of one model and protocol, by setting and method."""
 
     def __init__(self, runs: Iterable[Run]) -> None:
-        latest = {(run.model, run.setting, run.method, run.seed): run for run in sorted(runs, key=lambda r: r.created)}
-        self.runs = [_with_accuracy(run) for run in latest.values()]
-        self.float = next(run for run in self.runs if run.model == MODEL).metrics
+        ordered = sorted(runs, key=lambda run: run.created)
+        self.runs = list({(run.model, run.setting, run.method, run.seed): run for run in ordered}.values())
+        self.base = next(run for run in self.runs if run.model == MODEL)
         self.notes = (origin_note(MODEL, "GGUF Q4_1"),)
 
     def sample(self, setting: str, method: str, metric: str) -> Sample | None:
-        """Return what the seeds measured; rounding to nearest and the package's single run draw nothing here."""
+        """Return what the seeds measured; rounding to nearest draws nothing."""
         values = [
             value
             for run in self.runs
-            if (_setting(run), _method(run)) == (setting, method)
-            and (value := self._metrics(run).get(metric)) is not None
+            if (_setting(run), _method(run)) == (setting, method) and (value := self._measured(run, metric)) is not None
         ]
         return Sample(tuple(values), method == "rtn", self.notes) if values else None
 
-    def _metrics(self, run: Run) -> Mapping[str, float]:
+    def _measured(self, run: Run, metric: str) -> float | None:
         if run.model == MODEL:
-            return run.metrics
+            return measured(run, metric)
         # What the package made is the float model of its own evaluation.
-        texts = [key.removeprefix("float/ppl/") for key in run.metrics if key.startswith("float/ppl/")]
-        excess = {f"excess/{text}": math.log(self._ratio(run, f"float/ppl/{text}")) for text in texts}
-        return {**excess, ACCURACY: run.metrics[f"float/{ACCURACY}"]}
-
-    def _ratio(self, run: Run, key: str) -> float:
-        return run.metrics[key] / self.float[key]
+        return measured(run, ACCURACY, "float/") if metric == ACCURACY else excess_over(self.base, run).get(metric)
 
 
 def load_protocol_runs(folder: Path = ROOT / "analysis" / "records") -> ProtocolRuns:
@@ -69,7 +61,8 @@ def load_protocol_runs(folder: Path = ROOT / "analysis" / "records") -> Protocol
 
 def by_setting(runs: ProtocolRuns, name: str, settings: Sequence[str]) -> Table:
     """Return a table of all methods that were run in some settings; the first row has the float model's accuracy."""
-    float_model = Cell(Sample((runs.float[f"float/{ACCURACY}"],), True, runs.notes))
+    accuracy = measured(runs.base, ACCURACY, "float/")
+    float_model = Cell(text=DASH) if accuracy is None else Cell(Sample((accuracy,), True, runs.notes))
     rows = [Row(("float", ""), (*(Cell(text="") for _ in range(len(COLUMNS) - 1)), float_model))]
     for setting in settings:
         for method in METHODS:
@@ -88,12 +81,3 @@ def _setting(run: Run) -> str:
 
 def _method(run: Run) -> str:
     return PACKAGE if run.model in PACKAGES else run.method
-
-
-def _with_accuracy(run: Run) -> Run:
-    means = {
-        f"{prefix}{ACCURACY}": sum(run.metrics[f"{prefix}acc/{task}"] for task in LQER_TASKS) / len(LQER_TASKS)
-        for prefix in ("", "float/")
-        if f"{prefix}acc/{LQER_TASKS[0]}" in run.metrics
-    }
-    return replace(run, metrics={**run.metrics, **means})
