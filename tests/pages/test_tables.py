@@ -157,6 +157,11 @@ def test_the_precision_of_training_a_whole_model_makes_another_method(committed:
     training = {**found.config["method"]["training"], "precision": "bfloat16"}
     other = replace(found, config={**found.config, "method": {**found.config["method"], "training": training}})
     assert STUDY.contradiction(other) == "method.training.precision"
+    in_tf32 = replace(
+        found,
+        config={**found.config, "method": {**found.config["method"], "training": {**training, "precision": "tf32"}}},
+    )
+    assert STUDY.holds(in_tf32), "TF32 counts as float32"
 
 
 def test_a_recipe_by_format_is_compared_with_that_of_the_runs_format(committed: tuple[Runs, Literature]) -> None:
