@@ -50,7 +50,7 @@ class Protocol:
 
     def contradiction(self, run: Run) -> str | None:
         """Return what keeps the run out, the dotted name of a setting; None if it belongs."""
-        expected = _composed((*self.overrides, *method_overrides(run.method)))
+        expected = composed((*self.overrides, *method_overrides(run.method)))
         if expected is None:
             return "method"
         if not self.same_float(run):
@@ -62,7 +62,7 @@ class Protocol:
 
     def same_float(self, run: Run) -> bool:
         """Whether the run measured the same float model on as much text: of the same type, and as it was trained."""
-        expected = _composed(self.overrides)
+        expected = composed(self.overrides)
         assert expected is not None  # the study's own file
         if run.get("eval.windows") != expected["eval"].get("windows"):
             return False
@@ -119,8 +119,8 @@ def method_overrides(name: str) -> list[str]:
 
 
 @cache
-def _composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
-    """The composed configuration as plain data; None where a method is not made of files."""
+def composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """Return the composed configuration as plain data; None where a method is not made of files."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import ConfigCompositionException, MissingConfigException
     from omegaconf import OmegaConf

@@ -12,7 +12,8 @@ from helpers.configuration import CONF
 
 from lsiq.errors import InputError
 from lsiq.report.compact import Run, read_runs
-from lsiq.tables.papers.size import ENTRIES, LABELS, PEERS, SizeRuns, by_size, excess_by_size, load_sizes
+from lsiq.tables.papers.size import by_size, excess_by_size
+from lsiq.tables.papers.size_runs import ENTRIES, LABELS, PEERS, SizeRuns, load_sizes
 from lsiq.tables.study import Sample
 from lsiq.tables.table import Cell, Row, Table
 

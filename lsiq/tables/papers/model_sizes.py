@@ -1,0 +1,75 @@
+"""The sizes of model that tables have as columns, and how each was measured."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lsiq.bundle.ladder import LADDER
+from lsiq.report.compact import Run
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of model, and how it was measured: runs of another group or other windows stand elsewhere or nowhere.
+
+    Attributes:
+        name: heads its column.
+        models: what its models are called in the records.
+        tick: what a figure writes below it; empty where no figure has it.
+        group: weights that share a step size, where they do so in groups.
+        seqlen, windows: of the evaluation; None for the whole text.
+        dtype: in which the model was measured.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    tick: str = ""
+    group: int = 128
+    seqlen: int = 512
+    windows: int | None = 400
+    dtype: str = "float32"
+
+    def holds(self, run: Run) -> bool:
+        """Whether the run measured this size in this way."""
+        measured = (run.get("eval.seqlen"), run.get("eval.windows"), run.dtype, run.get("quant.weight.group"))
+        group = self.group if GROUPED.fullmatch(run.setting) else measured[-1]
+        return run.model in self.models and measured == (self.seqlen, self.windows, self.dtype, group)
+
+    @property
+    def words(self) -> str:
+        """How it was measured."""
+        windows = "the whole texts in windows" if self.windows is None else f"{self.windows} windows"
+        products = ", products in TF32" if self.dtype == "tf32" else ""
+        return f"groups of {self.group}, {windows} of {self.seqlen}{products}"
+
+
+GROUPED = re.compile(r"(w\d)a16g(64|128)")
+
+
+def width(setting: str) -> str:
+    """Return the rows that a setting stands in: w2 for 2-bit weights in groups, others by their own names."""
+    grouped = GROUPED.fullmatch(setting)
+    return grouped[1] if grouped else setting
+
+
+def _rungs(*rungs: str) -> list[Size]:
+    """The ladder's sizes; a rung that was trained under another name has it as well."""
+    former = {"llama-11m": ("tiny-llama",), "opt-11m": ("tiny-opt",), "llama-90m": ("l90",)}
+    sizes = []
+    for rung in rungs:
+        count = rung.replace("m", " M")
+        llama, opt = (f"{family}-{rung}" for family in ("llama", "opt"))
+        kind = "tiny-llama" if rung == "11m" else "ladder"
+        sizes.append(Size(count, (llama, *former.get(llama, ())), f"{kind}\n{count}\ngroups of 128"))
+        sizes.append(Size(f"{count}, OPT", (opt, *former.get(opt, ()))))
+    return sizes
+
+
+SMOLLM2 = "smollm2-135m"
+SIZES = (
+    *_rungs(*(rung for rung in LADDER if rung != "300m")),
+    Size("SmolLM2", ("smol", SMOLLM2), "SmolLM2\n135 M\ngroups of 64", 64, 1024, 160),
+    Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, "tf32"),
+    *_rungs("300m"),
+)
