@@ -61,7 +61,7 @@ def numbers(methods: Sequence[str]) -> str:
         heads = ["bits", "method", *(size.name for size in load_sizes().sizes)]
         parts.append(
             "By size, C4 / WikiText-2 test, mean (number of runs), other calibration text than above "
-            "([how it was measured](../tables/size.md)):\n\n" + _table(heads, rows)
+            "([how it was measured](../tables/main.md)):\n\n" + _table(heads, rows)
         )
     return "\n\n".join(parts) or "No committed record has this method by itself."
 
@@ -120,7 +120,7 @@ def _sampled(sample: Sample | None) -> str:
 def _by_size(methods: Sequence[str]) -> Iterator[list[str]]:
     """Rows of the study of scale: the methods and their variants, with the number of runs of each cell."""
     runs = load_sizes()
-    for width in ("w2", "w3"):
+    for width in ("w2", "w3", "w4"):
         for entry in ENTRIES:
             samples = [
                 [runs.sample(size.name, width, entry.name, f"excess/{text}") for text in TEXTS] for size in runs.sizes

@@ -78,7 +78,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Labels, then cells; `group` says which rows compete for bold, `number` how they are written if not as the table's."""
+    """Labels, then cells; `group` says which rows compete for bold, `number` how to write them if not as all others."""
 
     labels: tuple[str, ...]
     cells: tuple[Cell, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from lsiq.tables.papers.layout import BUNDLED, rank
@@ -63,8 +63,8 @@ def main_by_size(
     """
     columns: list[Column] = []
     for size in SIZES:
-        candidates = [_of_sizes(sizes, size, measure, text)]
-        candidates += [_of_study(runs, size, model, measure, text) for model in BUNDLED if model in size.models]
+        candidates = [_of_sizes(sizes, size, part, measure, text)]
+        candidates += [_of_study(runs, size, model, part, measure, text) for model in BUNDLED if model in size.models]
         columns += [column for column in candidates if _has_numbers(column, part)][:1]
     rows = []
     for setting, digits in part.settings.items():
@@ -85,9 +85,12 @@ def _has_numbers(column: Column, part: Part) -> bool:
     return any(column.sample(setting, method) for setting in part.settings for method in part.methods)
 
 
-def _of_sizes(sizes: SizeRuns, size: Size, measure: str, text: str) -> Column:
-    values = (point.metrics.get(f"float/ppl/{text}@{size.seqlen}") for point in sizes.of(size.name))
-    note = f"{size.name}: {size.words}; {_float_model(values)}"
+def _of_sizes(sizes: SizeRuns, size: Size, part: Part, measure: str, text: str) -> Column:
+    points = [point for setting in part.settings for point in sizes.of(size.name, setting)]
+    names = ", ".join(sorted({point.model[0] for point in points if point.model}))
+    groups = f"groups of {size.group}, " if part is WEIGHTS else ""
+    values = (point.metrics.get(f"float/ppl/{text}@{size.seqlen}") for point in points)
+    note = f"{size.name} ({names}): {groups}{size.words}; {_float_model(values)}"
 
     def sample(setting: str, method: str) -> Sample | None:
         return _noted(sizes.sample(size.name, setting, method, f"{measure}/{text}"), note)
@@ -98,13 +101,14 @@ def _of_sizes(sizes: SizeRuns, size: Size, measure: str, text: str) -> Column:
     return Column(size.name, sample, bits)
 
 
-def _of_study(runs: Runs, size: Size, model: str, measure: str, text: str) -> Column:
+def _of_study(runs: Runs, size: Size, model: str, part: Part, measure: str, text: str) -> Column:
     key = f"{text}@512"
     float_model = runs.sample(STUDY, model, "fp16", "fp16", f"ppl/{key}")
     head = f"{size.name} (study)"
+    groups = "groups of 128, " if part is WEIGHTS else ""
     values = () if float_model is None else float_model.values
     note = (
-        f"{head}: calibrated on 128 × 512 tokens of bundled text; groups of 128, the whole text in windows of 512; "
+        f"{head}: {model} calibrated on 128 × 512 tokens of bundled text; {groups}the whole text in windows of 512; "
         f"{_float_model(values)}"
     )
 
@@ -126,10 +130,10 @@ def _noted(sample: Sample | None, note: str) -> Sample | None:
 
 
 def _float_model(perplexities: Iterable[float | None]) -> str:
-    texts: Sequence[str] = sorted({f"{value:.1f}" for value in perplexities if value is not None})
+    texts = sorted({f"{value:.1f}" for value in perplexities if value is not None})
     return f"float perplexity {' and '.join(texts)}"
 
 
 def _range(bits: Iterable[float | None]) -> str:
-    texts: Sequence[str] = sorted({f"{value:.2f}" for value in bits if value is not None})
-    return texts[0] if len(set(texts)) == 1 else f"{texts[0]}–{texts[-1]}" if texts else ""
+    texts = [f"{value:.2f}" for value in sorted(value for value in bits if value is not None)]
+    return "–".join(dict.fromkeys((texts[0], texts[-1]))) if texts else ""

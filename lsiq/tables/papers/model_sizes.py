@@ -30,18 +30,21 @@ class Size:
     windows: int | None = 400
     dtype: str = "float32"
 
-    def holds(self, run: Run) -> bool:
-        """Whether the run measured this size in this way."""
-        measured = (run.get("eval.seqlen"), run.get("eval.windows"), run.dtype, run.get("quant.weight.group"))
-        group = self.group if GROUPED.fullmatch(run.setting) else measured[-1]
-        return run.model in self.models and measured == (self.seqlen, self.windows, self.dtype, group)
+    def contradiction(self, run: Run) -> str | None:
+        """Return what keeps a run out, the dotted name of a setting; None if it measured this size in this way."""
+        stated = {"eval.seqlen": self.seqlen, "eval.windows": self.windows}
+        if GROUPED.fullmatch(run.setting):
+            stated["quant.weight.group"] = self.group
+        if run.model not in self.models or run.get("model.outliers"):
+            return "model"
+        other = (key for key, value in stated.items() if run.get(key) != value)
+        return next(other, None if run.dtype == self.dtype else "model.dtype")
 
     @property
     def words(self) -> str:
         """How it was measured."""
-        windows = "the whole texts in windows" if self.windows is None else f"{self.windows} windows"
-        products = ", products in TF32" if self.dtype == "tf32" else ""
-        return f"groups of {self.group}, {windows} of {self.seqlen}{products}"
+        windows = "the whole text in windows" if self.windows is None else f"{self.windows} windows"
+        return f"{windows} of {self.seqlen}{', products in TF32' if self.dtype == 'tf32' else ''}"
 
 
 GROUPED = re.compile(r"(w\d)a16g(64|128)")

@@ -1,4 +1,4 @@
-"""Which runs stand in which row of the tables by size: the scale study's under today's names, and all of its protocol."""
+"""Which runs stand in which row of the tables by size: the scale study's, and all that follow its protocol."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lsiq.tables.protocol import ROOT, composed, contradiction, method_overrides
 from lsiq.tables.study import Sample
 
 # Runs that report: the study's other runs measured WikiText-2's validation alone, on which settings were chosen.
-REPORTED = ["wikitext2", "file"]
+REPORTED = {"wikitext2", "file"}
 SWEEP = "study-recipes"
 
 
@@ -126,13 +126,12 @@ class SizeRuns:
         peers: list[Run] = []
         of_files = [(run.created, file, run) for file, of_file in runs.items() for run in of_file]
         for _, file, run in sorted(of_files, key=lambda entry: entry[:2]):
-            if run.get("eval.corpora") != REPORTED:
+            if not reports(run):
                 continue
             if file in LABELS and run.model in PEERS:
                 peers.append(run)
             elif (point := _point(file, run)) is not None:
                 latest[point.size, point.model, run.setting, point.entry, run.seed] = (point, run)
-        reported = [run for _, run in latest.values()]
         base = next((run for point, run in latest.values() if (point.size, run.model) == ("SmolLM2", SMOLLM2)), None)
         self.points = [point for point, _ in latest.values()] + [_peer(run, base) for run in peers]
         self.sizes = tuple(size for size in SIZES if any(point.size == size.name for point in self.points))
@@ -176,25 +175,36 @@ def _recipes() -> Mapping[str, tuple[str, ...]]:
     return {word.partition("=")[2]: tuple(job) for job in jobs for word in job if word.startswith("method=")}
 
 
-def follows_recipe(run: Run) -> bool:
-    """Whether the run's calibration and method are what the sweep composes to today for a method of its name."""
+def reports(run: Run) -> bool:
+    """Whether the run measured the two texts that tables by size report."""
+    return set(run.get("eval.corpora") or ()) == REPORTED
+
+
+def contradiction_by_size(run: Run) -> str | None:
+    """Return what keeps a run out of the tables by size, the dotted name of a setting; None if it stands there.
+
+    Calibration and method must be what the sweep composes to today for a method of that name.
+    """
+    otherwise = [size.contradiction(run) for size in SIZES if run.model in size.models] or ["model"]
+    if None not in otherwise:
+        return otherwise[0]
     expected = composed((f"sweep={SWEEP}", *_recipes().get(run.method, method_overrides(run.method))))
-    if expected is None or run.get("model.outliers"):
-        return False
+    if expected is None:
+        return "method"
     stated = {"calib": expected["calib"], "method": recipe_for(expected["method"], run.config.get("quant"))}
-    return contradiction(run.config, stated) is None
+    return contradiction(run.config, stated)
 
 
 def _point(file: str, run: Run) -> Point | None:
     """Return where the run stands; None if it is another file's and measured, calibrated or made otherwise."""
-    size = next((size.name for size in SIZES if size.holds(run)), None)
+    size = next((size.name for size in SIZES if size.contradiction(run) is None), None)
     entry = LABELS[file].get(run.method) if file in LABELS else run.method
     if file in LABELS and (size is None or entry is None):
         raise InputError(
             f"{file}.jsonl: {run.model}, {run.method}: the tables by size have no such model or row; "
             "add it to lsiq/tables/papers/size_runs.py"
         )
-    if size is None or entry is None or (file not in LABELS and not follows_recipe(run)):
+    if size is None or entry is None or (file not in LABELS and contradiction_by_size(run) is not None):
         return None
     perplexities = (f"{value:.4g}" for key, value in sorted(run.metrics.items()) if key.startswith("float/ppl/"))
     return Point(size, width(run.setting), entry, run.metrics, (run.model, *perplexities), run.average_bits)
