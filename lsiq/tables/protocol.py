@@ -127,21 +127,23 @@ def composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
 
     try:
         with initialize_config_dir(str(ROOT / "conf"), **version_base()):
-            composed = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+            config = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
     except (ConfigCompositionException, MissingConfigException):
         return None
-    return without_nulls(listed_parts(composed))
+    return without_nulls(listed_parts(config))
 
 
 def _same_precision(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """Whether a training through the model ran in the precision that is asked for; auto asks for none.
 
-    In a record whose auto was left as it is, it meant the model's own.
+    In a record whose auto was left as it is, it meant the model's own. Float32 and TF32 hold the same numbers and differ
+    in how a GPU multiplies them, so they count as one.
     """
     actual_precision, expected_precision = actual.get("precision"), expected.get("precision")
     if actual_precision is None or expected_precision in (None, "auto"):
         return True
-    return expected_precision == ("model" if actual_precision == "auto" else actual_precision)
+    same = {"auto": "model", "tf32": "float32"}
+    return same.get(expected_precision, expected_precision) == same.get(actual_precision, actual_precision)
 
 
 def contradiction(actual: Any, expected: Any, key: str = "", varied: tuple[str, ...] = ()) -> str | None:

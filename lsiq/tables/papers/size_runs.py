@@ -21,6 +21,7 @@ from lsiq.tables.study import Sample
 # Runs that report: the study's other runs measured WikiText-2's validation alone, on which settings were chosen.
 REPORTED = {"wikitext2", "file"}
 SWEEP = "study-recipes"
+VARIED = ("model=", "quant=", "seed=")  # what its jobs say beside the method
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,7 @@ def load_sizes(folder: Path = ROOT / "analysis" / "records") -> SizeRuns:
 @cache
 def _recipes() -> Mapping[str, tuple[str, ...]]:
     """By method, what the sweep says of it; model, setting and seed aside."""
-    varied = ("model=", "quant=", "seed=")
-    jobs = ([word for word in job if not word.startswith(varied)] for job in sweep_jobs(SWEEP))
+    jobs = ([word for word in job if not word.startswith(VARIED)] for job in sweep_jobs(SWEEP))
     return {word.partition("=")[2]: tuple(job) for job in jobs for word in job if word.startswith("method=")}
 
 
