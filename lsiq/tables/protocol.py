@@ -136,8 +136,8 @@ def composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
 def _same_precision(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """Whether a training through the model ran in the precision that is asked for; auto asks for none.
 
-    In a record whose auto was left as it is, it meant the model's own. Float32 and TF32 hold the same numbers and differ
-    in how a GPU multiplies them, so they count as one.
+    In a record whose auto was left as it is, it meant the model's own. Float32 and TF32 hold the same numbers; they
+    differ in how a GPU multiplies them, so they count as one.
     """
     actual_precision, expected_precision = actual.get("precision"), expected.get("precision")
     if actual_precision is None or expected_precision in (None, "auto"):
