@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from lsiq.cli.compose import compose
 from lsiq.settings import find_target
 from lsiq.tables.papers.layout import BUNDLED
-from lsiq.tables.papers.size import TEXTS
+from lsiq.tables.papers.model_sizes import TEXTS
 from lsiq.tables.papers.size_runs import ENTRIES, load_sizes
 from lsiq.tables.protocol import STUDY
 from lsiq.tables.study import Runs, Sample, load

@@ -52,7 +52,7 @@ def changed(run: Run, group: str, **values: Any) -> Run:
     return replace(run, config={**run.config, group: {**run.config[group], **values}})
 
 
-def column(table: Table, head: str) -> dict[tuple[str, str], str]:
+def column(table: Table, head: str) -> dict[tuple[str, ...], str]:
     """What a column says, by setting and method."""
     place = table.heads.index(head) - 3
     return {row.labels[:2]: row.write(table)[place] for row in table.rows}
@@ -151,7 +151,9 @@ def test_the_key_to_former_labels_names_methods_of_the_same_settings(records: di
                 assert contradiction_by_size(named) is None, f"{file}: {run.run_id}"
 
 
-def test_each_column_says_how_it_was_measured_and_nothing_is_in_bold(study: Runs) -> None:
+def test_each_column_says_how_it_was_measured_and_nothing_is_in_bold(
+    records: dict[str, list[Run]], study: Runs
+) -> None:
     sizes = load_sizes()
     for part in (WEIGHTS, ACTIVATIONS):
         for measure, text in (("excess", "wikitext2"), ("kl", "file")):
@@ -160,5 +162,5 @@ def test_each_column_says_how_it_was_measured_and_nothing_is_in_bold(study: Runs
             for head in table.heads[3:]:
                 (note,) = [note for note in table.notes if note.startswith((f"{head} (", f"{head}:"))]
                 assert "float perplexity" in note
-    study_column = column(main_by_size(sizes, study, ACTIVATIONS), "11 M, OPT (study)")
+    study_column = column(main_by_size(SizeRuns(records), study, ACTIVATIONS), "11 M, OPT (study)")
     assert study_column["w4a4", "best"].endswith("(3)"), "later and earlier runs of one seed count once"

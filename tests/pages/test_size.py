@@ -13,7 +13,7 @@ from helpers.configuration import CONF
 from lsiq.errors import InputError
 from lsiq.report.compact import Run, read_runs
 from lsiq.tables.papers.size import by_size, excess_by_size
-from lsiq.tables.papers.size_runs import ENTRIES, LABELS, PEERS, SizeRuns, load_sizes
+from lsiq.tables.papers.size_runs import ENTRIES, LABELS, PEERS, SizeRuns
 from lsiq.tables.study import Sample
 from lsiq.tables.table import Cell, Row, Table
 
@@ -27,8 +27,9 @@ def records() -> dict[str, list[Run]]:
 
 
 @pytest.fixture(scope="module")
-def sizes() -> SizeRuns:
-    return load_sizes()
+def sizes(records: dict[str, list[Run]]) -> SizeRuns:
+    """The runs of the scale study alone, whatever other files hold."""
+    return SizeRuns(records)
 
 
 def values(sizes: SizeRuns, size: str, width: str, entry: str, metric: str = "excess/file") -> list[float]:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from lsiq.tables.papers.layout import BUNDLED, rank
-from lsiq.tables.papers.model_sizes import SIZES, Size
-from lsiq.tables.papers.size import TEXTS
+from lsiq.tables.papers.model_sizes import SIZES, TEXTS, Size
 from lsiq.tables.papers.size_runs import SizeRuns
 from lsiq.tables.protocol import STUDY
 from lsiq.tables.study import Runs, Sample

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from lsiq.bundle.ladder import LADDER
 from lsiq.report.compact import Run
 
+TEXTS = {"file": "C4", "wikitext2": "WikiText-2"}
+
 
 @dataclass(frozen=True)
 class Size:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from lsiq.tables.figure import Figure, legend_below, looks, on_lower_edge, panels, plain_numbers
+from lsiq.tables.papers.model_sizes import TEXTS
 from lsiq.tables.papers.size_runs import ENTRIES, Entry, SizeRuns
 from lsiq.tables.study import Sample
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
-
-TEXTS = {"file": "C4", "wikitext2": "WikiText-2"}
 
 
 def excess_by_size(runs: SizeRuns, widths: Sequence[str]) -> Figure:

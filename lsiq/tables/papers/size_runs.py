@@ -14,12 +14,12 @@ from lsiq.experiment.composed import recipe_for
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
 from lsiq.tables.papers.layout import sweep_jobs
-from lsiq.tables.papers.model_sizes import SIZES, SMOLLM2, width
+from lsiq.tables.papers.model_sizes import SIZES, SMOLLM2, TEXTS, width
 from lsiq.tables.protocol import ROOT, composed, contradiction, method_overrides
 from lsiq.tables.study import Sample
 
 # Runs that report: the study's other runs measured WikiText-2's validation alone, on which settings were chosen.
-REPORTED = {"wikitext2", "file"}
+REPORTED = set(TEXTS)
 SWEEP = "study-recipes"
 VARIED = ("model=", "quant=", "seed=")  # what its jobs say beside the method
 
