@@ -111,6 +111,13 @@ def test_the_site_fetches_nothing_from_elsewhere(site: Path) -> None:
 
 
 @pytest.mark.slow
+def test_folded_tables_are_tables_on_the_site_too(site: Path) -> None:
+    shown = [page.read_text(encoding="utf-8") for page in (site / "tables").glob("*/index.html")]
+    assert any("<details" in page for page in shown)
+    assert not [page for page in shown if "| ---" in page]
+
+
+@pytest.mark.slow
 def test_every_page_of_docs_can_be_reached_from_the_first(site: Path) -> None:
     seen, ahead = set(), [(site / "index.html").resolve()]
     while ahead:
