@@ -19,6 +19,7 @@ class Size:
         name: heads its column.
         models: what its models are called in the records.
         tick: what a figure writes below it; empty where no figure has it.
+        own: whether the ladder's recipe trained it.
         group: weights that share a step size, where they do so in groups.
         seqlen, windows: of the evaluation; None for the whole text.
         dtype: in which the model was measured.
@@ -31,6 +32,7 @@ class Size:
     seqlen: int = 512
     windows: int | None = 400
     dtype: str = "float32"
+    own: bool = True
 
     def contradiction(self, run: Run) -> str | None:
         """Return what keeps a run out, the dotted name of a setting; None if it measured this size in this way."""
@@ -65,8 +67,7 @@ def _rungs(*rungs: str) -> list[Size]:
     for rung in rungs:
         count = rung.replace("m", " M")
         llama, opt = (f"{family}-{rung}" for family in ("llama", "opt"))
-        kind = "tiny-llama" if rung == "11m" else "ladder"
-        sizes.append(Size(count, (llama, *former.get(llama, ())), f"{kind}\n{count}\ngroups of 128"))
+        sizes.append(Size(count, (llama, *former.get(llama, ())), count))
         sizes.append(Size(f"{count}, OPT", (opt, *former.get(opt, ()))))
     return sizes
 
@@ -74,7 +75,7 @@ def _rungs(*rungs: str) -> list[Size]:
 SMOLLM2 = "smollm2-135m"
 SIZES = (
     *_rungs(*(rung for rung in LADDER if rung != "300m")),
-    Size("SmolLM2", ("smol", SMOLLM2), "SmolLM2\n135 M\ngroups of 64", 64, 1024, 160),
-    Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, "tf32"),
+    Size("SmolLM2", ("smol", SMOLLM2), "SmolLM2\n135 M", 64, 1024, 160, own=False),
+    Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, "tf32", own=False),
     *_rungs("300m"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -14,9 +15,10 @@ from lsiq.tables.table import DASH, Cell, Row, Table, decimals
 
 
 def excess_by_size(runs: SizeRuns, widths: Sequence[str]) -> Figure:
-    """Draw excess against size, a line per method: a row of panels per width, a panel per text."""
+    """Draw excess against size: a row of panels per width, a panel per text; a line per method joins own models."""
     canvas, axes = panels(len(widths), len(TEXTS), 3.1, sharex=True, sharey="row")
-    sizes = [size for size in runs.sizes if size.tick]
+    sizes = sorted((size for size in runs.sizes if size.tick), key=lambda size: not size.own)
+    own = sum(size.own for size in sizes)
     drawn = {point.entry for point in runs.points if point.size in [size.name for size in sizes]}
     entries = [entry for entry in ENTRIES if entry.look is not None and entry.name in drawn]
     places = [(width, text) for width in widths for text in TEXTS]
@@ -26,7 +28,7 @@ def excess_by_size(runs: SizeRuns, widths: Sequence[str]) -> Figure:
             shift = (place - (len(entries) - 1) / 2) * 0.8 / len(entries)
             samples = [runs.sample(size.name, width, entry.name, f"excess/{text}") for size in sizes]
             counts += [len(sample.values) for sample in samples if sample is not None]
-            _draw(axis, entry, samples, shift)
+            _draw(axis, entry, samples, shift, own)
         plain_numbers(axis)
         axis.set_xticks(range(len(sizes)), [size.tick for size in sizes])
         axis.set_xlim(-0.5, len(sizes) - 0.5)
@@ -39,18 +41,22 @@ def excess_by_size(runs: SizeRuns, widths: Sequence[str]) -> Figure:
     legend_below(canvas, axes, [entry.name for entry in entries], columns=4)
     caption = (
         f"Excess loss against model size: means over {min(counts)} to {max(counts)} runs, which small markers show one "
-        "by one; hollow: variants, and AutoRound's package"
+        "by one; lines join models of one recipe; hollow: variants, and AutoRound's package"
     )
     return Figure("excess-by-size", caption, canvas)
 
 
-def _draw(axis: Axes, entry: Entry, samples: Sequence[Sample | None], shift: float) -> None:
+def _draw(axis: Axes, entry: Entry, samples: Sequence[Sample | None], shift: float, own: int) -> None:
+    """Draw a method's means, of which the first `own` are joined, and single runs."""
     options = looks(entry.look or "", entry.hollow) | {"markersize": 4.5, "markeredgewidth": 0.7}
     single = options | {"markersize": 1.8}
     means = {place + shift: sample for place, sample in enumerate(samples) if sample is not None}
-    positive = {x: sample.mean for x, sample in means.items() if sample.mean > 0}
+    line: list[tuple[float, float]] = []
+    for x, sample in means.items():
+        if sample.mean > 0:
+            line += [(x, sample.mean)] if x < own - 0.5 else [(x, math.nan), (x, sample.mean)]
     axis.plot(
-        list(positive), list(positive.values()), **options | {"linestyle": "-", "linewidth": 0.8}, label=entry.name
+        [x for x, _ in line], [y for _, y in line], **options | {"linestyle": "-", "linewidth": 0.8}, label=entry.name
     )
     for x, sample in means.items():
         if sample.mean <= 0:
