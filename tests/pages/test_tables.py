@@ -122,7 +122,7 @@ def test_a_study_that_says_the_same_agrees(committed: tuple[Runs, Literature]) -
     # ln 1.2 = 0.18; the largest deviation there is omniquant's on WikiText-2, 0.032.
     assert not any(pair.agrees for pair in pairs(runs, worse))
     # How many sequences pass at once moves a number less than a seed does.
-    otherwise = [replace(run, config=run.config | {"calib": run.config["calib"] | {"batch": 4}}) for run in runs]
+    otherwise = [replace(run, config={**run.config, "calib": {**run.config["calib"], "batch": 4}}) for run in runs]
     assert len(pairs(runs, otherwise)) == 8
     with pytest.raises(InputError, match="no configuration in common"):
         pairs(runs, [replace(run, setting="w8a16") for run in runs])
