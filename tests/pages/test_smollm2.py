@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from lsiq.report.compact import Run, read_runs
-from lsiq.tables.papers.size import PACKAGE
+from lsiq.tables.papers.size_runs import PACKAGE
 from lsiq.tables.papers.smollm2 import (
     ACCURACY,
     ACTIVATIONS,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
-from lsiq.tables.papers.size import PACKAGE, excess_over
+from lsiq.tables.papers.size_runs import PACKAGE, excess_over
 from lsiq.tables.protocol import ROOT
 from lsiq.tables.study import Sample, measured
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
