@@ -14,10 +14,11 @@ import pytest
 import torch
 from helpers.configuration import compose_run
 from helpers.families import FAMILIES as TINY
-from helpers.gguf_files import all_weights, finish, write_gguf
+from helpers.gguf_files import SHAPES_OF_FILES, all_weights, finish, write_gguf
 from helpers.marks import slow, slow_but
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
+from tokenizers import Tokenizer
 
 from lsiq.errors import ConfigError, InputError
 from lsiq.experiment.run import run
@@ -35,15 +36,9 @@ from lsiq.tables.table import Cell, Row, Table
 gguf = pytest.importorskip("gguf")
 CPU = torch.device("cpu")
 LLAMA = SHAPES["llama"]
-# As wide as transformers takes every head of Gemma to be.
-GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 FAMILIES = {
-    "llama": LLAMA,
-    "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": None},
+    **SHAPES_OF_FILES,
     "qwen2": {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 128},
-    "gemma2": TINY["gemma2"] | GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    "gemma3": TINY["gemma3"] | GEMMA | {"num_hidden_layers": 6, "sliding_window_pattern": 6},
     "phi3": TINY["phi3"] | {"sliding_window": None},
 }
 # What transformers leaves out of a file: caps, windows of Phi-3, where Gemma-3 has which, scaled and partial rotations.
@@ -160,8 +155,7 @@ def test_config_and_tokenizer_are_those_of_transformers(family: str, folders: di
     words = "The 7th boat carried 49 barrels.\n\n  Café 🙂"
     found = open_file(path).tokenizer(words)["input_ids"]
     assert found == AutoTokenizer.from_pretrained(tmp_path, **place)(words)["input_ids"]
-    if family in ("llama", "mistral"):  # of other files it is taken that they split words as their family does
-        assert found == AutoTokenizer.from_pretrained(folders[family])(words)["input_ids"]
+    assert found == Tokenizer.from_file(str(folders[family] / "tokenizer.json")).encode(words).ids
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3"])
