@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lsiq.errors import InputError
+from lsiq.models.gguf_config import find_architecture
 from lsiq.models.gguf_file import Header, read_header
 from lsiq.models.splitters import DIGITS, GPT2, SPLITTERS, Splitter
 
@@ -38,13 +39,14 @@ def read_tokenizer(path: Path) -> Any:
     Raises:
         InputError: it is not known how the tokenizer splits words.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    name = find_splitter(path)
-    place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
+    name, header = find_splitter(path), read_header(path)
+    # The first takes the family's class, for which it wants to read the model's configuration too.
+    kind: Any = AutoTokenizer if find_architecture(header, path).by_transformers else PreTrainedTokenizerFast
+    tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if name is not None:
-        _set_splitter(tokenizer, SPLITTERS[name], read_header(path))
+        _set_splitter(tokenizer, SPLITTERS[name], header)
     return tokenizer
 
 

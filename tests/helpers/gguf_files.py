@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 ARCHITECTURES = {
     **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
     **{"gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3"},
+    **{"olmo2": "olmo2", "smollm3": "smollm3", "granite": "granite"},
 }
+INTERLEAVED = {"llama", "smollm3", "granite"}  # as llama.cpp's own converter writes their queries and keys
 # As wide as transformers, which reads each export back, takes every head of Gemma to be.
 WIDE_GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 # Shapes of every family that is read and written, as transformers reads them from a file.
@@ -29,6 +31,12 @@ SHAPES_OF_FILES: dict[str, dict[str, Any]] = {
     "gemma2": TINY["gemma2"] | WIDE_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3": TINY["gemma3"] | WIDE_GEMMA | {"num_hidden_layers": 6, "sliding_window_pattern": 6},
     "phi3": TINY["phi3"] | {"sliding_window": 100},
+}
+# Of families that are read alone, for transformers does not read their files.
+READ_ALONE: dict[str, dict[str, Any]] = {
+    "olmo2": TINY["olmo2"],
+    "smollm3": TINY["smollm3"] | {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
+    "granite": TINY["granite"],
 }
 # Where ways of splitting words differ: contractions, digits, blanks before them, slashes, capitals inside words.
 TEXT = (
@@ -65,8 +73,8 @@ def write_gguf(
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
-        count = heads.get(name.split(".")[-2]) if architecture == "llama" else None
-        if count is not None:  # as llama.cpp's own converter writes it
+        count = heads.get(name.split(".")[-2]) if architecture in INTERLEAVED else None
+        if count is not None:
             halves = tensor.reshape(count, 2, len(tensor) // count // 2, *tensor.shape[1:])
             tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
@@ -108,6 +116,11 @@ def _add_metadata(writer: Any, config: dict[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if config["model_type"] in ("gemma2", "gemma3_text", "phi3"):
         _add_windows(writer, config, rope)
+    if config["model_type"] == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
 
 
 def _add_windows(writer: Any, config: dict[str, Any], rope: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.gguf_files import SHAPES_OF_FILES, TEXT, write_gguf
+from helpers.gguf_files import READ_ALONE, SHAPES_OF_FILES, TEXT, write_gguf
 from helpers.models import save_model
 from omegaconf import DictConfig
 
@@ -21,6 +21,8 @@ from lsiq.data.corpora import read_corpus
 from lsiq.data.tokens import cut_windows
 from lsiq.experiment.run import run
 from lsiq.models.gguf_tokenizer import read_tokenizer
+from lsiq.models.loading import load
+from lsiq.models.settings import ModelSettings
 from lsiq.models.splitters import SPLITTERS
 
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -74,6 +76,21 @@ def test_logits_perplexity_and_tokens_are_those_of_the_run(
     else:  # llama.cpp's kernels round what enters a linear to 8 bits in blocks of 32
         assert difference < 0.5  # measured: 0.06 to 0.12
         assert abs(off) < 1e-2  # measured: at most 1.0e-3
+
+
+@pytest.mark.parametrize("family", READ_ALONE)
+def test_a_file_that_is_read_alone_is_the_same_model_to_llama_cpp(family: str, tmp_path: Path) -> None:
+    folder = save_model(READ_ALONE[family], tmp_path / family)
+    path = write_gguf(folder, tmp_path / "m.gguf", "F32")
+    settings = ModelSettings(name="file", path=str(path), seqlen=SEQLEN)
+    ours = load(settings, path, torch.device("cpu"), seed=0)
+    tokens = torch.randint(4096, (1, SEQLEN), generator=torch.Generator().manual_seed(0))
+    with opened(path, logits_all=True) as model, torch.no_grad():
+        hidden, kwargs = ours.embed(tokens, 1)
+        for index in range(ours.depth):
+            hidden = ours.block(index, kwargs).with_weights({})(hidden)
+        difference = (ours.logits(hidden)[0] - logits_of(model, tokens[0])).abs().max().item()
+    assert difference < 1e-4  # measured: at most 2.9e-6
 
 
 def logits_of(model: Any, window: torch.Tensor) -> torch.Tensor:

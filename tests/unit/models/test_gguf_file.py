@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.configuration import compose_run
 from helpers.families import FAMILIES as TINY
-from helpers.gguf_files import SHAPES_OF_FILES, all_weights, finish, write_gguf
+from helpers.gguf_files import READ_ALONE, SHAPES_OF_FILES, all_weights, finish, write_gguf
 from helpers.marks import slow, slow_but
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
@@ -59,7 +59,8 @@ TOKENS = torch.randint(4096, (2, 40), generator=torch.Generator().manual_seed(0)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {family: save_model(shape, root / family) for family, shape in {**FAMILIES, **LEFT_OUT}.items()}
+    shapes = {**FAMILIES, **LEFT_OUT, **READ_ALONE}
+    return {family: save_model(shape, root / family) for family, shape in shapes.items()}
 
 
 def open_file(path: Path) -> Model:
@@ -81,7 +82,7 @@ def theirs(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *LEFT_OUT])
+@pytest.mark.parametrize("family", [*FAMILIES, *LEFT_OUT, *READ_ALONE])
 def test_logits_are_those_of_the_model_that_was_written(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     found = logits(open_file(write_gguf(folders[family], tmp_path / "m.gguf", "F32")))
     wanted = logits(open_file(folders[family]))
@@ -211,9 +212,13 @@ def undecodable(path: Path) -> Path:
     return path
 
 
+SHAPE = ("embedding_length", "feed_forward_length", "block_count", "context_length")
+SHAPE += ("attention__head_count", "attention__layer_norm_rms_epsilon")
+OLMO3 = {f"olmo2__{key}": 1 for key in (*SHAPE, "attention__sliding_window")}
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "architecture": (lambda path: read_config(with_metadata(path, "mamba")), "mamba is not read.*llama, qwen2"),
     "experts": (lambda path: read_config(with_metadata(path, "llama", llama__expert_count=8)), "mixture of experts"),
+    "olmo3": (lambda path: read_config(with_metadata(path, "olmo2", **OLMO3)), "OLMo-3 with windows.*give an OLMo-2"),
     "lacking": (lambda path: read_config(with_metadata(path, "llama")), r"its metadata lacks llama\.\w+"),
     "split": (lambda path: read_header(with_metadata(path, "llama", split__count=3)), "one of 3 parts"),
     "undecodable": (lambda path: GGUFTensors(undecodable(path)), "type I32, which the package gguf cannot read"),
