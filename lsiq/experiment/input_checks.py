@@ -27,7 +27,7 @@ from lsiq.formats.placed import check_widths, fixed, place_or_try
 from lsiq.methods.base import chain
 from lsiq.methods.lqer import LQER
 from lsiq.models.chat_template import read_chat_template
-from lsiq.models.families import find_spec
+from lsiq.models.families import find_spec, refuse_other_kinds
 from lsiq.models.folder import find_tokenizer, read_config, tokenizer_files, weight_files
 from lsiq.models.gguf_file import is_gguf
 from lsiq.models.spec import ModelSpec
@@ -110,6 +110,7 @@ def _read_shape(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: config.json cannot be used ({error}); fetch it again") from error
     if not isinstance(shape, dict) or not isinstance(shape.get("model_type"), str):
         raise InputError(f"{folder / 'config.json'}: names no model_type; give a checkpoint in the transformers layout")
+    refuse_other_kinds(shape, str(folder))
     find_spec(shape["model_type"], str(folder))
     return shape
 
