@@ -64,6 +64,10 @@ SPLITTERS = {
 }
 
 
+# Of an expression that matches everything, the second is the same.
+_MATCHES_ARE_WORDS = {("Isolated", False), ("Removed", True)}
+
+
 def find_name(tokenizer: dict[str, Any]) -> str | None:
     """Return llama.cpp's name for how the tokenizer of a `tokenizer.json` splits words; None where it has none.
 
@@ -92,6 +96,6 @@ def _step(step: dict[str, Any]) -> str:
         return GPT2 if step.get("use_regex", True) else ""
     if kind == "Digits" and step.get("individual_digits"):
         return DIGITS
-    if kind == "Split":
+    if kind == "Split" and (step.get("behavior"), step.get("invert")) in _MATCHES_ARE_WORDS:
         return step["pattern"].get("Regex", kind)
     return kind
