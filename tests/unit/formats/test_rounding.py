@@ -1,0 +1,19 @@
+"""Rounding that lets gradients through."""
+
+import subprocess
+import sys
+
+FIRST = """
+import torch
+from torch.utils.checkpoint import checkpoint
+from lsiq.formats.grid import round_through
+x = torch.ones(3, requires_grad=True)
+y = checkpoint(lambda x: (x * round_through(1.2 * x)).sin(), x, use_reentrant=False)
+y.sum().backward()
+assert torch.allclose(x.grad, 2.2 * torch.ones(3).cos()), x.grad
+"""
+
+
+def test_that_rounding_may_first_be_used_in_a_checkpointed_step():
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
