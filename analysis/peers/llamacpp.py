@@ -1,4 +1,4 @@
-"""Read GGUF exports with llama.cpp; compare tokens, logits and perplexity with transformers' reading of the file.
+"""Read GGUF exports with llama.cpp; compare tokens, logits and perplexity with those of this package and transformers.
 
     CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" VENV/bin/pip install llama-cpp-python==0.3.36
     VENV/bin/python analysis/peers/llamacpp.py run FILE.gguf OUT.npz     # in llama.cpp's own environment
@@ -57,35 +57,36 @@ def compare(file: str, out: str) -> None:
 
 
 def load(export: str) -> tuple[Any, Any]:
-    """The model in float32 and its tokenizer as transformers reads them, of a GGUF file or a checkpoint folder."""
+    """The model in float32 as transformers reads it, of a GGUF file or a checkpoint folder, and its tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
     path = Path(export)
     if path.suffix == ".gguf":
-        folder, options = path.parent, {"gguf_file": path.name}
-        return (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval(),
-            AutoTokenizer.from_pretrained(folder, **options),
-        )
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        return model.eval(), tokenizer_of(path)
     packed = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
-    return model, AutoTokenizer.from_pretrained(path)
+    return model, tokenizer_of(path)
+
+
+def tokenizer_of(path: Path) -> Any:
+    """The tokenizer of a folder, or of a GGUF file with the splitting that the file names."""
+    from transformers import AutoTokenizer
+
+    from lsiq.models.gguf_tokenizer import read_tokenizer
+
+    return read_tokenizer(path) if path.suffix == ".gguf" else AutoTokenizer.from_pretrained(path)
 
 
 def windows(export: str, text: str, out: str) -> None:
     """Cut the text as `eval.local.wikitext2=TEXT eval.seqlen=512 eval.windows=8` does."""
-    from transformers import AutoTokenizer
-
     from lsiq.data.corpora import read_corpus
     from lsiq.data.tokens import cut_windows, token_hash
 
-    path = Path(export)
-    options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent if options else path, **options)
     corpus = read_corpus("wikitext2", "evaluation", text)
-    tokens = cut_windows(corpus, tokenizer, SEQLEN, "wikitext2")[:WINDOWS]
+    tokens = cut_windows(corpus, tokenizer_of(Path(export)), SEQLEN, "wikitext2")[:WINDOWS]
     np.savez(out, tokens=tokens.numpy(), text=corpus.joined())
     print(f"{tuple(tokens.shape)} tokens, hash {token_hash(tokens)}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from lsiq.data.tokens import token_hash
 from lsiq.experiment.calibrate import calibration_tokens
@@ -31,8 +31,9 @@ if file:  # what is read from GGUF is float now, but takes itself for quantised
     theirs = AutoModelForCausalLM.from_config(config_of, dtype=torch.float32)
     theirs.load_state_dict(state)
 theirs.save_pretrained(folder)
-AutoTokenizer.from_pretrained(place, **file).save_pretrained(folder)
-tokens = calibration_tokens(config.calib, load(config.model, checkpoint, torch.device("cpu"), config.seed), config.seed)
+model = load(config.model, checkpoint, torch.device("cpu"), config.seed)
+model.tokenizer.save_pretrained(folder)
+tokens = calibration_tokens(config.calib, model, config.seed)
 assert tokens is not None
 torch.save(tokens, folder / "tokens.pt")
 print(f"{folder}: {config.model.name} in float32 and {tuple(tokens.shape)} tokens, hash {token_hash(tokens)}")

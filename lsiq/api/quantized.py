@@ -37,6 +37,7 @@ from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.methods.finetune import FineTune
 from lsiq.methods.finetune.form import form_for
+from lsiq.models.folder import find_tokenizer
 from lsiq.models.loading import Model
 from lsiq.models.result import BlockResult
 from lsiq.pipeline.block_loop import BlockReport
@@ -118,7 +119,8 @@ class QuantizedModel:
             assert origin.folder is not None
             config = self._config(origin, f"export={name}", f"export.folder={folder}", *overrides)
             assert config.export is not None
-            source = Source(origin.model, self.store, self.quant, origin.folder)
+            tokenizer = find_tokenizer(origin.settings, origin.folder)
+            source = Source(origin.model, self.store, self.quant, origin.folder, tokenizer)
             config.export.check_model(source)
             record = self._record(config)
             export(config.export, source, config, record, Path(scratch))

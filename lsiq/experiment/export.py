@@ -24,6 +24,7 @@ from lsiq.export.verify import verify
 from lsiq.formats.names import as_format
 from lsiq.formats.placed import place
 from lsiq.formats.quant import QuantSettings
+from lsiq.models.folder import find_tokenizer
 from lsiq.models.loading import Model, load
 from lsiq.results.record import Record, command_line, write_record
 from lsiq.results.store import BlockStore
@@ -35,7 +36,8 @@ def export_run(config: RunConfig, checkpoint: Path, folder: Path, record: Record
     model = load(config.model, checkpoint, torch.device("cpu"), config.seed)
     config = with_formats(config, _placed_again(config, model, folder))
     assert config.export is not None
-    source = Source(model, BlockStore(folder / "blocks"), config.quant, checkpoint)
+    tokenizer = find_tokenizer(config.model, checkpoint)
+    source = Source(model, BlockStore(folder / "blocks"), config.quant, checkpoint, tokenizer)
     config.export.check_model(source)
     export(config.export, source, config, record, folder)
 

@@ -12,10 +12,15 @@ from lsiq.errors import InputError
 from lsiq.experiment.config import RunConfig
 from lsiq.methods.finetune import FineTune
 from lsiq.models.chat_template import read_chat_template
-from lsiq.models.folder import fingerprint
+from lsiq.models.folder import find_tokenizer, fingerprint, tokenizer_hash
+from lsiq.models.gguf_file import is_gguf
+from lsiq.models.gguf_tokenizer import find_splitter
+from lsiq.models.settings import ModelSettings
 
 # How and where a run is carried out, against what it is.
 NOT_IDENTITY = ("tracker", "paths", "force", "trace", "dry_run", "export")
+# Of the model: where its files lie, `inputs` having what is in them; and what others measured.
+NOT_MODEL = ("path", "tokenizer", "published")
 # Settings of methods that came later, at the values which stand for what was done before: runs keep their names.
 BEFORE = (
     ("unit", "value"),
@@ -41,7 +46,7 @@ def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str
     """
     identity = {key: value for key, value in plain.items() if key not in NOT_IDENTITY}
     # Where a checkpoint or an earlier run lies does not matter; `inputs` says which it is.
-    identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("path", "published")}
+    identity["model"] = {key: value for key, value in identity["model"].items() if key not in NOT_MODEL}
     identity["calib"] = _calib_identity(identity["calib"])
     identity["eval"] = {key: value for key, value in identity["eval"].items() if (key, value) != ("tf32", False)}
     identity["quant"] = _quant_identity(identity["quant"], config)
@@ -87,21 +92,37 @@ def _as_before(node: Any) -> Any:
 
 def identify_inputs(config: RunConfig, checkpoint: Path | None) -> dict[str, str]:
     """Return content hashes of everything a run reads from files, by the key that names the file."""
-    inputs = {}
-    if checkpoint is not None and config.model.weights == "checkpoint":
-        inputs["model"] = fingerprint(checkpoint, config.model.allow_pickle)
+    inputs = model_inputs(config.model, checkpoint)
     paths = {"calib.path": config.calib.path, "eval.path": config.eval.path}
     paths |= {f"calib.paths.{name}": path for name, path in config.calib.paths.items()}
     paths |= {f"eval.local.{name}": path for name, path in config.eval.local.items()}
     paths |= {f"eval.tasks_local.{name}": path for name, path in config.eval.tasks_local.items()}
     if isinstance(config.method, FineTune) and config.method.run is not None:
         inputs["method.run"] = Path(config.method.run).name  # a run's id already stands for all that made it
-    if config.calib.template and checkpoint is not None and (template := read_chat_template(checkpoint)):
+    tokenizer = find_tokenizer(config.model, checkpoint)
+    if config.calib.template and tokenizer is not None and (template := read_chat_template(tokenizer)):
         inputs["calib.template"] = hashlib.blake2b(template.encode(), digest_size=10).hexdigest()
     paths["quant.plan"] = config.quant.plan
     for key, path in paths.items():
         if path is not None:
             inputs[key] = hash_file(key, Path(path).expanduser())
+    return inputs
+
+
+def model_inputs(settings: ModelSettings, checkpoint: Path | None) -> dict[str, str]:
+    """Return hashes of a model's weights and of a tokenizer that does not lie with them.
+
+    A GGUF file's way of splitting words goes along where it is not GPT-2's. It once was taken for that where
+    transformers does not know it, which gave other tokens.
+    """
+    inputs = {}
+    if checkpoint is not None and settings.weights == "checkpoint":
+        inputs["model"] = fingerprint(checkpoint, settings.allow_pickle)
+    tokenizer = find_tokenizer(settings, checkpoint)
+    if settings.tokenizer is not None and tokenizer is not None:
+        inputs["model.tokenizer"] = tokenizer_hash(tokenizer)
+    elif tokenizer is not None and is_gguf(tokenizer) and (splitter := find_splitter(tokenizer)) not in (None, "gpt-2"):
+        inputs["model.splitter"] = splitter
     return inputs
 
 

@@ -27,8 +27,8 @@ from lsiq.formats.placed import check_widths, fixed, place_or_try
 from lsiq.methods.base import chain
 from lsiq.methods.lqer import LQER
 from lsiq.models.chat_template import read_chat_template
-from lsiq.models.families import find_spec
-from lsiq.models.folder import read_config, weight_files
+from lsiq.models.families import find_spec, refuse_other_kinds
+from lsiq.models.folder import find_tokenizer, read_config, tokenizer_files, weight_files
 from lsiq.models.gguf_file import is_gguf
 from lsiq.models.spec import ModelSpec
 from lsiq.models.widths import check_groups
@@ -61,10 +61,11 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
     check_device(config.device)
     shape = config.model.architecture or {} if folder is None else _read_shape(folder)
     shapes: Shapes = {}
-    if folder is not None and not is_gguf(folder):  # a GGUF file holds its tokenizer, and its header has been read
-        _check_tokenizer_files(folder)
-        if config.model.weights == "checkpoint":
-            shapes = _stored_shapes(folder, config.model.allow_pickle)
+    tokenizer = find_tokenizer(config.model, folder)
+    if tokenizer is not None and not is_gguf(tokenizer):  # a GGUF file holds its tokenizer, and its header was read
+        _check_tokenizer_files(tokenizer)
+    if folder is not None and not is_gguf(folder) and config.model.weights == "checkpoint":
+        shapes = _stored_shapes(folder, config.model.allow_pickle)
     check_groups(config.quant, shape, config.model.name)
     if config.quant.mixed:
         check_solver(config.quant)
@@ -75,15 +76,15 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
     config.check_lengths(shape.get("max_position_embeddings"))
     for corpus in config.eval.corpora:
         path = config.eval.path if corpus == "file" else config.eval.local.get(corpus)
-        _check_text(corpus, "evaluation", path, tuple(config.eval.fields), config.eval.seqlen, "eval.seqlen", folder)
+        _check_text(corpus, "evaluation", path, tuple(config.eval.fields), config.eval.seqlen, "eval.seqlen", tokenizer)
     calib = config.calib
     for share in calib.shares() if calibrates else []:
         if share.template:
             assert share.path is not None  # the settings see to it
-            _check_conversations(share.path, folder)
+            _check_conversations(share.path, tokenizer)
             continue
         fields = tuple(calib.fields)
-        _check_text(share.corpus, "calibration", share.path, fields, calib.seqlen, "calib.seqlen", folder)
+        _check_text(share.corpus, "calibration", share.path, fields, calib.seqlen, "calib.seqlen", tokenizer)
     check_tasks(config.eval)
 
 
@@ -109,6 +110,7 @@ def _read_shape(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: config.json cannot be used ({error}); fetch it again") from error
     if not isinstance(shape, dict) or not isinstance(shape.get("model_type"), str):
         raise InputError(f"{folder / 'config.json'}: names no model_type; give a checkpoint in the transformers layout")
+    refuse_other_kinds(shape, str(folder))
     find_spec(shape["model_type"], str(folder))
     return shape
 
@@ -155,8 +157,7 @@ def _check_linears(config: RunConfig, spec: ModelSpec, shapes: Shapes, shape: Ma
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    patterns = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.model", "*.tiktoken")
-    if not any(any(folder.glob(pattern)) for pattern in patterns):
+    if not tokenizer_files(folder):
         raise InputError(
             f"{folder}: the tokenizer cannot be loaded (there is no tokenizer.json); put its files beside the weights"
         )

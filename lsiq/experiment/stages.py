@@ -27,6 +27,7 @@ from lsiq.experiment.quantize import QuantizeStage
 from lsiq.experiment.stamp import check_inputs, stamp
 from lsiq.experiment.training_form import with_form
 from lsiq.export.source import Source
+from lsiq.models.folder import find_tokenizer
 from lsiq.models.loading import Model, load
 from lsiq.pipeline.prepare import restored
 from lsiq.results.record import Record, write_record
@@ -63,7 +64,8 @@ def carry_out(request: Request, record: Record) -> None:
     exporter, source = config.export, None
     if exporter is not None:
         assert request.checkpoint is not None  # random weights are not exported
-        source = Source(model, store, config.quant, request.checkpoint)
+        tokenizer = find_tokenizer(config.model, request.checkpoint)
+        source = Source(model, store, config.quant, request.checkpoint, tokenizer)
         exporter.check_model(source)
     if record.status != "finished":
         try:

@@ -20,24 +20,13 @@ from lsiq.export.shards import tokenizer_folder
 from lsiq.export.source import Source
 from lsiq.formats.base import WeightFormat
 from lsiq.formats.tensor import QuantizedTensor
-
-# The pre-tokenizers that llama.cpp knows by name, by the steps in which tokenizer.json splits words: expressions,
-# digits one by one, the splitter of GPT-2. LLaMA-3 and Qwen differ in how many digits they keep together.
-_BEFORE_DIGITS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_AFTER_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITTERS = {
-    ("GPT-2",): "gpt-2",
-    ("digits", "GPT-2"): "smollm",
-    (_BEFORE_DIGITS + r"\p{N}{1,3}" + _AFTER_DIGITS,): "llama-bpe",
-    (_BEFORE_DIGITS + r"\p{N}" + _AFTER_DIGITS,): "qwen2",
-}
+from lsiq.models.splitters import find_name, is_byte_level
 
 
 def check_architecture(source: Source) -> None:
     """Raise where llama.cpp has no place for the model."""
     check_family(source.model.config)
-    with tokenizer_folder(source) as folder:
-        _pre_tokenizer(folder)
+    _pre_tokenizer(source)
 
 
 def write_file(source: Source, path: Path, type_of: Callable[[WeightFormat], str]) -> None:
@@ -181,7 +170,7 @@ def _add_vocabulary(writer: Any, source: Source, folder: Path) -> None:
     import gguf
 
     size = source.model.config.vocab_size
-    splitter = _pre_tokenizer(folder)
+    splitter = _pre_tokenizer(source)
     if splitter is None:
         own = (folder / "tokenizer.model").is_file()
         vocabulary = gguf.SentencePieceVocab(folder) if own else gguf.LlamaHfVocab(folder)
@@ -224,35 +213,24 @@ def _byte_level(folder: Path, size: int) -> tuple[list[str], list[Any]]:
     return [piece for piece, _ in tokens], [kind for _, kind in tokens]
 
 
-def _pre_tokenizer(folder: Path) -> str | None:
-    """llama.cpp's name for how a byte-level tokenizer splits words; None for a SentencePiece vocabulary.
+def _pre_tokenizer(source: Source) -> str | None:
+    """llama.cpp's name for how the run's tokenizer splits words; None for a SentencePiece vocabulary.
+
+    transformers has classes that split otherwise than the tokenizer.json they are made from says.
 
     Raises:
         InputError: llama.cpp would split words otherwise than the tokenizer does.
     """
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+    backend = getattr(source.model.tokenizer, "backend_tokenizer", None)
+    if backend is None:
         return None  # then there is a tokenizer.model: the tokenizer loaded
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    before = tokenizer.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
-    byte_level = any(step.get("type") == "ByteLevel" for step in steps)
-    if not byte_level and tokenizer["model"].get("byte_fallback"):
+    tokenizer = json.loads(backend.to_str())
+    if not is_byte_level(tokenizer) and tokenizer["model"].get("byte_fallback"):
         return None
-    name = _SPLITTERS.get(tuple(filter(None, map(_split, steps))))
-    if byte_level and name is not None:
+    name = find_name(tokenizer)
+    if is_byte_level(tokenizer) and name is not None:
         return name
     raise InputError(
-        f"export=gguf: {file} splits words in a way that llama.cpp is not known to have a name for; "
-        "use export=compressed-tensors, gptq or plain"
+        f"export=gguf: the tokenizer of {source.tokenizer_place or source.checkpoint} splits words in a way that "
+        "llama.cpp is not known to have a name for; use export=compressed-tensors, gptq or plain"
     )
-
-
-def _split(step: dict[str, Any]) -> str:
-    """How a step of tokenizer.json splits words, as `_SPLITTERS` has it; nothing where it only spells them in bytes."""
-    kind = step.get("type", "nothing")
-    if kind == "ByteLevel":
-        return "GPT-2" if step.get("use_regex", True) else ""
-    if kind == "Digits" and step.get("individual_digits"):
-        return "digits"
-    return step["pattern"].get("Regex", kind) if kind == "Split" else kind

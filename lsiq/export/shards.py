@@ -7,22 +7,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lsiq.models.folder import TOKENIZER_FILES
 from lsiq.models.gguf_file import is_gguf
 
 if TYPE_CHECKING:
     from lsiq.export.source import Source
     from lsiq.formats.tensor import QuantizedTensor
-
-
-# What lies beside the weights of a checkpoint and holds for its quantised form as well.
-_COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-_COMPANIONS += ("chat_template*", "generation_config.json")
 
 
 class ShardWriter:
@@ -75,20 +71,26 @@ class ShardWriter:
 
 def copy_companions(source: Source, folder: Path) -> None:
     """Write tokenizer and generation settings to `folder`, as they lie beside the weights or in the GGUF file."""
-    if is_gguf(source.checkpoint):
+    place = source.tokenizer_place or source.checkpoint
+    if is_gguf(place):
         source.model.tokenizer.save_pretrained(folder)
-        return
-    for pattern in _COMPANIONS:
-        for file in source.checkpoint.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    else:
+        _copy(place, TOKENIZER_FILES, folder)
+    if not is_gguf(source.checkpoint):
+        _copy(source.checkpoint, ("generation_config.json",), folder)
+
+
+def _copy(place: Path, patterns: Sequence[str], folder: Path) -> None:
+    for file in {file for pattern in patterns for file in place.glob(pattern) if file.is_file()}:
+        shutil.copyfile(file, folder / file.name)
 
 
 @contextlib.contextmanager
 def tokenizer_folder(source: Source) -> Iterator[Path]:
-    """A folder with the tokenizer's files: the checkpoint's own, or one that is gone afterwards."""
-    if not is_gguf(source.checkpoint):
-        yield source.checkpoint
+    """A folder with the tokenizer's files: where they lie, or one that is gone afterwards."""
+    place = source.tokenizer_place or source.checkpoint
+    if not is_gguf(place):
+        yield place
         return
     with tempfile.TemporaryDirectory() as folder:
         copy_companions(source, Path(folder))

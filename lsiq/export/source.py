@@ -32,16 +32,21 @@ NO_ROTATIONS = "inputs are rotated while the model runs, which no exported forma
 
 @dataclass(frozen=True)
 class Source:
-    """A model, the quantised blocks of a run, and the folder that the model came from.
+    """A model, the quantised blocks of a run, and where the model came from.
 
     Names are those of the transformers checkpoint. Float tensors keep the width they have in the checkpoint; norms and
     biases that the method folded into are float32.
+
+    Attributes:
+        checkpoint: a folder or a GGUF file.
+        tokenizer_place: the same of the tokenizer; None for the checkpoint.
     """
 
     model: Model
     store: BlockStore | MemoryStore
     quant: QuantSettings
     checkpoint: Path
+    tokenizer_place: Path | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:

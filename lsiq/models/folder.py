@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from lsiq.models.settings import ModelSettings
 
 
-_TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"]
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("*.model", "*.tiktoken", "chat_template*")
 
 
 def find_folder(settings: ModelSettings) -> Path | None:
@@ -59,10 +61,44 @@ def find_folder(settings: ModelSettings) -> Path | None:
     return fetch_snapshot(
         settings.hub,
         settings.revision,
-        ["config.json", "generation_config.json", *_TOKENIZER_FILES, *weights],
+        ["config.json", "generation_config.json", *TOKENIZER_FILES, *weights],
         lambda folder: _complete(folder, settings.allow_pickle),
         way_out,
     )
+
+
+def find_tokenizer(settings: ModelSettings, checkpoint: Path | None) -> Path | None:
+    """Return where the tokenizer lies: a folder, or the GGUF file that holds it.
+
+    None stands for the bundled one, which a shape without a checkpoint borrows.
+
+    Raises:
+        InputError: no such folder, or no tokenizer in it.
+    """
+    if settings.tokenizer is None:
+        return checkpoint
+    folder = Path(settings.tokenizer).expanduser()
+    if not tokenizer_files(folder):
+        raise InputError(
+            f"model.tokenizer={settings.tokenizer}: there is no tokenizer; give a folder with tokenizer.json"
+        )
+    return folder
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files of a folder's tokenizer, its chat template among them; none where it holds no tokenizer."""
+    if not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
+        return []
+    return sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """A hash of the content of a tokenizer's files."""
+    digest = hashlib.blake2b(digest_size=10)
+    for file in tokenizer_files(folder):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def packaged_file(package: str) -> Path:

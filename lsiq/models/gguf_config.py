@@ -64,6 +64,28 @@ def _phi3(header: Header, config: Settings, path: Path) -> Settings:
     return {"rope_parameters": rope, "sliding_window": window, **trained}
 
 
+def _olmo2(header: Header, config: Settings, path: Path) -> Settings:
+    if header.get("attention.sliding_window"):
+        raise InputError(f"{path}: is an OLMo-3 with windows of attention, which is not supported; give an OLMo-2")
+    return _llama(header, config, path)
+
+
+def _smollm3(header: Header, config: Settings, path: Path) -> Settings:
+    """No file says in which blocks nothing rotates; llama.cpp takes every fourth, as in the published models."""
+    return _llama(header, config, path) | {"no_rope_layer_interval": 4}
+
+
+def _granite(header: Header, config: Settings, path: Path) -> Settings:
+    """The converter leaves out factors of 0, which stand for none."""
+    factors = {
+        "embedding_multiplier": header.get("embedding_scale", 1.0),
+        "attention_multiplier": header.get("attention.scale", _head_dim(header, config) ** -0.5),
+        "residual_multiplier": header.get("residual_scale", 1.0),
+        "logits_scaling": header.get("logit_scale", 1.0),
+    }
+    return _llama(header, config, path) | factors
+
+
 def _head_dim(header: Header, config: Settings) -> int:
     return header.get("attention.key_length") or _even_width(config)
 
@@ -83,6 +105,7 @@ class Architecture:
         interleaved: whether the rows of Q and K are stored in llama.cpp's order, in which channels 2i and 2i + 1 of a
             head rotate together; transformers rotates i and i + head_dim / 2.
         norm_offset: how much larger norms are in the file than in transformers, whose Gemma adds 1 as it computes.
+        by_transformers: whether transformers reads such files as well.
     """
 
     model_type: str
@@ -90,6 +113,7 @@ class Architecture:
     settings: Callable[[Header, Settings, Path], Settings]
     interleaved: bool = False
     norm_offset: float = 0.0
+    by_transformers: bool = True
 
 
 # Mistral's files call themselves llama: within its window that is the same function.
@@ -100,6 +124,9 @@ ARCHITECTURES = {
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _gemma2, norm_offset=1.0),
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3, norm_offset=1.0),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", _phi3),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", _olmo2, by_transformers=False),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", _smollm3, interleaved=True, by_transformers=False),
+    "granite": Architecture("granite", "GraniteForCausalLM", _granite, interleaved=True, by_transformers=False),
 }
 
 

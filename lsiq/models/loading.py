@@ -18,8 +18,9 @@ from lsiq.models.block import Block
 from lsiq.models.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
 from lsiq.models.entrance import enter, for_kind, kinds_of_blocks
 from lsiq.models.families import find_spec, refuse_other_kinds
-from lsiq.models.folder import read_config
+from lsiq.models.folder import find_tokenizer, read_config
 from lsiq.models.gguf_file import is_gguf
+from lsiq.models.gguf_tokenizer import read_tokenizer
 from lsiq.models.outliers import PlantedOutliers
 from lsiq.models.prefix import BlockPrefix, ModelPrefix, after_prefix
 from lsiq.models.residual import rotate_block
@@ -209,7 +210,8 @@ def load(
     except Exception as error:  # transformers meets some of what is wrong only while it builds
         kind = type(error).__name__
         raise InputError(f"{where}: config.json makes no model ({kind}: {error}); fetch it again") from error
-    return Model(config, spec, skeleton, checkpoint, _tokenizer(folder), device, dtype, planting)
+    tokenizer = _tokenizer(find_tokenizer(settings, folder))
+    return Model(config, spec, skeleton, checkpoint, tokenizer, device, dtype, planting)
 
 
 def _planting(settings: ModelSettings, config: Any, spec: ModelSpec) -> PlantedOutliers | None:
@@ -258,10 +260,11 @@ def _tokenizer(folder: Path | None) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on other classes of tokenizer
-            place = {"pretrained_model_name_or_path": where}
             if is_gguf(where):
-                place = {"pretrained_model_name_or_path": where.parent, "gguf_file": where.name}
-            return AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
+                return read_tokenizer(where)
+            return AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+    except InputError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception
         raise InputError(
             f"{where}: the tokenizer cannot be loaded ({error}); put its files beside the weights"

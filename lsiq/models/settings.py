@@ -19,6 +19,9 @@ class ModelSettings:
     path: str | None = Field(None, description="a folder with config.json and safetensors weights, or a GGUF file")
     bundled: Literal["tiny-llama", "tiny-opt"] | None = Field(None, description="tiny-llama or tiny-opt")
     package: str | None = Field(None, description="an installed Python package that holds the model as a GGUF file")
+    tokenizer: str | None = Field(
+        None, description="a folder with the tokenizer's files; null for the tokenizer that lies with the weights"
+    )
     hub: str | None = Field(None, description="a repository of the Hugging Face hub, owner/name")
     revision: str = Field("main", description="a branch, tag or commit of the hub repository")
     weights: Literal["checkpoint", "random"] = Field(

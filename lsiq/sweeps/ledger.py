@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 
 from lsiq.errors import LsiqError
 from lsiq.experiment.composed import plain_config
-from lsiq.experiment.identity import hash_file
+from lsiq.experiment.identity import hash_file, model_inputs
 from lsiq.experiment.request import prepare
-from lsiq.models.folder import find_folder, fingerprint
+from lsiq.models.folder import find_folder
 from lsiq.models.settings import ModelSettings
 from lsiq.results.record import Record, read_record
 from lsiq.runtime.sources import source_hash
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 # Jobs that ask for more than a finished record are composed and looked at every time.
+_OF_MODEL = ("model", "model.tokenizer", "model.splitter")
 _MORE = ("from", "force", "export")
 
 
@@ -53,6 +54,7 @@ class Ledger:
         self._folder = None if cache is None else Path(cache).expanduser() / "jobs"
         self._sources = _hash_sources(hydra)
         self._hashes: dict[str, str | None] = {}
+        self._models: dict[str, dict[str, str] | None] = {}
         self._new = runs is not None and next(Path(runs).expanduser().glob("*/record.json"), None) is None
 
     def recognise(self, job: Sequence[str], compose: Callable[[Sequence[str]], DictConfig]) -> Record | None:
@@ -103,11 +105,12 @@ class Ledger:
             record = read_record(Path(note["folder"]))
             if record is None or record.status != "finished":
                 return None
+            if self._model(note["model"]) != {key: record.inputs[key] for key in _OF_MODEL if key in record.inputs}:
+                return None
             for key, expected in record.inputs.items():
                 if key == "method.run":
                     continue  # a run's id, which its record vouches for
-                digest = self._model(note["model"]) if key == "model" else self._hash(key, note["files"][key])
-                if digest != expected:
+                if key not in _OF_MODEL and self._hash(key, note["files"][key]) != expected:
                     return None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -118,16 +121,15 @@ class Ledger:
         name = hashlib.blake2b(json.dumps([self._sources, list(job)]).encode(), digest_size=16).hexdigest()
         return self._folder / f"{name}.json"
 
-    def _model(self, plain: dict[str, Any]) -> str | None:
+    def _model(self, plain: dict[str, Any]) -> dict[str, str] | None:
         key = json.dumps(plain, sort_keys=True)
-        if key not in self._hashes:
+        if key not in self._models:
             try:
                 settings = fill(ModelSettings, plain, "model")
-                folder = find_folder(settings)
-                self._hashes[key] = None if folder is None else fingerprint(folder, settings.allow_pickle)
+                self._models[key] = model_inputs(settings, find_folder(settings))
             except LsiqError:
-                self._hashes[key] = None
-        return self._hashes[key]
+                self._models[key] = None
+        return self._models[key]
 
     def _hash(self, key: str, path: str) -> str | None:
         if path not in self._hashes:

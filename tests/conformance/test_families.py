@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -218,14 +219,16 @@ def test_every_linear_of_the_layer_is_listed(folder: Path) -> None:
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
 def test_other_kinds_of_models_are_refused_in_one_line(
-    config: dict[str, object], kind: str, folders: dict[str, Path], tmp_path: Path
+    config: dict[str, object], kind: str, folders: dict[str, Path], small_run: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        InputError, match=f"model_type={config['model_type']} is not supported, for it is {kind}"
-    ) as why:
-        load_small(tmp_path)
-    assert "\n" not in str(why.value)
+    copy = shutil.copytree(folders["smollm2"], tmp_path / "model")
+    (copy / "config.json").write_text(json.dumps(config))
+    for action in (lambda: load_small(copy), lambda: run(small_run(copy))):
+        with pytest.raises(
+            InputError, match=f"model_type={config['model_type']} is not supported, for it is {kind}"
+        ) as why:
+            action()
+        assert "\n" not in str(why.value)
 
 
 def test_a_family_with_strange_blocks_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

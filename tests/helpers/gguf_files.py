@@ -9,12 +9,41 @@ from typing import Any
 
 import numpy as np
 import torch
+from helpers.families import FAMILIES as TINY
+from helpers.models import SHAPES
 from safetensors.torch import load_file
 
 ARCHITECTURES = {
     **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
     **{"gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3"},
+    **{"olmo2": "olmo2", "smollm3": "smollm3", "granite": "granite"},
 }
+INTERLEAVED = {"llama", "smollm3", "granite"}  # as llama.cpp's own converter writes their queries and keys
+# As wide as transformers, which reads each export back, takes every head of Gemma to be.
+WIDE_GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+# Shapes of every family that is read and written, as transformers reads them from a file.
+SHAPES_OF_FILES: dict[str, dict[str, Any]] = {
+    "llama": SHAPES["llama"],
+    "mistral": {**SHAPES["llama"], "model_type": "mistral", "sliding_window": None},
+    "qwen2": {**SHAPES["llama"], "model_type": "qwen2"},
+    # The head width that transformers' reader of GGUF takes for granted, and all published ones have.
+    "qwen3": {**SHAPES["llama"], "model_type": "qwen3", "head_dim": 128},
+    "gemma2": TINY["gemma2"] | WIDE_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": TINY["gemma3"] | WIDE_GEMMA | {"num_hidden_layers": 6, "sliding_window_pattern": 6},
+    "phi3": TINY["phi3"] | {"sliding_window": 100},
+}
+# Of families that are read alone, for transformers does not read their files.
+READ_ALONE: dict[str, dict[str, Any]] = {
+    "olmo2": TINY["olmo2"],
+    "smollm3": TINY["smollm3"] | {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
+    "granite": TINY["granite"],
+}
+# Where ways of splitting words differ: contractions, digits, blanks before them, slashes, capitals inside words.
+TEXT = (
+    "It's 1984, and IT'S 12345 boats; they'll turn 7  8   9 times at 4 km² or ½ mile:\n\n\n1 HarbourMaster, see "
+    "/ships//log\r\n  the lathe_2 of the harbour1984 {}[]: café, 漢字 ١٢٣\t x  "
+)
+DECOMPOSED = "cafe\u0301 nai\u0308ve"
 
 
 def write_gguf(
@@ -23,10 +52,12 @@ def write_gguf(
     kind: str,
     extra: Mapping[str, np.ndarray] | None = None,
     pieces: Sequence[str] = (),
+    splitter: str | None = "gpt-2",
 ) -> Path:
     """Write the checkpoint with its matrices as `kind`; vectors are float32, Q and K of LLaMA in llama.cpp's order.
 
-    `pieces` are a vocabulary of SentencePiece, behind the special tokens and the bytes, that replaces the tokenizer.
+    `pieces` are a vocabulary of SentencePiece, behind the special tokens and the bytes, that replaces the tokenizer;
+    `splitter` is what the file calls the way in which words are split, None for nothing.
     """
     import gguf
 
@@ -37,13 +68,13 @@ def write_gguf(
     if pieces:
         _add_pieces(writer, pieces)
     else:
-        _add_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text()))
+        _add_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text()), splitter)
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
-        count = heads.get(name.split(".")[-2]) if architecture == "llama" else None
-        if count is not None:  # as llama.cpp's own converter writes it
+        count = heads.get(name.split(".")[-2]) if architecture in INTERLEAVED else None
+        if count is not None:
             halves = tensor.reshape(count, 2, len(tensor) // count // 2, *tensor.shape[1:])
             tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
@@ -85,6 +116,11 @@ def _add_metadata(writer: Any, config: dict[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if config["model_type"] in ("gemma2", "gemma3_text", "phi3"):
         _add_windows(writer, config, rope)
+    if config["model_type"] == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
 
 
 def _add_windows(writer: Any, config: dict[str, Any], rope: dict[str, Any]) -> None:
@@ -106,14 +142,15 @@ def _add_windows(writer: Any, config: dict[str, Any], rope: dict[str, Any]) -> N
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
 
 
-def _add_tokenizer(writer: Any, tokenizer: dict[str, Any]) -> None:
+def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], splitter: str | None) -> None:
     from gguf import TokenType
 
     vocabulary = {number: piece for piece, number in tokenizer["model"]["vocab"].items()}
     special = {added["id"] for added in tokenizer["added_tokens"]}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    if splitter is not None:
+        writer.add_tokenizer_pre(splitter)
     writer.add_token_list([vocabulary[number] for number in range(len(vocabulary))])
     writer.add_token_types(
         [TokenType.CONTROL if number in special else TokenType.NORMAL for number in range(len(vocabulary))]

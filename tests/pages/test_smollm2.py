@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 
+from lsiq.errors import InputError
 from lsiq.report.compact import Run, read_runs
 from lsiq.tables.papers.size_runs import PACKAGE
 from lsiq.tables.papers.smollm2 import (
@@ -45,6 +47,13 @@ def test_a_cell_has_what_the_record_of_its_setting_and_method_says(records: list
     assert accuracy.mean == pytest.approx(
         statistics.fmean(run.metrics[f"acc/{task}"] for run in lsi for task in LQER_TASKS)
     )
+
+
+def test_runs_on_tokens_of_two_kinds_make_no_table(records: list[Run]) -> None:
+    run = next(run for run in records if (run.setting, run.method) == ("w3a16g64", "lsi"))
+    other = replace(run, seed=7, tokens={**run.tokens, "ppl/wikitext2@2048": "other"})
+    with pytest.raises(InputError, match="smollm2-135m were measured on different tokens"):
+        ProtocolRuns([*records, other])
 
 
 def test_the_package_is_measured_against_the_float_model_of_the_other_runs(

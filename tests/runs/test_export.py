@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.configuration import ROOT, compose_run
 from helpers.families import FAMILIES as TINY
-from helpers.gguf_files import write_gguf
+from helpers.gguf_files import SHAPES_OF_FILES, WIDE_GEMMA, write_gguf
 from helpers.marks import slow
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
@@ -36,20 +36,12 @@ from lsiq.results.store import BlockStore
 SmallRun = Callable[..., DictConfig]
 W8A8 = ("quant=w8a8", "quant.weight.group=null", "quant.activation.attention=false")
 QUICK = ("calib=none", "eval=none", "quant.weight.scale=float16")
-# As transformers' reader of GGUF takes every Gemma to be.
-WIDE = {"head_dim": 256, "query_pre_attn_scalar": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 FAMILIES = {
     **SHAPES,
-    "mistral": {**SHAPES["llama"], "model_type": "mistral", "sliding_window": None},
-    "qwen2": {**SHAPES["llama"], "model_type": "qwen2"},
-    # The head width that transformers' reader of GGUF takes for granted, and all published ones have.
-    "qwen3": {**SHAPES["llama"], "model_type": "qwen3", "head_dim": 128},
-    "gemma2": TINY["gemma2"] | WIDE | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    "gemma3": TINY["gemma3"] | WIDE | {"num_hidden_layers": 6, "sliding_window_pattern": 6},
-    "phi3": TINY["phi3"] | {"sliding_window": 100},
+    **SHAPES_OF_FILES,
     "phi4-mini": TINY["phi4-mini"],
     "gemma3-scalar": TINY["gemma3"] | {"num_hidden_layers": 6, "sliding_window_pattern": 6},
-    "gemma2-caps": TINY["gemma2"] | WIDE,
+    "gemma2-caps": TINY["gemma2"] | WIDE_GEMMA,
 }
 
 

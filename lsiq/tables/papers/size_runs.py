@@ -138,7 +138,7 @@ class SizeRuns:
         self.points = [point for point, _ in latest.values()] + [_peer(run, base) for run in peers]
         self.sizes = tuple(size for size in SIZES if any(point.size == size.name for point in self.points))
         self.notes = _notes(latest.values())
-        _check_tokens([*((point.size, run) for point, run in latest.values()), *(("SmolLM2", run) for run in peers)])
+        check_tokens([*((point.size, run) for point, run in latest.values()), *(("SmolLM2", run) for run in peers)])
 
     def sample(self, size: str, width: str, entry: str, metric: str) -> Sample | None:
         """Return what the runs of a row measured; rounding to nearest counts once per model, as no seed changes it."""
@@ -225,7 +225,8 @@ def excess_over(base: Run, peer: Run) -> dict[str, float]:
     return {key.replace("float/ppl/", "excess/"): math.log(ratio) for key, ratio in ratios.items()}
 
 
-def _check_tokens(runs: Iterable[tuple[str, Run]]) -> None:
+def check_tokens(runs: Iterable[tuple[str, Run]]) -> None:
+    """Raise InputError where runs that one table compares, by the name of the comparison, saw different tokens."""
     tokens: dict[str, tuple[str, str]] = {}
     for size, run in runs:
         for key, digest in run.tokens.items():

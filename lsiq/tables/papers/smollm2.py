@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
-from lsiq.tables.papers.size_runs import PACKAGE, excess_over
+from lsiq.tables.papers.size_runs import PACKAGE, check_tokens, excess_over
 from lsiq.tables.protocol import ROOT
 from lsiq.tables.study import Sample, measured
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
@@ -30,11 +30,16 @@ COLUMNS = {
 
 
 class ProtocolRuns:
-    """The runs of one model and protocol, by setting and method."""
+    """The runs of one model and protocol, by setting and method.
+
+    Raises:
+        InputError: some were measured on other tokens, as before GGUF's `smollm` was read, than others.
+    """
 
     def __init__(self, runs: Iterable[Run]) -> None:
         ordered = sorted(runs, key=lambda run: run.created)
         self.runs = list({(run.model, run.setting, run.method, run.seed): run for run in ordered}.values())
+        check_tokens((MODEL, run) for run in self.runs)
         self.base = next(run for run in self.runs if run.model == MODEL)
         self.notes = (origin_note(MODEL, "GGUF Q4_1"),)
 
