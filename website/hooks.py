@@ -43,12 +43,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
-    """Return the page with links that work on the site and with its tables."""
+    """Return the page with links that work on the site, with its tables, and with Markdown inside what is folded."""
     uri = page.file.src_uri
     for mark, (key, table) in TABLES.items():
         if mark in markdown:
             markdown = markdown.replace(mark, table(page.meta.get(key) or page.meta["methods"]))
-    return rewrite(markdown, source_of(uri), uri)
+    return rewrite(markdown.replace("<details>", '<details markdown="1">'), source_of(uri), uri)
 
 
 def _pages_of(nav: Any) -> list[str]:

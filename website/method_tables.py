@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from lsiq.cli.compose import compose
 from lsiq.settings import find_target
 from lsiq.tables.papers.layout import BUNDLED
-from lsiq.tables.papers.size import ENTRIES, SIZES, TEXTS, load_sizes
+from lsiq.tables.papers.model_sizes import TEXTS
+from lsiq.tables.papers.size_runs import ENTRIES, load_sizes
 from lsiq.tables.protocol import STUDY
 from lsiq.tables.study import Runs, Sample, load
 
@@ -57,10 +58,10 @@ def numbers(methods: Sequence[str]) -> str:
             "([how it was measured](../results.md)):\n\n" + _table(heads, rows)
         )
     if rows := list(_by_size(methods)):
-        heads = ["bits", "method", *(size.name for size in SIZES)]
+        heads = ["bits", "method", *(size.name for size in load_sizes().sizes)]
         parts.append(
             "By size, C4 / WikiText-2 test, mean (number of runs), other calibration text than above "
-            "([how it was measured](../tables/size.md)):\n\n" + _table(heads, rows)
+            "([how it was measured](../tables/main.md)):\n\n" + _table(heads, rows)
         )
     return "\n\n".join(parts) or "No committed record has this method by itself."
 
@@ -119,10 +120,10 @@ def _sampled(sample: Sample | None) -> str:
 def _by_size(methods: Sequence[str]) -> Iterator[list[str]]:
     """Rows of the study of scale: the methods and their variants, with the number of runs of each cell."""
     runs = load_sizes()
-    for width in ("w2", "w3"):
+    for width in ("w2", "w3", "w4"):
         for entry in ENTRIES:
             samples = [
-                [runs.sample(size.name, width, entry.name, f"excess/{text}") for text in TEXTS] for size in SIZES
+                [runs.sample(size.name, width, entry.name, f"excess/{text}") for text in TEXTS] for size in runs.sizes
             ]
             if re.split(",| ", entry.name)[0] in methods and any(map(any, samples)):
                 name = f"`{entry.name}`" if entry.name in methods else entry.name

@@ -4,7 +4,8 @@
     python -m lsiq.tables.collect runs/<run id> -o analysis/records/study.jsonl --traces analysis/traces
 
 Runs that the file has already are replaced, others are kept. The lines are sorted: doing it twice changes nothing. Runs
-that stand in no table of the study, as those of ablations, are counted by the setting that keeps them out.
+that stand neither in the study's tables nor in those by size, as ablations, are counted by the setting that keeps them
+out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lsiq.errors import InputError, LsiqError
 from lsiq.report.compact import Run, compact, read_runs, write_runs
 from lsiq.results.record import Record, read_record
 from lsiq.tables.papers.layout import BUNDLED
+from lsiq.tables.papers.size_runs import contradiction_by_size, reports
 from lsiq.tables.protocol import AUGMENTED, PAPERS, STUDY
 from lsiq.tables.traces import trace, write_trace
 
@@ -66,11 +68,16 @@ def collect(folders: Sequence[Path], output: Path, traces: Path | None = None, d
 
 
 def strangers(runs: Sequence[Run]) -> Counter[str]:
-    """Count the runs that are not the study's (the papers', for hub models), by the first setting that differs."""
+    """Count the runs that are not of their tables' protocol, by the first setting that differs.
+
+    Runs that measured the texts of the tables by size belong there, others to the study's, hub models to the papers'.
+    """
     counts: Counter[str] = Counter()
     for run in runs:
         protocols = (STUDY, AUGMENTED) if run.model in BUNDLED else (PAPERS,)
         why = [protocol.contradiction(run) for protocol in protocols]
+        if reports(run):
+            why = [contradiction_by_size(run)]
         if None not in why:
             counts[str(why[0])] += 1
     return counts
@@ -91,7 +98,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(f"{args.output}: {run_count} runs; left out: {skipped} unfinished or of a changed checkout")
     for setting, count in sorted(strangers(read_runs(args.output)).items()):
-        print(f"{count} of its runs are not the study's: another {setting}")
+        print(f"{count} of its runs stand in no table of their protocol: another {setting}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from lsiq.errors import InputError, LsiqError
 from lsiq.tables.protocol import ROOT
 
 README_MARKS = ("<!-- begin: generated from analysis/main.ipynb -->", "<!-- end: generated -->")
-README_SETTING = "w2a16g128"  # the rows of the main table that README shows
+README_SETTING = "w2"  # the rows of the main table that README shows
 _SECONDS = 240  # a notebook takes about ten
 
 
@@ -95,7 +95,7 @@ def write(files: Mapping[str, str | bytes], folder: Path, png: bool = False) -> 
 
 
 def in_readme(readme: str, main: str) -> str:
-    """Return README's text with the rows of `README_SETTING` of the page `main` between its marks.
+    """Return README's text with the rows of `README_SETTING` of the first table of the page `main` between its marks.
 
     Raises:
         InputError: the marks are missing.
@@ -103,7 +103,8 @@ def in_readme(readme: str, main: str) -> str:
     begin, end = README_MARKS
     if begin not in readme or end not in readme:
         raise InputError(f"README.md: the lines {begin} and {end} are missing; put them where the table goes")
-    table = [line for line in main.splitlines() if line.startswith("|")]
+    first = main[main.index("\n|") + 1 :] if "\n|" in main else ""
+    table = first.partition("\n\n")[0].splitlines()
     rows = [line for line in table[2:] if line.startswith(f"| {README_SETTING} |")]
     before, _, after = readme.partition(begin)
     return "\n".join([f"{before}{begin}\n", *table[:2], *rows, f"\n{end}{after.partition(end)[2]}"])

@@ -78,12 +78,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Labels, then cells; `group` says which rows compete for bold."""
+    """Labels, then cells; `group` says which rows compete for bold, `number` how to write them if not as all others."""
 
     labels: tuple[str, ...]
     cells: tuple[Cell, ...]
     group: str = ""
     competes: bool = True
+    number: Callable[[float], str] | None = None
+
+    def write(self, table: Table, tex: bool = False) -> list[str]:
+        """Return the texts of the cells."""
+        number = self.number or table.number
+        return [cell.write(number, table.beside, tex, table.counted) for cell in self.cells]
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,7 @@ class Table:
         """Return the table with its caption, and a list of commands where cells are empty."""
         labels = len(self.rows[0].labels) if self.rows else 1
         lines = [_line(self.heads), _line(["---"] * labels + ["---:"] * (len(self.heads) - labels))]
-        lines += [
-            _line([*row.labels, *(cell.write(self.number, self.beside, counted=self.counted) for cell in row.cells)])
-            for row in self.rows
-        ]
+        lines += [_line([*row.labels, *row.write(self)]) for row in self.rows]
         parts = [f"**{self.caption}**", "\n".join(lines), *self.notes]
         if self.folded:
             parts = [f"<details><summary>{self.caption}</summary>", *parts[1:], "</details>"]
@@ -142,7 +145,7 @@ class Table:
         lines += [rf"\begin{{tabular}}{{{'l' * labels}{'r' * (columns - labels)}}}", r"\toprule"]
         lines += [" & ".join(_tex(head) for head in self.heads) + r" \\", r"\midrule"]
         for row in self.rows:
-            cells = (_marks(cell.write(self.number, self.beside, True, self.counted)) for cell in row.cells)
+            cells = (_marks(cell) for cell in row.write(self, tex=True))
             lines.append(" & ".join([*(_tex(label) for label in row.labels), *cells]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", *(rf"\par {_tex(note)}" for note in self.notes), r"\end{table}"]
         return "\n".join(lines) + "\n"

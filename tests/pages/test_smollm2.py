@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from lsiq.report.compact import Run, read_runs
-from lsiq.tables.papers.size import PACKAGE
+from lsiq.tables.papers.size_runs import PACKAGE
 from lsiq.tables.papers.smollm2 import (
     ACCURACY,
     ACTIVATIONS,
@@ -34,14 +34,17 @@ def runs() -> ProtocolRuns:
 
 
 def test_a_cell_has_what_the_record_of_its_setting_and_method_says(records: list[Run], runs: ProtocolRuns) -> None:
-    (lsi,) = (run for run in records if (run.setting, run.method) == ("w3a16g64", "lsi"))
+    lsi = [run for run in records if (run.setting, run.method) == ("w3a16g64", "lsi")]
+    assert sorted(run.seed for run in lsi) == [0, 1, 2]
     for metric in ("excess/wikitext2@2048", "kl/file@2048"):
         sample = runs.sample("w3a16g64", "lsi", metric)
         assert sample is not None
-        assert sample.values == (lsi.metrics[metric],)
+        assert sorted(sample.values) == sorted(run.metrics[metric] for run in lsi)
     accuracy = runs.sample("w3a16g64", "lsi", ACCURACY)
     assert accuracy is not None
-    assert accuracy.mean == pytest.approx(statistics.fmean(lsi.metrics[f"acc/{task}"] for task in LQER_TASKS))
+    assert accuracy.mean == pytest.approx(
+        statistics.fmean(run.metrics[f"acc/{task}"] for run in lsi for task in LQER_TASKS)
+    )
 
 
 def test_the_package_is_measured_against_the_float_model_of_the_other_runs(
@@ -59,7 +62,7 @@ def test_the_package_is_measured_against_the_float_model_of_the_other_runs(
 def test_every_run_stands_in_a_table_and_all_read_the_same_tokens(records: list[Run], runs: ProtocolRuns) -> None:
     tables = [by_setting(runs, name, settings) for name, settings in (("a", WEIGHTS), ("b", ACTIVATIONS))]
     shown = [row.labels for table in tables for row in table.rows if row.labels[1]]
-    assert len(shown) == len(records)
+    assert len(shown) == len({(run.model, run.setting, run.method) for run in records})
     assert {run.method for run in records if run.model == MODEL} <= set(METHODS)
     for key in ("ppl/wikitext2@2048", "ppl/file@2048"):
         assert len({run.tokens[key] for run in records}) == 1

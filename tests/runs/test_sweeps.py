@@ -39,6 +39,17 @@ def at_end(override: Override, end: int) -> str:
     return f"{override.get_key_element()}={chosen}"
 
 
+def head(sweep: str) -> str:
+    """The lines of a study that say what it is."""
+    return (CONF.parent / "sweeps" / f"{sweep}.yaml").read_text(encoding="utf-8").partition("\nhydra:\n")[0]
+
+
+def texts(sweep: str) -> list[str]:
+    """The files of yours that the study's first command names."""
+    _, _, command = head(sweep).partition(f"python run.py sweep={sweep} ")
+    return re.findall(r"(?:calib|eval)\.path=\S+", command.partition("\n")[0])
+
+
 QUICK, SLOW = {"baselines"}, {"learned"}
 
 
@@ -48,7 +59,7 @@ def test_every_job_of_a_study_is_a_run_that_would_start(sweep: str) -> None:
     assert len(found) > 1
     # Any model and seed will do: a study has hundreds of jobs, and each takes a tenth of a second to compose.
     first = {tuple(word for word in job if not word.startswith(("seed=", "model="))): job for job in reversed(found)}
-    configs = [compose_run(f"sweep={sweep}", *job) for job in first.values()]
+    configs = [compose_run(f"sweep={sweep}", *texts(sweep), *job) for job in first.values()]
     assert len({str(config) for config in configs}) == len(configs), "two jobs are the same run"
     for config in configs:
         parse(config)
@@ -56,7 +67,7 @@ def test_every_job_of_a_study_is_a_run_that_would_start(sweep: str) -> None:
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_the_first_lines_of_a_study_say_how_to_start_it_how_large_it_is_and_what_comes_of_it(sweep: str) -> None:
-    words = (CONF.parent / "sweeps" / f"{sweep}.yaml").read_text(encoding="utf-8").partition("\nhydra:\n")[0]
+    words = head(sweep)
     assert f"python run.py sweep={sweep}" in words or "sweep=$part" in words
     said = re.search(r"(\d+) (runs|trials)", words)
     assert said is not None

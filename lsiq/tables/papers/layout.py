@@ -47,12 +47,17 @@ OTHERS = (
 CORPORA = {"bundled": "bundled", "wikitext2": "WikiText-2", "ptb": "PTB", "c4": "C4"}
 
 
+def sweep_jobs(name: str) -> list[list[str]]:
+    """Return the overrides of each job of a file of sweeps/."""
+    with initialize_config_dir(str(ROOT / "conf"), **version_base()):
+        sweeper = compose("config", overrides=[f"sweep={name}"], return_hydra_config=True).hydra.sweeper
+    return instantiate(sweeper).jobs([])
+
+
 @cache
 def study_jobs() -> frozenset[Job]:
     """The jobs of sweeps/study.yaml: model, setting and method."""
-    with initialize_config_dir(str(ROOT / "conf"), **version_base()):
-        sweeper = compose("config", overrides=["sweep=study"], return_hydra_config=True).hydra.sweeper
-    jobs = (dict(word.split("=", 1) for word in job) for job in instantiate(sweeper).jobs([]))
+    jobs = (dict(word.split("=", 1) for word in job) for job in sweep_jobs("study"))
     return frozenset((job["model"], job["quant"], job["method"]) for job in jobs)
 
 

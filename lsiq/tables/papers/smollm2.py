@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
-from lsiq.tables.papers.size import PACKAGE, excess_over
+from lsiq.tables.papers.size_runs import PACKAGE, excess_over
 from lsiq.tables.protocol import ROOT
 from lsiq.tables.study import Sample, measured
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
@@ -16,7 +16,7 @@ MODEL = "smollm2-135m"
 WEIGHTS = ("w2a16g64", "w3a16g64", "w4a16g64")
 ACTIVATIONS = ("w4a8", "w4a4", "w2a8-mxint", "w3a8-mxint", "w4a8-mxint")
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", "sde", "lsi-diagonal", "autoround", PACKAGE,
-           "lsi", "best", "l2qer")  # fmt: skip
+           "lsi", "best", "best-float32", "l2qer")  # fmt: skip
 # The package's checkpoints were evaluated as models of their own: by name, the setting.
 PACKAGES = {f"ar-w{bits}-200": f"w{bits}a16g64" for bits in (2, 3, 4)}
 ACCURACY = "acc/mean6"

@@ -1,0 +1,87 @@
+"""The sizes of model that tables have as columns, and how each was measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from lsiq.bundle.ladder import LADDER
+from lsiq.report.compact import Run
+
+TEXTS = {"file": "C4", "wikitext2": "WikiText-2"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of model, and how it was measured: runs of another group or other windows stand elsewhere or nowhere.
+
+    Attributes:
+        name: heads its column.
+        models: what its models are called in the records.
+        tick: what a figure writes below it; empty where no figure has it.
+        own: whether the ladder's recipe trained it.
+        group: weights that share a step size, where they do so in groups.
+        seqlen, windows: of the evaluation; None for the whole text.
+        dtypes: in which the model may have been measured. TF32 moves the perplexities of SmolLM2 by less than 1 in
+            10,000 (`analysis/records/float32.jsonl`).
+    """
+
+    name: str
+    models: tuple[str, ...]
+    tick: str = ""
+    group: int = 128
+    seqlen: int = 512
+    windows: int | None = 400
+    dtypes: tuple[str, ...] = ("float32", "tf32")
+    own: bool = True
+
+    def contradiction(self, run: Run) -> str | None:
+        """Return what keeps a run out, the dotted name of a setting; None if it measured this size in this way."""
+        stated = {"eval.seqlen": self.seqlen, "eval.windows": self.windows}
+        if GROUPED.fullmatch(run.setting):
+            stated["quant.weight.group"] = self.group
+        if run.model not in self.models or run.get("model.outliers"):
+            return "model"
+        other = (key for key, value in stated.items() if run.get(key) != value)
+        return next(other, None if run.dtype in self.dtypes else "model.dtype")
+
+    def words(self, dtypes: Collection[str | None]) -> str:
+        """How it was measured, products in which of its types."""
+        windows = "the whole text in windows" if self.windows is None else f"{self.windows} windows"
+        products = (
+            f", products in {' or '.join(sorted(filter(None, dtypes))).replace('tf32', 'TF32')}"
+            if "tf32" in dtypes
+            else ""
+        )
+        return f"{windows} of {self.seqlen}{products}"
+
+
+GROUPED = re.compile(r"(w\d)a16g(64|128)")
+
+
+def width(setting: str) -> str:
+    """Return the rows that a setting stands in: w2 for 2-bit weights in groups, others by their own names."""
+    grouped = GROUPED.fullmatch(setting)
+    return grouped[1] if grouped else setting
+
+
+def _rungs(*rungs: str) -> list[Size]:
+    """The ladder's sizes; a rung that was trained under another name has it as well."""
+    former = {"llama-11m": ("tiny-llama",), "opt-11m": ("tiny-opt",), "llama-90m": ("l90",)}
+    sizes = []
+    for rung in rungs:
+        count = rung.replace("m", " M")
+        llama, opt = (f"{family}-{rung}" for family in ("llama", "opt"))
+        sizes.append(Size(count, (llama, *former.get(llama, ())), count))
+        sizes.append(Size(f"{count}, OPT", (opt, *former.get(opt, ()))))
+    return sizes
+
+
+SMOLLM2 = "smollm2-135m"
+SIZES = (
+    *_rungs(*(rung for rung in LADDER if rung != "300m")),
+    Size("SmolLM2", ("smol", SMOLLM2), "SmolLM2\n135 M", 64, 1024, 160, ("float32",), own=False),
+    Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, ("tf32",), own=False),
+    *_rungs("300m"),
+)
