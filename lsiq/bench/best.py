@@ -144,8 +144,10 @@ class Bench:
         whole = form_for(self.method, self.model, self.config.quant, *self.tokens.shape)
         method = whole.of(self.method).after(str(start))
         epochs = max(1, round(share * method.training.epochs))
-        part = replace(method, training=replace(method.training, epochs=epochs))
-        say(f"end stage: {whole.words} ({whole.reason}); {epochs} of {method.training.epochs} epochs")
+        of_windows = None if method.window_epochs is None else max(1, round(share * method.window_epochs))
+        part = replace(method, training=replace(method.training, epochs=epochs), window_epochs=of_windows)
+        each = f"{part.weight_epochs} of {method.weight_epochs} epochs" + (" each" if method.window else "")
+        say(f"end stage: {whole.words} ({whole.reason}); {each}")
         store.open()
         reset_peak()
         before = time.perf_counter()
@@ -158,9 +160,9 @@ class Bench:
     def _remaining(self, part: FineTune, method: FineTune, reports: Sequence[BlockReport]) -> float:
         """Tell what a step took in each window, and return the seconds of the steps that were not taken."""
         (taken,), (whole,) = (groups(tried, self.model.depth, len(self.tokens)) for tried in (part, method))
-        seconds, longest = 0.0, max(report.metrics["step_seconds"] for report in reports)
+        seconds = 0.0
         for run, planned in zip(taken.windows, whole.windows, strict=True):
-            step = reports[run.blocks[0]].metrics["step_seconds"] if run.steps else longest
+            step = reports[run.blocks[0]].metrics["step_seconds"]
             seconds += (len(planned.steps) - len(run.steps)) * step
             say(
                 f"weights of blocks {run.blocks[0]} to {run.blocks[-1]}: {step:.2f} s a step, {len(run.steps)} of "

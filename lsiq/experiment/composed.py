@@ -11,6 +11,8 @@ from omegaconf.errors import MissingMandatoryValue
 
 from lsiq.errors import ConfigError
 
+INTEGERS = "lsiq.formats.activation.Activation"
+
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
     """Return `cfg` as plain data, interpolations resolved.
@@ -66,5 +68,8 @@ def recipe_family(method: Any, quant: Any) -> str | None:
     if not isinstance(method, Mapping) or set(method) != {"weight_only", "weight_activation"}:
         return None
     activation = quant.get("activation") if isinstance(quant, Mapping) else None
-    bits = activation.get("bits") if isinstance(activation, Mapping) else None
-    return "weight_only" if bits in (None, 16) else "weight_activation"
+    if not isinstance(activation, Mapping):
+        return "weight_only"
+    # Integers leave activations in float at 16 bits, which is their default; floating-point formats state no bits.
+    integers = activation.get("_target_", INTEGERS) == INTEGERS
+    return "weight_only" if activation.get("bits", 16 if integers else None) == 16 else "weight_activation"

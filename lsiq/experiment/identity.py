@@ -29,6 +29,7 @@ BEFORE = (
     ("latents", False),
     ("trained", "auto"),
     ("window", None),
+    ("window_epochs", None),
 )
 # Settings of methods that say where a run comes from, or how much room it has.
 NOT_METHOD = ("run", "memory")

@@ -19,6 +19,7 @@ from lsiq.formats.placed import check_widths
 from lsiq.methods.base import Method
 from lsiq.methods.finetune import FineTune
 from lsiq.methods.finetune.form import GIB, USABLE, Form, Load, choose, refusal
+from lsiq.methods.finetune.windows import groups
 from lsiq.methods.rtn import RTN
 from lsiq.models.families import find_spec
 from lsiq.models.shape import Shape
@@ -120,7 +121,8 @@ class NarrowEstimate(Estimate):
         seconds = self.narrow.tune(method, samples) + self.depth * self.block_bytes * self.per_byte
         adam = load.trained_bytes(method, form.trained, form.window)
         self.notes.append(
-            f"{method.name} trains through the whole model by {form.words}, {form.sequences} sequences at once: "
+            f"{method.name} trains through the whole model by {form.words}{self._each(method)}, {form.sequences} "
+            "sequences at once: "
             f"{adam / GIB:.1f} GiB for what is trained at once (number, gradient and two moments in float32) and "
             f"{(form.bytes - adam) / GIB:.1f} besides, and there are {form.room / GIB:.1f}"
         )
@@ -130,6 +132,13 @@ class NarrowEstimate(Estimate):
         if self.device.type == "cuda":
             return PlannedStage("quantize", seconds, {"host": base + streams, "device": form.bytes + self.outside})
         return PlannedStage("quantize", seconds, {"host": base + form.bytes})
+
+    def _each(self, method: FineTune) -> str:
+        """How many windows there are, and how long each is trained."""
+        if method.trained != "window":
+            return ""
+        (group,) = groups(method, self.depth, 1)
+        return f" ({len(group.windows)} with {method.weight_epochs} epochs each)"
 
     def _form(self, method: FineTune, samples: int) -> tuple[Form, Load]:
         """The form of fine-tuning that the run would take on this machine, or within `method.memory`."""

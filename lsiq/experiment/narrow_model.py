@@ -164,8 +164,12 @@ class Narrow:
 
     def tune(self, method: FineTune, samples: int) -> float:
         """Return the seconds of fine-tuning."""
-        quick = replace(method, training=replace(method.training, batch=1, epochs=TUNED), blocks=None, together=True)
-        quick = replace(quick, trained="all", window=None)
+        quick = replace(
+            method.as_form("all", None),
+            training=replace(method.training, batch=1, epochs=TUNED),
+            blocks=None,
+            together=True,
+        )
         finetune = quick.after(str(self.store.folder.parent))
         took = []
         for tokens in (SHORT, LONG):

@@ -31,10 +31,11 @@ def with_form(config: RunConfig, model: Model, tokens: Tensor | None, record: Re
     before = record.training_form
     if not before or before["memory"] != method.memory:
         form = form_for(method, model, config.quant, *tokens.shape)
-        window = form.window if form.trained == "window" else None
-        record.training_form = {"trained": form.trained, "window": window, "why": form.reason, "memory": method.memory}
+        epochs = form.of(method).weight_epochs
+        record.training_form = {"trained": form.trained, "window": form.window, "epochs": epochs}
+        record.training_form |= {"why": form.reason, "memory": method.memory}
         if method.trained == "auto" and form.trained != "all":
-            blocks = f" of {window} blocks" if window is not None else ""
-            say(f"{method.name} trains through the whole model by {form.trained}{blocks}: {form.reason}")
+            each = "" if form.window is None else f", {epochs} epochs each"
+            say(f"{method.name} trains through the whole model by {form.words}{each}: {form.reason}")
     chosen = record.training_form
-    return replace(config, method=replace(method, trained=chosen["trained"], window=chosen["window"]))
+    return replace(config, method=method.as_form(chosen["trained"], chosen["window"]))

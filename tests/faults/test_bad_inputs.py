@@ -137,6 +137,10 @@ CONFIG_ERRORS = {
         ["method=best", "quant=w4a8-mxint"],
         ["method.weight_activation.scales=0.001", "use method.weight_activation.scales=null"],
     ),
+    "best-on-floating-activations": (
+        ["method=best", "quant=mxfp4"],
+        ["method.weight_activation.scales=0.001", "use method.weight_activation.scales=null"],
+    ),
     "best-inside": (
         ["method=best", "method.weight_only.start.parts.0.lr=-1"],
         ["method.weight_only.start.parts.dense.lr=-1", "above 0"],

@@ -23,7 +23,7 @@ SINGULAR = "method.part={_target_: lsiq.parts.singular.Singular, corner: 8, lr: 
 COMMON = ["calib.samples=8", "method.training.epochs=2", "method.training.batch=2", "eval.rtn=false"]
 FORMS = {
     "all": [DENSE, "method.trained=all"],
-    "window": [SINGULAR, "method.trained=window", "method.window=1"],
+    "window": [SINGULAR, "method.trained=window", "method.window=1", "method.window_epochs=1"],
     "grid": [DENSE, "method.trained=grid"],
     "one by one": [SINGULAR, "method.together=false", "method.loss=text"],
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -72,7 +72,7 @@ class Form:
 
     def of(self, settings: FineTune) -> FineTune:
         """Return the settings with this form instead of `auto`."""
-        return replace(settings, trained=self.trained, window=self.window)
+        return settings.as_form(self.trained, self.window)
 
 
 def form_for(settings: FineTune, model: Model, quant: QuantSettings, samples: int, seqlen: int) -> Form:

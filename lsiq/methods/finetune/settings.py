@@ -45,9 +45,10 @@ class FineTune(Traits):
 
     - `all`: all of it, in all blocks.
     - `window`: step sizes, norms and biases in all blocks, as with `all`, and the increments in a window of consecutive
-      blocks. Windows follow one another from the first block to the last and share the optimizer steps in proportion
-      to their blocks; in each the increments start at 0 and their rates run their whole course, divided by the root of
-      its share of the steps. At its end the weights are rounded for good. The other blocks are held as codes.
+      blocks. Windows follow one another from the first block to the last, and each has `window_epochs` epochs; in
+      each the increments start at 0 and their rates run their whole course, divided by the root of the share of the
+      epochs that it has. At its end the weights are rounded for good. The other blocks are held as codes. Rates of step
+      sizes, norms and biases run one course over all windows.
     - `grid`: step sizes, norms and biases alone, in all blocks.
     - `auto`: the first of the three that fits. A run chooses before its first block and keeps to it.
 
@@ -84,6 +85,9 @@ class FineTune(Traits):
         "biases), or auto (the first of them that fits the memory)",
     )
     window: int | None = Field(None, ge=1, description="blocks of a window, at least 1; null: as many as fit")
+    window_epochs: int | None = Field(
+        None, ge=1, description="epochs of each window, at most training.epochs; null: as many"
+    )
     memory: float | None = Field(
         None, gt=0, description="GiB of the device by which a form is chosen; null: nine tenths of what is free"
     )
@@ -107,6 +111,15 @@ class FineTune(Traits):
             raise ValueError("trained=grid: scales and floats are null, so nothing is left to train; give one of them")
         if self.window is not None and self.trained in ("all", "grid"):
             raise ValueError(f"window={self.window}: trained={self.trained} has no windows; use trained=window")
+        if self.window_epochs is not None and self.trained in ("all", "grid"):
+            raise ValueError(
+                f"window_epochs={self.window_epochs}: trained={self.trained} has no windows; use trained=window"
+            )
+        if self.window_epochs is not None and self.window_epochs > self.training.epochs:
+            raise ValueError(
+                f"window_epochs={self.window_epochs}: is more than training.epochs={self.training.epochs}, the epochs "
+                "without windows; use at most as many"
+            )
         if self.trained in ("window", "grid") and not self.together:
             raise ValueError(f"trained={self.trained}: together=false trains blocks one by one; use together=true")
 
@@ -123,6 +136,21 @@ class FineTune(Traits):
     def trains_grid(self) -> bool:
         """Whether step sizes, norms or biases are trained."""
         return self.scales is not None or self.floats is not None
+
+    @property
+    def weight_epochs(self) -> int:
+        """Epochs in which a weight is trained: those of its window, where there are windows."""
+        return (self.trained == "window" and self.window_epochs) or self.training.epochs
+
+    @property
+    def weight_share(self) -> float:
+        """The same as a share of the epochs of the schedule."""
+        return self.weight_epochs / self.training.epochs if self.training.epochs else 1.0
+
+    def as_form(self, trained: Literal["all", "window", "grid"], window: int | None) -> FineTune:
+        """Return the same settings with what is trained at once; where that is no window, no epochs of one."""
+        epochs = self.window_epochs if trained == "window" else None
+        return replace(self, trained=trained, window=window, window_epochs=epochs)
 
     def after(self, folder: str) -> FineTune:
         """Return the same settings starting from what lies in `folder`."""

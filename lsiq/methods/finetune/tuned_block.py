@@ -68,12 +68,12 @@ class TunedBlock:
         floating = {name: w for name, w in self.floats.items() if name not in block.untouched}
         self.groups = [*_trainable(self.growth, scales), *_trainable(floating, rate)]
 
-    def open(self, steps: int, share: float = 1.0) -> list[dict[str, Any]]:
+    def open(self, steps: int) -> list[dict[str, Any]]:
         """Let the weights have increments, trained for so many steps; return those as optimizers take them.
 
-        There are none without a part, and where the grid alone is trained. Where the steps are only a share of the
-        schedule's, a rate that the settings name is divided by the root of the share: what increments wander by the
-        noise of the batches is then as far as in all steps, and so are the codes that flip for nothing as many.
+        There are none without a part, and where the grid alone is trained. Where windows have a share of the epochs, a
+        rate that the settings name is divided by the root of the share: what increments wander by the noise of the
+        batches is then as far as in all epochs, and so are the codes that flip for nothing as many.
         """
         if (part := self.settings.part) is None or self.settings.trained == "grid":
             return []
@@ -84,7 +84,7 @@ class TunedBlock:
             start = replace(self._plain, weights={**self.floats, **self._decoded()})
             self.part, self.state = part, part.start(start, self.quant, self.context)
         rate = rate_of(part, max(1, steps))
-        return _trainable(self.state.parameters, rate if part.lr is None else rate / share**0.5)
+        return _trainable(self.state.parameters, rate if part.lr is None else rate / self.settings.weight_share**0.5)
 
     @torch.no_grad()
     def settle(self) -> None:

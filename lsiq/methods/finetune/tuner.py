@@ -110,7 +110,8 @@ class _Tuner:
         with torch.no_grad():
             self.vocabulary = context.ahead.logits(self.hidden[:1, :1].to(self.device)).shape[-1]
         self.reference = self._float_outputs() if settings.loss == "float" else None
-        self.progress = Progress(context.unfinished, {"trained": settings.trained, "window": settings.window})
+        form = {"trained": settings.trained, "window": settings.window, "window_epochs": settings.window_epochs}
+        self.progress = Progress(context.unfinished, form)
         self.course = self.progress.course(self.device) or Course(0, 0, self.micro.size)
         self.micro.size = self.course.size
 
@@ -172,8 +173,7 @@ class _Tuner:
         """
         window = group.windows[number]
         opened = [blocks[index] for index in window.blocks]
-        share = len(window.steps) / max(1, group.steps) or 1.0
-        weights = [parameters for block in opened for parameters in block.open(len(window.steps), share)]
+        weights = [parameters for block in opened for parameters in block.open(len(window.steps))]
         increments = Optimizers(weights, window.steps, self.device, recorded)
         seconds = self._steps(group, number, chain, throughout, increments, blocks)
         for block in opened:
@@ -253,11 +253,12 @@ class _Tuner:
         self.progress.write(self.course, optimizers, settled, self.finished)
 
     def _batches(self, group: Group) -> list[Tensor]:
-        """Return the indices of the sequences of each step of the schedule, in an order of their own for each epoch."""
-        training, samples = self.settings.training, self.context.samples
+        """Return the indices of the sequences of each step of a group, in an order of their own for each epoch."""
+        batch, samples = self.settings.training.batch, self.context.samples
+        epochs = group.steps // math.ceil(samples / batch)
         generator = torch.Generator().manual_seed(self.context.generator.initial_seed() + group.blocks[0])
-        orders = [torch.randperm(samples, generator=generator) for _ in range(training.epochs)]
-        return [batch for order in orders for batch in order.split(training.batch)]
+        orders = [torch.randperm(samples, generator=generator) for _ in range(epochs)]
+        return [part for order in orders for part in order.split(batch)]
 
     def _end_epoch(self, group: Group) -> None:
         """Where an epoch ends, note and tell the mean of its losses."""

@@ -17,7 +17,7 @@ class Window:
 
     Attributes:
         blocks: their indices.
-        steps: of all steps that the schedule has, those in which they are.
+        steps: of all steps of the group, those in which they are.
     """
 
     blocks: range
@@ -43,19 +43,19 @@ class Group:
 def groups(settings: FineTune, depth: int, samples: int) -> list[Group]:
     """Return what is trained of a model of so many blocks, in its order.
 
-    Windows share the steps in proportion to their blocks, and differ by one block at most. Blocks that are not trained
-    together have all steps each.
+    Windows differ by one block at most. Each has `window_epochs` epochs, and blocks that are not trained together have
+    all epochs each.
     """
     first = max(0, depth - (settings.blocks or depth))
     count = depth - first
-    steps = settings.training.epochs * math.ceil(samples / settings.training.batch)
+    steps = settings.weight_epochs * math.ceil(samples / settings.training.batch)
     if not settings.together:
         singles = (range(index, index + 1) for index in range(first, depth))
         return [Group(blocks, (Window(blocks, range(steps)),)) for blocks in singles]
     number = math.ceil(count / (settings.window or count)) if settings.trained == "window" else 1
-    ends = [count * i // number for i in range(number + 1)]
+    ends = [first + count * i // number for i in range(number + 1)]
     windows = (
-        Window(range(first + a, first + b), range(steps * a // count, steps * b // count))
-        for a, b in itertools.pairwise(ends)
+        Window(range(start, stop), range(i * steps, (i + 1) * steps))
+        for i, (start, stop) in enumerate(itertools.pairwise(ends))
     )
     return [Group(range(first, depth), tuple(windows))]

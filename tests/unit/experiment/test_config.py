@@ -16,6 +16,7 @@ from lsiq.errors import ConfigError
 from lsiq.experiment.composed import plain_config
 from lsiq.experiment.config import parse
 from lsiq.experiment.identity import run_id
+from lsiq.methods.finetune import FineTune
 
 FILES = sorted(
     (file.parent.name, file.stem)
@@ -72,12 +73,25 @@ def test_the_best_recipe_follows_the_format() -> None:
     assert "weight_only" not in plain["method"]  # the record holds what was carried out
 
 
+@pytest.mark.parametrize(
+    ("quant", "family"),
+    [("fp8", "activation"), ("mxfp4", "activation"), ("nvfp4", "activation"), ("w4a16-mxfp4", "only")],
+)
+def test_the_best_recipe_follows_floating_point_formats(quant: str, family: str) -> None:
+    words = ("method=best", f"quant={quant}", *(f"method.weight_{it}.scales=null" for it in ("only", "activation")))
+    method = parse(compose_run(*words)).method
+    assert isinstance(method, FineTune)
+    assert method.start is not None
+    assert method.start.name == {"only": "best-blocks", "activation": "smoothquant+rotate+best-blocks"}[family]
+
+
 WITHOUT_TORCH = """
 import importlib, json, sys
 jobs, modules = json.loads(sys.argv[1])
 import lsiq.experiment.run
 from lsiq.cli.compose import compose
 from lsiq.experiment.config import parse
+from lsiq.methods.finetune import FineTune
 for words in jobs:
     parse(compose(*words))
 for module in modules:

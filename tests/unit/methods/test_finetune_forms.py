@@ -35,11 +35,14 @@ def best(**changes: object) -> FineTune:
     return replace(method, **changes)
 
 
-def test_windows_share_the_steps_and_cover_the_blocks_in_their_order() -> None:
-    (group,) = groups(best(trained="window", window=3), depth=8, samples=20)
+@pytest.mark.parametrize(("epochs", "steps"), [(None, 30), (10, 30), (4, 12)])
+def test_each_window_has_its_epochs_and_windows_cover_the_blocks_in_their_order(epochs: int | None, steps: int) -> None:
+    settings = best(trained="window", window=3, window_epochs=epochs)
+    (group,) = groups(settings, depth=8, samples=20)
     # 10 epochs of 3 steps; 8 blocks in three windows of which none has more than three.
     assert [list(window.blocks) for window in group.windows] == [[0, 1], [2, 3, 4], [5, 6, 7]]
-    assert [(window.steps.start, window.steps.stop) for window in group.windows] == [(0, 7), (7, 18), (18, 30)]
+    assert [window.steps for window in group.windows] == [range(i * steps, (i + 1) * steps) for i in range(3)]
+    assert settings.weight_share == steps / 30
     (whole,) = groups(best(trained="all"), depth=8, samples=20)
     assert whole.windows == (type(whole.windows[0])(range(8), range(30)),)
     singles = groups(replace(best(), together=False, blocks=2), depth=8, samples=20)
@@ -86,7 +89,8 @@ def test_a_window_flips_codes_in_its_turn_and_step_sizes_move_everywhere(
     # Two steps in all, one for each block, and it goes beyond the edge of a cell.
     part = DENSE.replace("0.05", "0.6")
     before, after = stored(
-        checkpoint, small_run, tmp_path, part, "method.trained=window", "method.window=1", "method.training.batch=4"
+        *(checkpoint, small_run, tmp_path, part, "method.trained=window", "method.window=1"),
+        *("method.window_epochs=1", "method.training.batch=4"),
     )
     for index in range(2):
         old, new = before.read(index).weights, after.read(index).weights
@@ -122,8 +126,9 @@ def test_a_run_says_which_form_it_took_and_keeps_its_name(
     taken = load.bytes(method, "window", 1, 1, 10 * GIB) / GIB
     other = run(small_run(checkpoint, *start, f"method.memory={taken * 1.02}", "force=true"))
     assert other.run_id == record.run_id
-    assert (other.training_form["trained"], other.training_form["window"]) == ("window", 1)
-    assert "trains through the whole model by window of 1 blocks" in capsys.readouterr().err
+    form = other.training_form
+    assert (form["trained"], form["window"], form["epochs"]) == ("window", 1, 1)
+    assert "trains through the whole model by window of 1 blocks, 1 epochs each" in capsys.readouterr().err
 
 
 def test_logits_made_in_parts_give_the_same_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +175,8 @@ def test_products_in_tf32_last_as_long_as_fine_tuning(
 def test_forms_that_cannot_be_are_refused() -> None:
     for overrides, message in (
         (["method.trained=all", "method.window=2"], "window=2: trained=all has no windows"),
+        (["method.trained=grid", "method.window_epochs=2"], "window_epochs=2: trained=grid has no windows"),
+        (["method.window_epochs=6"], "window_epochs=6: is more than training.epochs=5"),
         (["method.trained=window", "method.together=false"], "trained=window: together=false trains blocks one by one"),
         (["method.trained=grid", "method.scales=null", "method.floats=null", DENSE], "trained=grid: scales and floats"),
     ):
