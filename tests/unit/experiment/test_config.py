@@ -91,7 +91,6 @@ jobs, modules = json.loads(sys.argv[1])
 import lsiq.experiment.run
 from lsiq.cli.compose import compose
 from lsiq.experiment.config import parse
-from lsiq.methods.finetune import FineTune
 for words in jobs:
     parse(compose(*words))
 for module in modules:
