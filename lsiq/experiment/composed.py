@@ -12,6 +12,8 @@ from omegaconf.errors import MissingMandatoryValue
 from lsiq.errors import ConfigError
 
 INTEGERS = "lsiq.formats.activation.Activation"
+FAMILIES = {"weight_only", "weight_activation", "wide_blocks", "narrow_blocks"}
+WIDE = 32  # channels under a scale; where there are fewer, rotating them does harm (docs/formats.md)
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
@@ -58,18 +60,24 @@ def listed_parts(node: Any) -> Any:
 
 
 def recipe_for(method: Any, quant: Any) -> Any:
-    """Return the recipe for this format, where a method's file has one for float and one for quantised activations."""
+    """Return the recipe for this format, where a method's file has one for each family of formats."""
     family = recipe_family(method, quant)
     return method if family is None else method[family]
 
 
 def recipe_family(method: Any, quant: Any) -> str | None:
-    """Return which of a method's recipes is for this format; None where its file has but one."""
-    if not isinstance(method, Mapping) or set(method) != {"weight_only", "weight_activation"}:
+    """Return which of a method's recipes is for this format; None where its file has but one.
+
+    What counts is how activations are rounded: not at all, under a scale of a token or tensor, or in blocks with a
+    scale each, wide or narrow ones.
+    """
+    if not isinstance(method, Mapping) or set(method) != FAMILIES:
         return None
     activation = quant.get("activation") if isinstance(quant, Mapping) else None
     if not isinstance(activation, Mapping):
         return "weight_only"
+    if isinstance(block := activation.get("block"), int):
+        return "wide_blocks" if block >= WIDE else "narrow_blocks"
     # Integers leave activations in float at 16 bits, which is their default; floating-point formats state no bits.
     integers = activation.get("_target_", INTEGERS) == INTEGERS
     return "weight_only" if activation.get("bits", 16 if integers else None) == 16 else "weight_activation"

@@ -134,12 +134,12 @@ CONFIG_ERRORS = {
     "waiting-jointly": (["method.training.wait=3"], ["method.training.wait=3", "schedule=staged"]),
     "two-starts": (["method=best", "method.weight_only.run=x"], ["method.weight_only.run and start", "one of them"]),
     "best-on-blocks": (
-        ["method=best", "quant=w4a8-mxint"],
-        ["method.weight_activation.scales=0.001", "use method.weight_activation.scales=null"],
+        ["method=best", "quant=w4a8-mxint", "method.narrow_blocks.scales=0.001"],
+        ["method.narrow_blocks.scales=0.001", "use method.narrow_blocks.scales=null"],
     ),
     "best-on-floating-activations": (
-        ["method=best", "quant=mxfp4"],
-        ["method.weight_activation.scales=0.001", "use method.weight_activation.scales=null"],
+        ["method=best", "quant=mxfp4", "method.wide_blocks.scales=0.001"],
+        ["method.wide_blocks.scales=0.001", "use method.wide_blocks.scales=null"],
     ),
     "best-inside": (
         ["method=best", "method.weight_only.start.parts.0.lr=-1"],

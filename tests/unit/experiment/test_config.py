@@ -17,6 +17,7 @@ from lsiq.experiment.composed import plain_config
 from lsiq.experiment.config import parse
 from lsiq.experiment.identity import run_id
 from lsiq.methods.finetune import FineTune
+from lsiq.methods.rotate import Rotate
 
 FILES = sorted(
     (file.parent.name, file.stem)
@@ -74,15 +75,28 @@ def test_the_best_recipe_follows_the_format() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quant", "family"),
-    [("fp8", "activation"), ("mxfp4", "activation"), ("nvfp4", "activation"), ("w4a16-mxfp4", "only")],
+    ("quant", "start"),
+    [
+        ("fp8", "smoothquant+rotate+best-blocks"),
+        ("mxfp4", "rotate+best-blocks"),
+        ("nvfp4", "best-blocks"),
+        ("w4a8-mxint", "best-blocks"),
+    ],
 )
-def test_the_best_recipe_follows_floating_point_formats(quant: str, family: str) -> None:
-    words = ("method=best", f"quant={quant}", *(f"method.weight_{it}.scales=null" for it in ("only", "activation")))
-    method = parse(compose_run(*words)).method
+def test_the_best_recipe_rotates_inside_wide_blocks_and_not_in_narrow_ones(quant: str, start: str) -> None:
+    method = parse(compose_run("method=best", f"quant={quant}")).method
     assert isinstance(method, FineTune)
     assert method.start is not None
-    assert method.start.name == {"only": "best-blocks", "activation": "smoothquant+rotate+best-blocks"}[family]
+    assert method.start.name == start
+    if isinstance(method.start, Rotate):
+        assert method.start.block == 32
+
+
+def test_the_best_recipe_for_floating_point_weights_alone_is_that_of_integers() -> None:
+    method = parse(compose_run("method=best", "quant=w4a16-mxfp4", "method.weight_only.scales=null")).method
+    assert isinstance(method, FineTune)
+    assert method.start is not None
+    assert method.start.name == "best-blocks"
 
 
 WITHOUT_TORCH = """
@@ -91,7 +105,6 @@ jobs, modules = json.loads(sys.argv[1])
 import lsiq.experiment.run
 from lsiq.cli.compose import compose
 from lsiq.experiment.config import parse
-from lsiq.methods.finetune import FineTune
 for words in jobs:
     parse(compose(*words))
 for module in modules:
