@@ -49,6 +49,9 @@ def test_every_file_composes_to_checked_settings(group: str, choice: str, text_f
         overrides.append("method=rtn")  # the default method needs calibration tokens
     if group == "export":
         overrides.append("quant.weight.scale=float16")
+    if group == "sweep":  # a study of texts of yours names them in its command
+        head = (CONF / group / f"{choice}.yaml").read_text().partition("\nhydra:\n")[0]
+        overrides += [f"{key}.path={text_file}" for key in ("calib", "eval") if f" {key}.path=" in head]
     config = parse(compose_run(*overrides))
     assert config.model.seqlen >= 8
     if group == "quant":
