@@ -87,6 +87,8 @@ def _as_before(node: Any) -> Any:
     """Return a method's settings without those that change nothing about what was done before they came."""
     if isinstance(node, Mapping):
         before = BEFORE + (BEFORE_OF_GPTQ if str(node.get("_target_")).startswith(GPTQ) else ())
+        if node.get("trained") == "window":  # windows had a share of the epochs before they had epochs of their own
+            before = tuple(setting for setting in before if setting[0] != "window_epochs")
         return {key: _as_before(value) for key, value in node.items() if (key, value) not in before}
     return [_as_before(value) for value in node] if isinstance(node, list) else node
 

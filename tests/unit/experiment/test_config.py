@@ -198,6 +198,17 @@ def test_a_mixture_is_named_by_its_weights_whatever_their_order() -> None:
     assert name("calib.mix.c4=2", "calib.mix.ptb=1") != base
 
 
+@pytest.mark.parametrize(("trained", "same"), [("all", True), ("window", False)])
+def test_only_runs_with_windows_have_other_names_since_windows_have_epochs_of_their_own(
+    trained: str, same: bool
+) -> None:
+    cfg = compose_run("method=e2e", "method.run=some-run", "method.scales=1e-3", f"method.trained={trained}")
+    plain = plain_config(cfg)
+    name = run_id(parse(cfg), plain, {})
+    del plain["method"]["window_epochs"]
+    assert (run_id(parse(cfg), plain, {}) == name) is same
+
+
 def test_an_override_cannot_belie_the_name() -> None:
     assert parse(compose_run("quant=w4a16g128", "quant.weight.bits=2")).quant.name == "w2a16g128"
     assert parse(compose_run("quant.weight.symmetric=true")).quant.name == "w3a16g128-sym"
