@@ -12,7 +12,8 @@ from helpers.configuration import compose_run
 
 from lsiq.experiment.composed import plain_config
 from lsiq.report.compact import Run
-from lsiq.tables.papers.knobs import KNOBS, NONE, Knob, lines, load_runs, moved, numbers
+from lsiq.tables.papers.knobs import KNOBS, NONE, Knob, lines, moved, numbers
+from lsiq.tables.study import load
 
 KNOB = {knob.name: knob for knob in KNOBS}
 RATE = KNOB["increments"]
@@ -20,7 +21,7 @@ RATE = KNOB["increments"]
 
 @pytest.fixture(scope="module")
 def runs() -> list[Run]:
-    return load_runs()
+    return load()[0].runs
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lsiq.report.compact import Run, read_runs
+from lsiq.report.compact import Run
 from lsiq.tables.figure import BLUE, GREEN, ORANGE, PINK, RED, SKY, Figure, legend_below, panels
 from lsiq.tables.papers.model_sizes import SIZES, width
-from lsiq.tables.protocol import ROOT
 from lsiq.tables.study import Sample
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
 
@@ -70,14 +69,12 @@ class Line:
     """Runs of one model and width that differ in one setting and in the seed.
 
     Attributes:
-        method: as its runs were called.
         values: by the value of the setting, the divergences of the seeds; in the order of the values.
         chosen_on: whether the text is the one that settings are chosen on, WikiText-2 validation, and not its test.
     """
 
     size: str
     width: str
-    method: str
     values: Mapping[Value, Sample]
     chosen_on: bool
 
@@ -85,12 +82,6 @@ class Line:
     def least(self) -> Value:
         """The value with the least divergence."""
         return min(self.values, key=lambda value: self.values[value].mean)
-
-
-def load_runs() -> list[Run]:
-    """Return all committed runs."""
-    files = sorted((ROOT / "analysis" / "records").glob("*.jsonl"))
-    return [run for file in files for run in read_runs(file)]
 
 
 def lines(runs: Iterable[Run], knob: Knob) -> list[Line]:
@@ -161,8 +152,7 @@ def _line(size: str, bits: str, runs: Sequence[tuple[Value, Run]]) -> Line:
     for value, run in sorted(runs, key=lambda entry: entry[1].created):
         seeds[value][run.seed] = next(number for key, number in run.metrics.items() if key.startswith(TEXT))
     values = {value: Sample(tuple(of for _, of in sorted(seeds[value].items()))) for value in sorted(seeds, key=_place)}
-    first = runs[0][1]
-    return Line(size, bits, first.method, values, first.get("eval.corpora") == ["wikitext2"])
+    return Line(size, bits, values, runs[0][1].get("eval.corpora") == ["wikitext2"])
 
 
 def _place(value: Value) -> tuple[bool, float, str]:
