@@ -24,7 +24,7 @@ from lsiq.learning.look_ahead import look_ahead
 from lsiq.learning.schedule import LookAhead
 from lsiq.learning.step import Stepper
 from lsiq.learning.trained import Trained, start_parts
-from lsiq.learning.weight_path import choose, compiles
+from lsiq.learning.weight_path import choose, on_path
 from lsiq.models.block import Block, FloatStream
 from lsiq.models.context import Ahead, Context
 from lsiq.parts.base import Part, PartState
@@ -149,7 +149,7 @@ class Bench:
             states = states or start_parts(case.parts, self.block, quant, self.context)
             path = choose(training, case.parts, states, self.block, quant)
             window = look_ahead(case.parts, training, self.block, quant, self.context, path)
-        running = replace(training.in_precision(self.block), compiled=compiles(path, self.block))
+        running = on_path(training.in_precision(self.block), path, training)
         trained = Trained(case.parts, states, running, quant, path).trainable()
         feed = BatchFeeder(self.hidden, window.targets, case.batch, running.dtype, self.device, len(self.hidden))
         assert self.context.targets is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from lsiq.learning.batches import BatchFeeder
 from lsiq.learning.look_ahead import LookAheadLoss, look_ahead
 from lsiq.learning.step import Stepper
 from lsiq.learning.trained import Trained, start_parts
-from lsiq.learning.weight_path import choose, compiles
+from lsiq.learning.weight_path import choose, on_path
 from lsiq.models.block import Block
 from lsiq.models.context import Context
 from lsiq.parts.base import Part, PartState
@@ -77,7 +77,7 @@ def learn(
     with torch.no_grad():
         start = start_parts(parts, block, quant, context)
     path = choose(training, parts, start, block, quant)
-    running = replace(training.in_precision(block, context.cache), compiled=compiles(path, block))
+    running = on_path(training.in_precision(block, context.cache), path, training)
     with torch.no_grad():
         window = look_ahead(parts, training, block, quant, context, path)
     states, epochs = start, list[Epoch]()

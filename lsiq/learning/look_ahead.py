@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsiq.learning.trained import Trained, start_parts
-from lsiq.learning.weight_path import WeightPath, compiles
+from lsiq.learning.weight_path import WeightPath, compiles, on_path
 from lsiq.models.block import Block, BlockFunction
 from lsiq.models.context import Context
 from lsiq.models.rounding import round_to_nearest
@@ -83,7 +83,7 @@ def look_ahead(
     for distance in range(1, count + 1):
         assert context.ahead is not None
         following = context.ahead.block(block.index + distance)
-        running = replace(training.in_precision(following, context.cache), compiled=compiles(path, block))
+        running = on_path(training.in_precision(following, context.cache), path, training)
         if training.ahead.later == "learned":
             following_context = replace(context, inputs=targets[-1])
             following_quant = quant.in_block(following.index)

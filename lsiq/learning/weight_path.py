@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from lsiq.errors import ConfigError
@@ -45,9 +46,30 @@ def choose(
     return "plain"
 
 
+def on_path(block: Block, path: WeightPath, training: Training) -> Block:
+    """Return the block as it runs its tokens while its weights are made in this way."""
+    return replace(block, compiled=compiles(path, block), fused_rounding=fuses_rounding(training.kernels, block))
+
+
 def compiles(path: WeightPath, block: Block) -> bool:
     """Whether the block's tokens run compiled beside weights of this path; not beside interpreted kernels."""
     return path == "compile" or (path == "triton" and _on_gpu(block) and _size(block) >= LARGE)
+
+
+def fuses_rounding(kernels: str, block: Block) -> bool:
+    """Whether a kernel rounds the block's activations.
+
+    Written out, rounding and its gradient are some thirty passes over the tokens at each of seven places in a block.
+    """
+    if kernels in ("plain", "compile") or importlib.util.find_spec("triton") is None:
+        return False
+    if kernels == "auto":
+        return _on_gpu(block) and _size(block) >= SMALLEST
+    return _runs_kernels(block)
+
+
+def _runs_kernels(block: Block) -> bool:
+    return _on_gpu(block) or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _on_gpu(block: Block) -> bool:
@@ -63,7 +85,7 @@ def _why_not_triton(
 ) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if not _on_gpu(block) and os.environ.get("TRITON_INTERPRET") != "1":
+    if not _runs_kernels(block):
         return "the kernels run on a GPU"
     from lsiq.learning.fused_weights import uncovered
 

@@ -53,6 +53,7 @@ class Block:
             queries and keys, head by head after the rotary embedding. The weights are those of rotated inputs.
         prefix: tokens whose keys and values stand before those of every sequence.
         compiled: whether the block runs compiled where gradients are wanted; rotated inputs and prefixes do not.
+        fused_rounding: whether one kernel rounds tokens where gradients are wanted; compiled blocks do so anyway.
         kind: how the block attends, where the blocks of its model do not all attend alike.
         untouched: dotted names of linears' weights that stay in float.
     """
@@ -67,6 +68,7 @@ class Block:
     rotations: Mapping[str, Rotation] = field(default_factory=dict)
     prefix: BlockPrefix | None = None
     compiled: bool = False
+    fused_rounding: bool = False
     kind: str = ""
     untouched: frozenset[str] = frozenset()
 
@@ -189,12 +191,15 @@ class Block:
             )
 
         before = None if self.prefix is None else _prefix_cache(self.prefix, self.dtype, call)
+        in_training = activation
+        if self.fused_rounding and compilable(activation):
+            in_training = fused_activation(activation)
 
         def run(hidden: Tensor, kwargs: Mapping[str, Any] | None = None, /) -> Tensor:
             call_kwargs = block_kwargs if kwargs is None else for_kind(kwargs, kind)
             if before is not None:
                 call_kwargs = before.begin(call_kwargs, len(hidden), index)
-            return call(hidden, call_kwargs, activation)
+            return call(hidden, call_kwargs, in_training if torch.is_grad_enabled() else activation)
 
         return run
 
@@ -229,7 +234,7 @@ class Block:
 
 
 def compilable(activation: ActivationFormat | None) -> bool:
-    """Whether a block with activations in this format can run compiled."""
+    """Whether a block with activations in this format can run compiled, and one kernel can round its tokens."""
     return (
         activation is None
         or not activation.active
@@ -238,7 +243,7 @@ def compilable(activation: ActivationFormat | None) -> bool:
 
 
 def fused_activation(activation: ActivationFormat | None) -> ActivationFormat | None:
-    """Return the format as operations that a compiler leaves whole."""
+    """Return the format as one kernel, an operation that a compiler leaves whole."""
     if activation is None or not activation.active:
         return None
     from lsiq.kernels.activation import FusedActivation

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lsiq.formats.tensor import QuantizedTensor
+from lsiq.learning.weight_path import fuses_rounding
 from lsiq.models.block import Block
 from lsiq.models.context import Context
 from lsiq.models.result import BlockResult
@@ -64,7 +65,8 @@ class TunedBlock:
         scales, rate = (None, None) if rests else (settings.scales, settings.floats)
         self.growth = {name: torch.zeros_like(grid.scale, device=device) for name, grid in self.grids.items() if scales}
         self.floats = {name: w.clone() if rate else w for name, w in floats.items()}
-        self.block = settings.training.in_precision(replace(block, weights=self.floats), context.cache)
+        running = replace(block, weights=self.floats, fused_rounding=fuses_rounding("auto", block))
+        self.block = settings.training.in_precision(running, context.cache)
         floating = {name: w for name, w in self.floats.items() if name not in block.untouched}
         self.groups = [*_trainable(self.growth, scales), *_trainable(floating, rate)]
 

@@ -229,14 +229,37 @@ def test_activations_and_their_gradients_equal_the_plain_ones(dtype: torch.dtype
     assert distance(outcomes[1][1], outcomes[0][1]) < 1e-6  # measured: 2e-7; equal in half
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_block_whose_tokens_a_kernel_rounds_equals_the_plain_one(small: dict[str, Path], family: str) -> None:
+    block, context = setting(small[family])
+    block, fmt = on_device(block, torch.float32), Activation(bits=4)
+    assert context.inputs is not None
+    outcomes = []
+    for running in (block, replace(block, fused_rounding=True)):
+        weights = {name: w.clone().requires_grad_() for name, w in running.weights.items()}
+        function = running.with_weights(weights, fmt)
+        out = function(context.inputs.to(device()))
+        out.square().mean().backward()
+        with torch.no_grad():
+            unseen = function(context.inputs.to(device()))
+        outcomes.append((out.detach(), unseen, torch.cat([w.grad.flatten() for w in weights.values()])))  # type: ignore[union-attr]
+    (plain, plain_unseen, plain_gradient), (fused, unseen, gradient) = outcomes
+    assert distance(fused, plain) < 1e-5  # measured: equal
+    assert distance(gradient, plain_gradient) < 1e-4  # measured: 3e-7
+    assert torch.equal(unseen, plain_unseen)  # what is measured is the plain version
+
+
 @pytest.mark.slow
-def test_learning_with_the_kernels_learns_what_the_plain_path_learns(small: dict[str, Path]) -> None:
+@pytest.mark.parametrize("quant", [W2, QuantSettings(weight=W2.weight, activation=Activation(bits=4))], ids=str)
+def test_learning_with_the_kernels_learns_what_the_plain_path_learns(
+    small: dict[str, Path], quant: QuantSettings
+) -> None:
     block, context = setting(small["llama"])
     parts = (Singular(corner=8, lr=1e-3), Clip(lr=1e-2))
     outcomes = []
     for kernels in ("plain", "triton"):
         training = schedule_of(epochs=3, batch=8, kernels=kernels)
-        learned = learn(parts, training, block, W2, replace(context, generator=fresh()))
+        learned = learn(parts, training, block, quant, replace(context, generator=fresh()))
         assert learned.kernels == kernels
         outcomes.append([epoch.loss for epoch in learned.epochs])
     assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4)  # measured: 1e-6
