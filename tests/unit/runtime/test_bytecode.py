@@ -29,7 +29,7 @@ def test_what_python_keeps_by_itself_is_not_told_of(package: Path) -> None:
 def test_bytecode_that_is_never_written_is_missed(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     advice = missing_bytecode("sys", "large") or ""
-    assert advice.endswith(f"(PYTHONDONTWRITEBYTECODE); once: python -m compileall -q {package}")
+    assert advice.endswith(f"(PYTHONDONTWRITEBYTECODE); once: python -m compileall -q -j 0 {package.parent}")
     py_compile.compile(str(package / "__init__.py"))  # as compileall does, whatever Python is told
     assert missing_bytecode("large") is None
 
