@@ -57,7 +57,11 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     for place, names in _PLACES.items():
         if name in names:
-            return getattr(importlib.import_module(place), name)
+            from lsiq.runtime.garbage import uncollected_imports
+
+            with uncollected_imports():
+                module = importlib.import_module(place)
+            return getattr(module, name)
     raise AttributeError(f"module 'lsiq' has no attribute '{name}'")
 
 

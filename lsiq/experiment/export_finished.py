@@ -15,6 +15,7 @@ from lsiq.experiment.config import RunConfig, parse
 from lsiq.models.folder import find_folder, fingerprint
 from lsiq.results.find import find_run
 from lsiq.results.record import Record
+from lsiq.runtime.garbage import uncollected_imports
 from lsiq.runtime.locks import run_lock
 
 # What may stand beside `from=`: everything else is the run's own.
@@ -54,7 +55,8 @@ def export_finished(cfg: DictConfig, overrides: Sequence[str]) -> Record:
             "give the folder that holds it with model.path=DIR"
         )
 
-    from lsiq.experiment.export import export_run  # torch and transformers: only now that there is work for them
+    with uncollected_imports():  # torch and transformers: only now that there is work for them
+        from lsiq.experiment.export import export_run
 
     with run_lock(config.paths, record.run_id):
         record, folder = find_run(runs, run, "from", "quantised")  # as another process may have left it meanwhile

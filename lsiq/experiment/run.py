@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from lsiq.models.gguf_file import weights_from
 from lsiq.report.terminal import show_record
 from lsiq.results.record import Record, command_line, read_record, source_state, versions, write_record
 from lsiq.runtime import processes
+from lsiq.runtime.bytecode import missing_bytecode
 from lsiq.runtime.garbage import uncollected_imports
 from lsiq.runtime.locks import run_lock
-from lsiq.runtime.terminal import say
+from lsiq.runtime.terminal import say, warn
 
 
 def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
@@ -71,9 +72,7 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
     try:
         if processes.size() == 1:  # several processes have imported torch already
             check_before_torch(request.config, request.checkpoint, calibrates=not record.quantised)
-        with uncollected_imports():  # torch and transformers: only now that there is work for them
-            from lsiq.experiment.stages import carry_out
-
+        carry_out = stages()
         processes.from_first((record, True))
         carry_out(request, record)
     except BaseException as raised:
@@ -109,10 +108,17 @@ def follow(request: Request) -> Record:
     """Do this process's share of what the first one finds to do."""
     record, again = processes.from_first((Record("", "", "", {}, 0, {}), False))
     if again:
-        from lsiq.experiment.stages import carry_out
-
-        carry_out(request, record)
+        stages()(request, record)
     return record
+
+
+def stages() -> Callable[[Request, Record], None]:
+    """Import torch and transformers, only now that there is work for them, and return what does the work."""
+    if (advice := missing_bytecode("torch", "transformers")) is not None:
+        warn(advice)
+    with uncollected_imports(beside_torch=processes.size() > 1):  # who met the others has imported torch for it
+        from lsiq.experiment.stages import carry_out
+    return carry_out
 
 
 def new_record(request: Request, overrides: Sequence[str]) -> Record:

@@ -82,12 +82,14 @@ def together(device: str, multirun: bool = False) -> Iterator[None]:
 
 def _join(device: str, multirun: bool) -> None:
     """Meet the other processes."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
-    from torch.distributed.rendezvous import rendezvous
-
+    from lsiq.runtime.garbage import uncollected_imports
     from lsiq.runtime.terminal import hush
+
+    with uncollected_imports():
+        import torch
+        import torch.distributed as dist
+        from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+        from torch.distributed.rendezvous import rendezvous
 
     local, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     _group.rank, _group.size, _group.local_rank = int(os.environ["RANK"]), world, local

@@ -170,6 +170,33 @@ def test_the_objective_of_a_run_is_its_first_perplexity(checkpoint: Path, small_
     assert record.objective == record.metrics["ppl/file@64"]
 
 
+# What other settings ask for: trackers, corpora of the hub, tasks, exports, sweeps, kernels and compiling, pages.
+OF_OTHER_SETTINGS = {
+    *("wandb", "trackio", "mlflow", "tensorboard", "datasets", "lm_eval", "sklearn", "nltk", "gguf"),
+    *("compressed_tensors", "joblib", "submitit", "ray", "optuna", "lsiq.kernels", "torch._inductor.compile_fx"),
+    *("lsiq.tables", "lsiq.report.page", "matplotlib", "IPython"),
+}
+MODULES_OF_A_RUN = f"""
+import sys
+from lsiq.cli.main import main
+main()
+unused = set({sorted(OF_OTHER_SETTINGS)}) & set(sys.modules)
+assert not unused, sorted(unused)
+"""
+
+
+@pytest.mark.parametrize("method", ["rtn", slow("lsi-quick")])
+def test_a_run_imports_nothing_that_its_settings_do_not_ask_for(
+    checkpoints: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    words = [f"model.path={checkpoints['llama']}", "model.seqlen=64", f"method={method}", "quant.weight.group=32"]
+    words += ["calib.samples=2", "eval.windows=2", "tracker=none"]
+    done = subprocess.run(
+        [sys.executable, "-c", MODULES_OF_A_RUN, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.product
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
 def test_the_bundled_models_run_from_any_folder(model: str, tmp_path: Path) -> None:

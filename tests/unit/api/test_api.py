@@ -18,6 +18,11 @@ def test_importing_lsiq_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_what_lsiq_imports_is_out_of_the_collectors_sight():
+    code = "import gc, sys, lsiq; lsiq.load_model; sys.exit(gc.get_freeze_count() < 100_000 or not gc.isenabled())"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_every_name_that_lsiq_offers_is_there():
     assert all(getattr(lsiq, name) is not None for name in lsiq.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):

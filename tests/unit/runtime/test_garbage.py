@@ -31,3 +31,10 @@ def test_beside_what_is_there_already_nothing_changes() -> None:
     with uncollected_imports():
         assert gc.isenabled()
     assert gc.get_freeze_count() == before
+
+
+def test_a_process_that_has_only_met_others_has_no_garbage_yet() -> None:
+    """Torch is there then; transformers is not."""
+    code = FIRST.replace("import gc\n", "import gc, torch\n", 1).replace("imports():", "imports(beside_torch=True):")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
