@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lsiq.bench.shapes import LLAMA, LLAMA_3, OPT, course, formats, random_model
+from lsiq.bench.shapes import LLAMA, LLAMA_3, OPT, SMOLLM2, course, formats, random_model
 from lsiq.bench.timing import FlopsByDtype, Mark, measured_rate, median_ms
 from lsiq.bench.whole import run_whole
 from lsiq.learning.batches import BatchFeeder
@@ -75,6 +75,8 @@ CASES = (
     Case("llama-3-recipe-4", RECIPE, 4, "", LLAMA_3),
     Case("opt-let-1", (LSI, LET, CLIP), 1, "", OPT),
     Case("opt-let-4", (LSI, LET, CLIP), 4, "≤ 6", OPT),
+    Case("smollm2-recipe-8", RECIPE, 8, "", SMOLLM2, group=64),
+    Case("smollm2-w4a4-recipe-8", RECIPE, 8, "", SMOLLM2, group=None, activation=4),
 )
 
 
@@ -91,7 +93,7 @@ def main() -> None:
     print("| case | ms/step | ms/sample | mark | weights fwd | tokens fwd | tokens bwd | weights bwd | optimizer "
           "| peak GiB | of the matmul ceiling |")  # fmt: skip
     print("|" + " --- |" * 11)
-    for shape in (LLAMA, LLAMA_3, OPT):
+    for shape in (LLAMA, LLAMA_3, OPT, SMOLLM2):
         cases = [c for c in CASES if c.shape is shape and (not options.only or c.name in options.only)]
         if cases:
             bench = Bench(options, shape, device)
