@@ -114,7 +114,7 @@ def follow(request: Request) -> Record:
 
 def stages() -> Callable[[Request, Record], None]:
     """Import torch and transformers, only now that there is work for them, and return what does the work."""
-    if (advice := missing_bytecode("torch", "transformers")) is not None:
+    if processes.first() and (advice := missing_bytecode("torch", "transformers")) is not None:
         warn(advice)
     with uncollected_imports(beside_torch=processes.size() > 1):  # who met the others has imported torch for it
         from lsiq.experiment.stages import carry_out

@@ -36,7 +36,7 @@ def choose(
     kernels = training.kernels
     if kernels in ("plain", "compile"):
         return kernels
-    if kernels == "auto" and not (_on_gpu(block) and _size(block) >= SMALLEST):
+    if not _wants_kernels(kernels, block):
         return "plain"
     reason = _why_not_triton(parts, states, block, quant)
     if reason is None:
@@ -59,17 +59,13 @@ def compiles(path: WeightPath, block: Block) -> bool:
 def fuses_rounding(kernels: str, block: Block) -> bool:
     """Whether a kernel rounds the block's activations.
 
-    Written out, rounding and its gradient are some thirty passes over the tokens at each of seven places in a block.
+    Written out, rounding and its gradient are 37 passes over the tokens at each of seven places in a block.
     """
-    if kernels in ("plain", "compile") or importlib.util.find_spec("triton") is None:
-        return False
-    if kernels == "auto":
-        return _on_gpu(block) and _size(block) >= SMALLEST
-    return _runs_kernels(block)
+    return _wants_kernels(kernels, block) and _why_no_kernels(block) is None
 
 
-def _runs_kernels(block: Block) -> bool:
-    return _on_gpu(block) or os.environ.get("TRITON_INTERPRET") == "1"
+def _wants_kernels(kernels: str, block: Block) -> bool:
+    return kernels == "triton" or (kernels == "auto" and _on_gpu(block) and _size(block) >= SMALLEST)
 
 
 def _on_gpu(block: Block) -> bool:
@@ -83,11 +79,18 @@ def _size(block: Block) -> int:
 def _why_not_triton(
     parts: Sequence[Part], states: Sequence[PartState], block: Block, quant: QuantSettings
 ) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if not _runs_kernels(block):
-        return "the kernels run on a GPU"
+    if (reason := _why_no_kernels(block)) is not None:
+        return reason
     from lsiq.learning.fused_weights import uncovered
 
     reason = uncovered(parts, states, block, quant)
     return None if reason is None else f"the kernels do not cover this setting: {reason}"
+
+
+def _why_no_kernels(block: Block) -> str | None:
+    """Why no kernel runs where the block lies, or None where they do."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not _on_gpu(block) and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the kernels run on a GPU"
+    return None

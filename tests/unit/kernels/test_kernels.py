@@ -13,6 +13,7 @@ from helpers.learned import W2, fresh, schedule_of, setting
 from helpers.marks import product, slow, slow_but
 from helpers.models import SHAPES, load_small, save_model
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
@@ -229,16 +230,21 @@ def test_activations_and_their_gradients_equal_the_plain_ones(dtype: torch.dtype
     assert distance(outcomes[1][1], outcomes[0][1]) < 1e-6  # measured: 2e-7; equal in half
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_a_block_whose_tokens_a_kernel_rounds_equals_the_plain_one(small: dict[str, Path], family: str) -> None:
+@pytest.mark.parametrize(("family", "computed_again"), [("llama", False), ("opt", False), ("llama", True)])
+def test_a_block_whose_tokens_a_kernel_rounds_equals_the_plain_one(
+    small: dict[str, Path], family: str, computed_again: bool
+) -> None:
+    """Also where the outputs are computed again on the way back, as in training through the whole model."""
     block, context = setting(small[family])
     block, fmt = on_device(block, torch.float32), Activation(bits=4)
     assert context.inputs is not None
     outcomes = []
-    for running in (block, replace(block, fused_rounding=True)):
+    for running, again in ((block, False), (replace(block, fused_rounding=True), computed_again)):
         weights = {name: w.clone().requires_grad_() for name, w in running.weights.items()}
         function = running.with_weights(weights, fmt)
-        out = function(context.inputs.to(device()))
+        inputs = context.inputs.to(device())
+        out = checkpoint(function, inputs, use_reentrant=False) if again else function(inputs)
+        assert isinstance(out, Tensor)
         out.square().mean().backward()
         with torch.no_grad():
             unseen = function(context.inputs.to(device()))
