@@ -66,16 +66,30 @@ def test_runs_of_any_file_fill_their_columns(records: dict[str, list[Run]], stud
     before = main_by_size(SizeRuns(records), study, WEIGHTS)
     table = main_by_size(SizeRuns({**records, "of-tomorrow": [*rungs, opt]}), study, WEIGHTS)
     assert "30 M" not in before.heads
-    assert table.heads[3:8] == ("11 M", "11 M, OPT", "30 M", "90 M", "SmolLM2")
+    assert table.heads[3:7] == ("11 M", "11 M, OPT", "30 M", "SmolLM2")
     (rung,) = [text for text in column(table, "30 M").values() if text != "–"]
     assert rung.endswith("(3)")
     assert column(table, "11 M, OPT")["w4", "lsi"].endswith("(1)")
-    measured = {row: text for row, text in column(before, "90 M").items() if text != "–"}
+    measured = {row: text for row, text in column(before, "SmolLM2").items() if text != "–"}
     assert measured
-    assert measured.items() <= column(table, "90 M").items()
+    assert measured.items() <= column(table, "SmolLM2").items()
     # Until it is run by this protocol a bundled model has the study's column, which says so.
     assert "11 M, OPT (study)" in before.heads
     assert column(before, "11 M, OPT (study)")["w2", "lsi"] == "–"
+
+
+def test_a_column_is_of_one_training_of_its_model(records: dict[str, list[Run]], study: Runs, lsi: Run) -> None:
+    assert "90 M" not in main_by_size(SizeRuns(records), study, WEIGHTS).heads, "earlier trainings have no column"
+    own = replace(lsi, model="llama-90m", metrics={**lsi.metrics, "excess/wikitext2@512": 0.5})
+    sizes = SizeRuns({**records, "of-tomorrow": [own]})
+    measured = {row: text for row, text in column(main_by_size(sizes, study, WEIGHTS), "90 M").items() if text != "–"}
+    assert measured == {("w2", "lsi"): "0.500 (1)"}
+    # Elsewhere earlier trainings have the rows that the model itself was not run with.
+    samples = {entry: sizes.sample("90 M", "w2", entry, "excess/wikitext2") for entry in ("lsi", "lsi-diagonal")}
+    assert samples["lsi"] is not None
+    assert samples["lsi"].values == (0.5,)
+    assert samples["lsi-diagonal"] is not None
+    assert len(samples["lsi-diagonal"].values) == 2
 
 
 @pytest.mark.parametrize(

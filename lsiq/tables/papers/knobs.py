@@ -92,7 +92,7 @@ def lines(runs: Iterable[Run], knob: Knob) -> list[Line]:
     """
     alike: dict[tuple[Any, ...], list[tuple[Value, str, Run]]] = defaultdict(list)
     for run in runs:
-        size = next((size.name for size in SIZES if run.model in size.models), None)
+        size = next((size.name for size in SIZES if run.model in size.names), None)
         if size is None or not any(key.startswith(TEXT) for key in run.metrics):
             continue
         if any(run.get(key) != value for key, value in knob.where.items()):

@@ -56,11 +56,12 @@ class Column:
 def main_by_size(
     sizes: SizeRuns, runs: Runs, part: Part, measure: str = "excess", text: str = "wikitext2", folded: bool = False
 ) -> Table:
-    """Return a row per setting and method and a column per size.
+    """Return a row per setting and method and a column per size, which is of one model.
 
     A bundled model that has no runs of the part by the protocol of `sizes` has its column from the study.
     """
     columns: list[Column] = []
+    sizes = sizes.of_one_training()
     for size in SIZES:
         candidates = [_of_sizes(sizes, size, part, measure, text)]
         candidates += [_of_study(runs, size, model, part, measure, text) for model in BUNDLED if model in size.models]

@@ -19,6 +19,7 @@ class Size:
     Attributes:
         name: heads its column.
         models: what its models are called in the records.
+        before: models of earlier trainings, which have the rows that `models` were not run with.
         tick: what a figure writes below it; empty where no figure has it.
         own: whether the ladder's recipe trained it.
         group: weights that share a step size, where they do so in groups.
@@ -29,6 +30,7 @@ class Size:
 
     name: str
     models: tuple[str, ...]
+    before: tuple[str, ...] = ()
     tick: str = ""
     group: int = 128
     seqlen: int = 512
@@ -36,12 +38,17 @@ class Size:
     dtypes: tuple[str, ...] = ("float32", "tf32")
     own: bool = True
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Whatever its models are called."""
+        return (*self.models, *self.before)
+
     def contradiction(self, run: Run) -> str | None:
         """Return what keeps a run out, the dotted name of a setting; None if it measured this size in this way."""
         stated = {"eval.seqlen": self.seqlen, "eval.windows": self.windows}
         if GROUPED.fullmatch(run.setting):
             stated["quant.weight.group"] = self.group
-        if run.model not in self.models or run.get("model.outliers"):
+        if run.model not in self.names or run.get("model.outliers"):
             return "model"
         other = (key for key, value in stated.items() if run.get(key) != value)
         return next(other, None if run.dtype in self.dtypes else "model.dtype")
@@ -67,21 +74,22 @@ def width(setting: str) -> str:
 
 
 def _rungs(*rungs: str) -> list[Size]:
-    """The ladder's sizes; a rung that was trained under another name has it as well."""
-    former = {"llama-11m": ("tiny-llama",), "opt-11m": ("tiny-opt",), "llama-90m": ("l90",)}
+    """The ladder's sizes; the bundled models are its rungs of 11 M."""
+    bundled = {"llama-11m": ("tiny-llama",), "opt-11m": ("tiny-opt",)}
+    before = {"llama-90m": ("l90",)}
     sizes = []
     for rung in rungs:
         count = rung.replace("m", " M")
         llama, opt = (f"{family}-{rung}" for family in ("llama", "opt"))
-        sizes.append(Size(count, (llama, *former.get(llama, ())), count))
-        sizes.append(Size(f"{count}, OPT", (opt, *former.get(opt, ()))))
+        sizes.append(Size(count, (llama, *bundled.get(llama, ())), before.get(llama, ()), count))
+        sizes.append(Size(f"{count}, OPT", (opt, *bundled.get(opt, ()))))
     return sizes
 
 
 SMOLLM2 = "smollm2-135m"
 SIZES = (
     *_rungs(*(rung for rung in LADDER if rung != "300m")),
-    Size("SmolLM2", ("smol", SMOLLM2), "SmolLM2\n135 M", 64, 1024, 160, ("float32",), own=False),
-    Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, ("tf32",), own=False),
+    Size("SmolLM2", ("smol", SMOLLM2), (), "SmolLM2\n135 M", 64, 1024, 160, ("float32",), own=False),
+    Size("SmolLM2, whole texts", (SMOLLM2,), (), "", 64, 2048, None, ("tf32",), own=False),
     *_rungs("300m"),
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -87,13 +88,28 @@ LABELS: Mapping[str, Mapping[str, str]] = {
     # Not the methods of these names: these train roundings, not weights, and the end starts from latent weights.
     | {"best-blocks": "rounding with CL", "best": "rounding with CL, then latents"},
 }
-# A peer's checkpoints were evaluated as models of their own: by name, the width and the row.
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A checkpoint that a peer's package made, evaluated as a model of its own: where it stands."""
+
+    size: str
+    width: str
+    entry: str = PACKAGE
+
+
 PEERS = {
-    "ar-w2": ("w2", PACKAGE),
-    "ar-w2x": ("w2", PACKAGE_EXTENDED),
-    "ar-w3": ("w3", PACKAGE),
-    "ar-w4": ("w4", PACKAGE),
+    "ar-w2": Peer("SmolLM2", "w2"),
+    "ar-w2x": Peer("SmolLM2", "w2", PACKAGE_EXTENDED),
+    "ar-w3": Peer("SmolLM2", "w3"),
+    "ar-w4": Peer("SmolLM2", "w4"),
+    "ar90-w2-200": Peer("90 M", "w2"),
+    "ar90-w3-200": Peer("90 M", "w3"),
+    "ar90-w4-200": Peer("90 M", "w4"),
 }
+# What the peer quantised: the model whose perplexity is taken from its checkpoints'.
+PEERS_OF = {"SmolLM2": SMOLLM2, "90 M": "llama-90m"}
 
 
 @dataclass(frozen=True)
@@ -130,15 +146,23 @@ class SizeRuns:
         for _, file, run in sorted(of_files, key=lambda entry: entry[:2]):
             if not reports(run):
                 continue
-            if file in LABELS and run.model in PEERS:
+            if run.model in PEERS:
                 peers.append(run)
             elif (point := _point(file, run)) is not None:
                 latest[point.size, point.model, run.setting, point.entry, run.seed] = (point, run)
-        base = next((run for point, run in latest.values() if (point.size, run.model) == ("SmolLM2", SMOLLM2)), None)
-        self.points = [point for point, _ in latest.values()] + [_peer(run, base) for run in peers]
+        bases = {point.size: run for point, run in latest.values() if PEERS_OF.get(point.size) == run.model}
+        self.points = [*_of_first_models([point for point, _ in latest.values()]), *(_peer(run, bases) for run in peers)]
         self.sizes = tuple(size for size in SIZES if any(point.size == size.name for point in self.points))
         self.notes = _notes(latest.values())
-        check_tokens([*((point.size, run) for point, run in latest.values()), *(("SmolLM2", run) for run in peers)])
+        check_tokens(
+            [*((point.size, run) for point, run in latest.values()), *((PEERS[run.model].size, run) for run in peers)]
+        )
+
+    def of_one_training(self) -> SizeRuns:
+        """Return the runs without those of earlier trainings of a size's model: rows that compare like with like."""
+        runs = copy(self)
+        runs.points = [point for point in self.points if not _is_before(point)]
+        return runs
 
     def sample(self, size: str, width: str, entry: str, metric: str) -> Sample | None:
         """Return what the runs of a row measured; rounding to nearest counts once per model, as no seed changes it."""
@@ -186,7 +210,7 @@ def contradiction_by_size(run: Run) -> str | None:
 
     Calibration and method must be what the sweep composes to today for a method of that name.
     """
-    otherwise = [size.contradiction(run) for size in SIZES if run.model in size.models] or ["model"]
+    otherwise = [size.contradiction(run) for size in SIZES if run.model in size.names] or ["model"]
     if None not in otherwise:
         return otherwise[0]
     expected = composed((f"sweep={SWEEP}", *_recipes().get(run.method, method_overrides(run.method))))
@@ -211,12 +235,24 @@ def _point(file: str, run: Run) -> Point | None:
     return Point(size, width(run.setting), entry, run.metrics, (run.model, *perplexities), run.average_bits, run.dtype)
 
 
-def _peer(run: Run, base: Run | None) -> Point:
+def _of_first_models(points: Sequence[Point]) -> list[Point]:
+    """Leave out runs of models of earlier trainings where a row has runs of a size's own."""
+    own = {(point.size, point.width, point.entry) for point in points if not _is_before(point)}
+    return [p for p in points if not _is_before(p) or (p.size, p.width, p.entry) not in own]
+
+
+def _is_before(point: Point) -> bool:
+    return any(point.model[:1] == (model,) for size in SIZES for model in size.before)
+
+
+def _peer(run: Run, bases: Mapping[str, Run]) -> Point:
     """Return the run of a peer's checkpoint: its excess is over the float model, which another run measured."""
-    if base is None:
-        raise InputError(f"{run.model}: no run of {SMOLLM2} says what the float model's perplexity is; collect one")
-    of_width, entry = PEERS[run.model]
-    return Point("SmolLM2", of_width, entry, excess_over(base, run))
+    peer = PEERS[run.model]
+    if peer.size not in bases:
+        raise InputError(
+            f"{run.model}: no run of {PEERS_OF[peer.size]} says what the float model's perplexity is; collect one"
+        )
+    return Point(peer.size, peer.width, peer.entry, excess_over(bases[peer.size], run))
 
 
 def excess_over(base: Run, peer: Run) -> dict[str, float]:
