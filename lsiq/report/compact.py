@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lsiq.errors import InputError
+from lsiq.report.significance import window_means
 from lsiq.results.record import Record
 
 # Of the resolved configuration: what decides a number, without where things lie and what is only said.
@@ -18,6 +19,8 @@ _KEPT = {
     "calib": ("corpus", "samples", "written", "seqlen", "batch"),
     "eval": ("corpora", "seqlen", "windows", "tasks", "items"),
 }
+# Fields that lines leave out where they are empty.
+_LEFT_OUT = ("weights_from", "window_means")
 _MEASURES = ("ppl", "excess", "kl", "top1", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 
 
@@ -37,6 +40,7 @@ class Run:
         errors: by block, the relative squared error of its output.
         machine: device, GPU, threads and version of torch.
         weights_from: what the float weights were de-quantised from; None, and left out of files, for float ones.
+        window_means: by measure, the means of blocks of windows, for paired tests; left out of files where none are.
     """
 
     run_id: str | None
@@ -57,6 +61,7 @@ class Run:
     machine: Mapping[str, Any]
     commit: str | None
     weights_from: str | None = None
+    window_means: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str | None:
@@ -88,8 +93,8 @@ def _item(items: Sequence[Any], name: str) -> Any:
     return next((item for item, target in targets if target.split(".")[-2:-1] == [name]), None)
 
 
-def compact(record: Record) -> Run:
-    """Return what tables need of a finished run's record."""
+def compact(record: Record, folder: Path | None = None) -> Run:
+    """Return what tables need of a finished run's record, its windows in `folder` included where they are wanted."""
     model, setting, method, *_ = record.run_id.rsplit("_", 4)
     groups = {group: {key: record.config[group].get(key) for key in keys} for group, keys in _KEPT.items()}
     groups["eval"]["tf32"] = record.config["eval"].get("tf32") or None
@@ -120,6 +125,7 @@ def compact(record: Record) -> Run:
         | {"torch": record.versions.get("torch")},
         commit=record.commit,
         weights_from=record.weights_from,
+        window_means={} if folder is None else window_means(folder, record),
     )
 
 
@@ -153,7 +159,7 @@ def read_runs(file: Path) -> list[Run]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             values = json.loads(line)
-            mismatch = names.symmetric_difference({"weights_from", *values})
+            mismatch = names.symmetric_difference({*_LEFT_OUT, *values})
         except (ValueError, TypeError) as error:
             raise InputError(f"{file}:{number}: not JSON ({error}); collect the records again") from error
         if mismatch:
@@ -183,6 +189,6 @@ def write_runs(runs: Iterable[Run], file: Path) -> None:
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     values = (asdict(run) for run in ordered)
-    rows = ({key: value for key, value in run.items() if key != "weights_from" or value} for run in values)
+    rows = ({key: value for key, value in run.items() if key not in _LEFT_OUT or value} for run in values)
     lines = (json.dumps(run, separators=(",", ":"), allow_nan=False) for run in rows)
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -8,7 +8,7 @@ the loss does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from lsiq.results.record import Record
 RESAMPLES = 10_000
 # Fewer pairs say nothing about their own spread.
 FEWEST = 8
+WINDOWS = "windows.parquet"
 # Windows that are drawn together, so that an article seldom reaches from one block into another.
 BLOCK = 32
 
@@ -102,16 +103,50 @@ def compare(a: Path, b: Path, level: float = 0.95) -> list[Difference]:
     return differences
 
 
-def _windows(a: Path, b: Path, first: Record, second: Record, level: float) -> Iterator[Difference]:
-    keys = [key for key in first.protocol if key.startswith("ppl/") and key in second.protocol]
-    for key in keys:
-        _check_same(first, second, key, ("tokens", "windows", "dtype"))
+def window_means(folder: Path, record: Record) -> dict[str, list[float]]:
+    """Return the means of blocks of a run's windows by measure, such as `kl/wikitext2@512`; none if they are not there.
+
+    Two runs on equal windows differ by the differences of these means (`compare_means`), so they are all that a paired
+    test needs.
+    """
+    if not (folder / WINDOWS).is_file():
+        return {}
+    measures = (measure for key in record.protocol for measure in _measures(key, record))
+    return {
+        f"{column}/{corpus}": [float(f"{mean:.6g}") for mean in block_means(values, BLOCK)]
+        for column, corpus in measures
+        if len(values := _column(folder, WINDOWS, "key", corpus, column)) >= FEWEST
+    }
+
+
+def compare_means(key: str, a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Difference:
+    """Return the difference B - A of two runs in a measure that is better lower, by the means of equal blocks.
+
+    Raises:
+        InputError: the runs have not equally many blocks.
+    """
+    if len(a) != len(b):
+        raise InputError(f"{key}: {len(a)} and {len(b)} blocks of windows; only equal windows compare")
+    samples = np.asarray(b, np.float64) - np.asarray(a, np.float64)
+    interval = bootstrap_interval(samples, level)
+    return Difference(key, float(samples.mean()), *interval, len(samples), True, len(samples))
+
+
+def _measures(key: str, *records: Record) -> Iterator[tuple[str, str]]:
+    """Columns of the windows that the records have for a key of their protocols, each with its corpus."""
+    if key.startswith("ppl/") and all(key in record.protocol for record in records):
         corpus = key.removeprefix("ppl/")
-        for column, name in (("kl", "kl"), ("loss", "loss")):
-            if column == "kl" and not all(f"kl/{corpus}" in record.metrics for record in (first, second)):
-                continue  # a run with eval.divergence=false
-            values = [_column(folder, "windows.parquet", "key", corpus, column) for folder in (a, b)]
-            yield _difference(f"{name}/{corpus}", values, level, lower_is_better=True, block=BLOCK)
+        if all(f"kl/{corpus}" in record.metrics for record in records):  # not with eval.divergence=false
+            yield "kl", corpus
+        yield "loss", corpus
+
+
+def _windows(a: Path, b: Path, first: Record, second: Record, level: float) -> Iterator[Difference]:
+    for key in first.protocol:
+        for column, corpus in _measures(key, first, second):
+            _check_same(first, second, key, ("tokens", "windows", "dtype"))
+            values = [_column(folder, WINDOWS, "key", corpus, column) for folder in (a, b)]
+            yield _difference(f"{column}/{corpus}", values, level, lower_is_better=True, block=BLOCK)
 
 
 def _items(a: Path, b: Path, first: Record, second: Record, level: float) -> Iterator[Difference]:

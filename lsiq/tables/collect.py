@@ -56,7 +56,7 @@ def collect(folders: Sequence[Path], output: Path, traces: Path | None = None, d
         How many runs were added or replaced, and how many were left out.
     """
     records, skipped = finished(folders, dirty)
-    runs = [compact(record) for _, record in records]
+    runs = [compact(record, folder) for folder, record in records]
     new = {run.run_id for run in runs}
     earlier: list[Run] = [run for run in (read_runs(output) if output.exists() else []) if run.run_id not in new]
     write_runs([*earlier, *runs], output)

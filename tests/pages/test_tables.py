@@ -396,7 +396,7 @@ def test_the_study_is_what_its_files_say() -> None:
 
 
 def test_notebooks_are_stored_without_outputs() -> None:
-    assert len(NOTEBOOKS) == 12
+    assert len(NOTEBOOKS) == 13
     for file in NOTEBOOKS:
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
         code = [cell for cell in cells if cell["cell_type"] == "code"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ class Point:
 
     Attributes:
         model: tells models of one size apart: its name, and perplexities of the float model, to four digits.
+        window_means: by measure, means of blocks of the windows, as compact records keep them.
     """
 
     size: str
@@ -127,6 +128,8 @@ class Point:
     model: tuple[str, ...] = ()
     bits: float | None = None
     dtype: str | None = None
+    seed: int | None = None
+    window_means: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 class SizeRuns:
@@ -151,7 +154,10 @@ class SizeRuns:
             elif (point := _point(file, run)) is not None:
                 latest[point.size, point.model, run.setting, point.entry, run.seed] = (point, run)
         bases = {point.size: run for point, run in latest.values() if PEERS_OF.get(point.size) == run.model}
-        self.points = [*_of_first_models([point for point, _ in latest.values()]), *(_peer(run, bases) for run in peers)]
+        self.points = [
+            *_of_first_models([point for point, _ in latest.values()]),
+            *(_peer(run, bases) for run in peers),
+        ]
         self.sizes = tuple(size for size in SIZES if any(point.size == size.name for point in self.points))
         self.notes = _notes(latest.values())
         check_tokens(
@@ -232,7 +238,9 @@ def _point(file: str, run: Run) -> Point | None:
     if size is None or entry is None or (file not in LABELS and contradiction_by_size(run) is not None):
         return None
     perplexities = (f"{value:.4g}" for key, value in sorted(run.metrics.items()) if key.startswith("float/ppl/"))
-    return Point(size, width(run.setting), entry, run.metrics, (run.model, *perplexities), run.average_bits, run.dtype)
+    model = (run.model, *perplexities)
+    measured = (run.average_bits, run.dtype, run.seed, run.window_means)
+    return Point(size, width(run.setting), entry, run.metrics, model, *measured)
 
 
 def _of_first_models(points: Sequence[Point]) -> list[Point]:
