@@ -3,10 +3,12 @@
 PEER/bin/python analysis/peers/autoround_run.py DIR OUT --bits 2 --group 64 --iterations 200 --seed 0
 
 The package's default is 200 iterations, its auto-round-best 1000 on 512 samples; for 2 bits its authors ask for
-`--extra`.
+`--extra`. Its default of mixed precision in bfloat16 stays where the machine has it, so its weights are bfloat16 too.
+`--compile` lets it compile its steps, as it does by default.
 """
 
 import argparse
+import resource
 import time
 from pathlib import Path
 
@@ -24,6 +26,7 @@ parser.add_argument("--group", type=int, default=128)
 parser.add_argument("--iterations", type=int, default=200)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--extra", action="store_true", help="enable_alg_ext")
+parser.add_argument("--compile", action="store_true", help="enable_torch_compile")
 options = parser.parse_args()
 tokens = torch.load(options.folder / "tokens.pt")
 start = time.perf_counter()
@@ -38,10 +41,15 @@ rounding = AutoRound(
     nsamples=len(tokens),
     seqlen=tokens.shape[1],
     batch_size=8,
-    enable_torch_compile=False,
+    enable_torch_compile=options.compile,
     seed=options.seed,
     **({"enable_alg_ext": True} if options.extra else {}),
 )
 quantised, _ = rounding.quantize()
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 write(options.folder, quantised.state_dict(), options.out)
-print(f"{options.out}: AutoRound, {vars(options)}, {time.perf_counter() - start:.0f} s")
+print(
+    f"{options.out}: AutoRound, {vars(options)}, {rounding.model_context.amp_dtype}, {seconds:.0f} s, "
+    f"{peak:.1f} GiB of memory at most"
+)
