@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from lsiq.results.record import Record
 RESAMPLES = 10_000
 # Fewer pairs say nothing about their own spread.
 FEWEST = 8
-WINDOWS = "windows.parquet"
+WINDOWS, ITEMS = "windows.parquet", "items.parquet"
 # Windows that are drawn together, so that an article seldom reaches from one block into another.
 BLOCK = 32
 
@@ -111,11 +112,12 @@ def window_means(folder: Path, record: Record) -> dict[str, list[float]]:
     """
     if not (folder / WINDOWS).is_file():
         return {}
+    rows = _rows(folder / WINDOWS)
     measures = (measure for key in record.protocol for measure in _measures(key, record))
     return {
         f"{column}/{corpus}": [float(f"{mean:.6g}") for mean in block_means(values, BLOCK)]
         for column, corpus in measures
-        if len(values := _column(folder, WINDOWS, "key", corpus, column)) >= FEWEST
+        if len(values := _column(rows, corpus, column)) >= FEWEST
     }
 
 
@@ -127,9 +129,7 @@ def compare_means(key: str, a: Sequence[float], b: Sequence[float], level: float
     """
     if len(a) != len(b):
         raise InputError(f"{key}: {len(a)} and {len(b)} blocks of windows; only equal windows compare")
-    samples = np.asarray(b, np.float64) - np.asarray(a, np.float64)
-    interval = bootstrap_interval(samples, level)
-    return Difference(key, float(samples.mean()), *interval, len(samples), True, len(samples))
+    return _difference(key, [np.asarray(means, np.float64) for means in (a, b)], level, lower_is_better=True)
 
 
 def _measures(key: str, *records: Record) -> Iterator[tuple[str, str]]:
@@ -142,19 +142,20 @@ def _measures(key: str, *records: Record) -> Iterator[tuple[str, str]]:
 
 
 def _windows(a: Path, b: Path, first: Record, second: Record, level: float) -> Iterator[Difference]:
-    for key in first.protocol:
-        for column, corpus in _measures(key, first, second):
-            _check_same(first, second, key, ("tokens", "windows", "dtype"))
-            values = [_column(folder, WINDOWS, "key", corpus, column) for folder in (a, b)]
-            yield _difference(f"{column}/{corpus}", values, level, lower_is_better=True, block=BLOCK)
+    measures = [(key, *measure) for key in first.protocol for measure in _measures(key, first, second)]
+    files = [_rows(folder / WINDOWS) for folder in (a, b)] if measures else []
+    for key, column, corpus in measures:
+        _check_same(first, second, key, ("tokens", "windows", "dtype"))
+        values = [_column(rows, corpus, column) for rows in files]
+        yield _difference(f"{column}/{corpus}", values, level, lower_is_better=True, block=BLOCK)
 
 
 def _items(a: Path, b: Path, first: Record, second: Record, level: float) -> Iterator[Difference]:
     keys = [key for key in first.protocol if key.split("/")[0] in ("acc", "acc_norm") and key in second.protocol]
+    files = [_rows(folder / ITEMS) for folder in (a, b)] if keys else []
     for key in keys:
         _check_same(first, second, key, ("items", "requests", "task_version", "lm_eval"))
-        metric, _, task = key.partition("/")
-        values = [_column(folder, "items.parquet", "key", f"{metric}/{task}", "value") for folder in (a, b)]
+        values = [_column(rows, key, "value") for rows in files]
         yield _difference(key, values, level, lower_is_better=False)
 
 
@@ -168,14 +169,18 @@ def _check_same(first: Record, second: Record, key: str, names: tuple[str, ...])
             )
 
 
-def _column(folder: Path, name: str, by: str, key: str, column: str) -> NDArray[np.float64]:
+def _rows(file: Path) -> Any:
+    """Return a run's file of windows or items as a table of pandas."""
     import pandas
 
     try:
-        rows = pandas.read_parquet(folder / name)
+        return pandas.read_parquet(file)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / name}: cannot be read ({error}); run it again with force=true") from error
-    return np.asarray(rows.loc[rows[by] == key, column], np.float64)
+        raise InputError(f"{file}: cannot be read ({error}); run it again with force=true") from error
+
+
+def _column(rows: Any, key: str, column: str) -> NDArray[np.float64]:
+    return np.asarray(rows.loc[rows["key"] == key, column], np.float64)
 
 
 def _difference(

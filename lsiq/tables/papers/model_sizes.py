@@ -19,24 +19,24 @@ class Size:
     Attributes:
         name: heads its column.
         models: what its models are called in the records.
-        before: models of earlier trainings, which have the rows that `models` were not run with.
         tick: what a figure writes below it; empty where no figure has it.
         own: whether the ladder's recipe trained it.
         group: weights that share a step size, where they do so in groups.
         seqlen, windows: of the evaluation; None for the whole text.
         dtypes: in which the model may have been measured. TF32 moves the perplexities of SmolLM2 by less than 1 in
             10,000 (`analysis/records/float32.jsonl`).
+        before: models of earlier trainings, which have the rows that `models` were not run with.
     """
 
     name: str
     models: tuple[str, ...]
-    before: tuple[str, ...] = ()
     tick: str = ""
     group: int = 128
     seqlen: int = 512
     windows: int | None = 400
     dtypes: tuple[str, ...] = ("float32", "tf32")
     own: bool = True
+    before: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def _rungs(*rungs: str) -> list[Size]:
     for rung in rungs:
         count = rung.replace("m", " M")
         llama, opt = (f"{family}-{rung}" for family in ("llama", "opt"))
-        sizes.append(Size(count, (llama, *bundled.get(llama, ())), before.get(llama, ()), count))
+        sizes.append(Size(count, (llama, *bundled.get(llama, ())), count, before=before.get(llama, ())))
         sizes.append(Size(f"{count}, OPT", (opt, *bundled.get(opt, ()))))
     return sizes
 
@@ -89,7 +89,8 @@ def _rungs(*rungs: str) -> list[Size]:
 SMOLLM2 = "smollm2-135m"
 SIZES = (
     *_rungs(*(rung for rung in LADDER if rung != "300m")),
-    Size("SmolLM2", ("smol", SMOLLM2), (), "SmolLM2\n135 M", 64, 1024, 160, ("float32",), own=False),
-    Size("SmolLM2, whole texts", (SMOLLM2,), (), "", 64, 2048, None, ("tf32",), own=False),
+    Size("SmolLM2", ("smol", SMOLLM2), "SmolLM2\n135 M", 64, 1024, 160, ("float32",), own=False),
+    Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, ("tf32",), own=False),
     *_rungs("300m"),
 )
+BEFORE = frozenset(model for size in SIZES for model in size.before)

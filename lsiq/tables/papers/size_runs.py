@@ -15,7 +15,7 @@ from lsiq.experiment.composed import recipe_for
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
 from lsiq.tables.papers.layout import sweep_jobs
-from lsiq.tables.papers.model_sizes import SIZES, SMOLLM2, TEXTS, width
+from lsiq.tables.papers.model_sizes import BEFORE, SIZES, SMOLLM2, TEXTS, width
 from lsiq.tables.protocol import ROOT, composed, contradiction, method_overrides
 from lsiq.tables.study import Sample
 
@@ -167,7 +167,7 @@ class SizeRuns:
     def of_one_training(self) -> SizeRuns:
         """Return the runs without those of earlier trainings of a size's model: rows that compare like with like."""
         runs = copy(self)
-        runs.points = [point for point in self.points if not _is_before(point)]
+        runs.points = [point for point in self.points if BEFORE.isdisjoint(point.model)]
         return runs
 
     def sample(self, size: str, width: str, entry: str, metric: str) -> Sample | None:
@@ -245,12 +245,8 @@ def _point(file: str, run: Run) -> Point | None:
 
 def _of_first_models(points: Sequence[Point]) -> list[Point]:
     """Leave out runs of models of earlier trainings where a row has runs of a size's own."""
-    own = {(point.size, point.width, point.entry) for point in points if not _is_before(point)}
-    return [p for p in points if not _is_before(p) or (p.size, p.width, p.entry) not in own]
-
-
-def _is_before(point: Point) -> bool:
-    return any(point.model[:1] == (model,) for size in SIZES for model in size.before)
+    own = {(point.size, point.width, point.entry) for point in points if BEFORE.isdisjoint(point.model)}
+    return [p for p in points if BEFORE.isdisjoint(p.model) or (p.size, p.width, p.entry) not in own]
 
 
 def _peer(run: Run, bases: Mapping[str, Run]) -> Point:
