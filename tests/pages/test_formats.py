@@ -42,7 +42,8 @@ def test_every_run_on_the_two_texts_stands_in_a_row(records: list[Run], runs: Fo
 
 def test_best_without_rotation_stands_as_best_in_narrow_blocks_alone(records: list[Run]) -> None:
     best = [run for run in records if reports(run) and run.method == "best"]
-    assert {(run.setting, row(run)) for run in best} == {("nvfp4", "best"), ("mxfp4", PLAIN)}
+    assert {(run.setting, row(run)) for run in best} == {("nvfp4", "best"), ("mxfp4", "best"), ("mxfp4", PLAIN)}
+    assert {run.get("method.start.label") for run in best if row(run) == PLAIN} == {"best-blocks"}
     assert {row(run) for run in records if run.method == "best-unrotated"} == {SLOWER}
     rotated = [run for run in records if not reports(run) and run.method == "best"]  # which start from a rotated run
     assert rotated

@@ -14,8 +14,11 @@ from lsiq.tables.papers.size_runs import PACKAGE
 from lsiq.tables.papers.smollm2 import (
     ACCURACY,
     ACTIVATIONS,
+    BEFORE,
     METHODS,
     MODEL,
+    MXINT,
+    TODAY,
     WEIGHTS,
     ProtocolRuns,
     by_setting,
@@ -25,9 +28,13 @@ from lsiq.tables.protocol import ROOT
 from lsiq.tables.study import LQER_TASKS
 
 
+def of_file(name: str) -> list[Run]:
+    return list(read_runs(ROOT / "analysis" / "records" / f"{name}.jsonl"))
+
+
 @pytest.fixture(scope="module")
 def records() -> list[Run]:
-    return list(read_runs(ROOT / "analysis" / "records" / "smollm2.jsonl"))
+    return of_file(BEFORE)
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +75,19 @@ def test_the_package_is_measured_against_the_float_model_of_the_other_runs(
     assert runs.sample("w2a16g64", PACKAGE, "kl/file@2048") is None
 
 
-def test_every_run_stands_in_a_table_and_all_read_the_same_tokens(records: list[Run], runs: ProtocolRuns) -> None:
-    tables = [by_setting(runs, name, settings) for name, settings in (("a", WEIGHTS), ("b", ACTIVATIONS))]
-    shown = [row.labels for table in tables for row in table.rows if row.labels[1]]
+@pytest.mark.parametrize(("file", "settings"), [(BEFORE, (*WEIGHTS, *MXINT)), (TODAY, ACTIVATIONS)])
+def test_every_run_stands_in_a_table_and_all_read_the_same_tokens(file: str, settings: tuple[str, ...]) -> None:
+    records = of_file(file)
+    shown = [row.labels for row in by_setting(load_protocol_runs(file), "a", settings).rows if row.labels[1]]
     assert len(shown) == len({(run.model, run.setting, run.method) for run in records})
     assert {run.method for run in records if run.model == MODEL} <= set(METHODS)
     for key in ("ppl/wikitext2@2048", "ppl/file@2048"):
         assert len({run.tokens[key] for run in records}) == 1
+
+
+def test_the_two_files_read_different_tokens() -> None:
+    with pytest.raises(InputError, match="were measured on different tokens"):
+        ProtocolRuns([*of_file(BEFORE), *of_file(TODAY)])
 
 
 def test_the_accuracys_standard_error_is_what_the_page_says(records: list[Run]) -> None:

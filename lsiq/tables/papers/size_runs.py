@@ -139,7 +139,8 @@ class SizeRuns:
     what `sweeps/study-recipes.yaml` says today.
 
     Raises:
-        InputError: a label of a file in `LABELS` has no row, or two runs of a size were measured on different tokens.
+        InputError: a label of a file in `LABELS` has no row, or two runs of a size and setting were measured on
+            different tokens.
     """
 
     def __init__(self, runs: Mapping[str, Iterable[Run]]) -> None:
@@ -161,7 +162,10 @@ class SizeRuns:
         self.sizes = tuple(size for size in SIZES if any(point.size == size.name for point in self.points))
         self.notes = _notes(latest.values())
         check_tokens(
-            [*((point.size, run) for point, run in latest.values()), *((PEERS[run.model].size, run) for run in peers)]
+            [
+                *((f"{point.size} {point.width}", run) for point, run in latest.values()),
+                *((f"{peer.size} {peer.width}", run) for run in peers for peer in [PEERS[run.model]]),
+            ]
         )
 
     def of_one_training(self) -> SizeRuns:

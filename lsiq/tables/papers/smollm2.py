@@ -14,7 +14,10 @@ from lsiq.tables.table import DASH, Cell, Row, Table, decimals
 
 MODEL = "smollm2-135m"
 WEIGHTS = ("w2a16g64", "w3a16g64", "w4a16g64")
-ACTIVATIONS = ("w4a8", "w4a4", "w2a8-mxint", "w3a8-mxint", "w4a8-mxint")
+MXINT = ("w2a8-mxint", "w3a8-mxint", "w4a8-mxint")
+ACTIVATIONS = ("w4a8", "w4a4")
+# Two files, since what they were measured on differs: the tokens as they are cut today, and as they were before.
+TODAY, BEFORE = "smollm2-activations", "smollm2"
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", "sde", "lsi-diagonal", "autoround", PACKAGE,
            "lsi", "best", "best-float32", "l2qer")  # fmt: skip
 # The package's checkpoints were evaluated as models of their own: by name, the setting.
@@ -59,9 +62,9 @@ class ProtocolRuns:
         return measured(run, ACCURACY, "float/") if metric == ACCURACY else excess_over(self.base, run).get(metric)
 
 
-def load_protocol_runs(folder: Path = ROOT / "analysis" / "records") -> ProtocolRuns:
-    """Return the committed runs of SmolLM2 by the published protocol."""
-    return ProtocolRuns(read_runs(folder / "smollm2.jsonl"))
+def load_protocol_runs(file: str = BEFORE, folder: Path = ROOT / "analysis" / "records") -> ProtocolRuns:
+    """Return the committed runs of SmolLM2 by the published protocol, of one file."""
+    return ProtocolRuns(read_runs(folder / f"{file}.jsonl"))
 
 
 def by_setting(runs: ProtocolRuns, name: str, settings: Sequence[str]) -> Table:
