@@ -28,7 +28,7 @@ from lsiq.formats.placed import PlacedQuant
 from lsiq.formats.quant import QuantSettings
 from lsiq.models.loading import Model
 from lsiq.models.rounding import round_to_nearest
-from lsiq.results.record import Record
+from lsiq.results.record import Record, write_record
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes
 from lsiq.runtime.cache import ContentCache
@@ -70,6 +70,7 @@ def evaluate(
             _report(f"{corpus}@{config.eval.seqlen}", windows[corpus], results, model, record)
         if processes.first():
             write_windows(folder, measured, config.eval.seqlen)
+        write_record(record, folder)  # tasks may take as long again, and not every run lives to see their end
     if tasks:
         measure_tasks(tasks, config.eval, model, variants, cache, folder, record)
 

@@ -15,6 +15,7 @@ from helpers.marks import slow_but
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
 
+import lsiq.experiment.evaluate
 import lsiq.experiment.stages
 from lsiq.errors import ConfigError, InputError, LsiqError, NumericalError, OutputError
 from lsiq.experiment.run import run
@@ -91,6 +92,21 @@ def test_a_run_that_was_killed_while_evaluating_goes_on(model: Path, small_run: 
     before = block_times(folder)
     assert run(small_run(model)).metrics == finished.metrics
     assert block_times(folder) == before
+
+
+def test_perplexities_are_in_the_record_before_tasks_begin(
+    model: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def look(*_: object) -> None:  # a run that is killed now leaves what is on disk
+        record, folder = only_run(tmp_path / "runs")
+        seen.update(record.metrics, status=record.status, windows=(folder / "windows.parquet").is_file())
+
+    monkeypatch.setattr(lsiq.experiment.evaluate, "measure_tasks", look)
+    finished = run(small_run(model, "eval.tasks=[bundled_cloze]"))
+    assert finished.metrics
+    assert seen == {**finished.metrics, "status": "running", "windows": True}
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut"])
