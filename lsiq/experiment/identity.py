@@ -76,6 +76,8 @@ def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, An
     if not config.quant.allocate.active:
         ignored.add("allocate")
     settings = {key: value for key, value in quant.items() if key not in ignored}
+    if "kv" in settings:  # caches had no fixed scale
+        settings["kv"] = {key: value for key, value in settings["kv"].items() if (key, value) != ("scale", None)}
     if "allocate" in settings:  # what came later stands for what was done before
         before = {"rounds": 0, "rounding": "nearest"}
         allocate = settings["allocate"].items()

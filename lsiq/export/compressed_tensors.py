@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from lsiq.export.source import Source
     from lsiq.formats.base import ActivationFormat, WeightFormat
-    from lsiq.formats.key_value import KeyValue
     from lsiq.formats.quant import QuantSettings
     from lsiq.formats.tensor import QuantizedTensor
     from lsiq.models.result import BlockResult
@@ -36,6 +35,7 @@ class CompressedTensors(Destination):
 
     The layout counts codes and zero points from `-2^(bits-1)` and packs them with that added: the numbers of
     `QuantizedTensor`, which count from 0, are what is packed. Floating-point weights: `lsiq.export.float_layouts`.
+    Keys and values in FP8: `kv_cache_scheme`, and `k_scale` and `v_scale (1,)` float32 in every attention.
     """
 
     @property
@@ -97,7 +97,7 @@ class CompressedTensors(Destination):
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.shards import copy_companions, write_json, write_packed
 
-        write_packed(source, folder, _layout(source.quant))
+        write_packed(source, folder, _layout(source.quant), _cache_scales(source))
         write_json(folder / "config.json", {**source.config, "quantization_config": _config(source)})
         copy_companions(source, folder)
 
@@ -152,11 +152,22 @@ def _scale(weight: QuantizedTensor) -> Tensor:
 
 def _check_cache(quant: QuantSettings) -> None:
     kv = quant.kv
-    if kv.rounds and (kv.format is not None or kv.per != "token" or kv.group is not None):
+    if kv.rounds and (kv.fixed is None or kv.fixed.element != "e4m3"):
         raise ValueError(
-            f"{_NAME} states integers with a range for each token and head, not keys and values of quant={quant.name}; "
-            "use quant.kv.per=token quant.kv.group=null quant.kv.format=null"
+            f"{_NAME} states keys and values in FP8 (e4m3) under a fixed scale, not those of quant={quant.name}, whose "
+            "ranges no loader finds token by token; use quant.kv.bits=null quant.kv.format=fp8 quant.kv.scale=1"
         )
+
+
+def _cache_scales(source: Source) -> dict[str, Tensor]:
+    """Return what every block has of the cache: the scales of keys and values, by their names in its attention."""
+    import torch
+
+    scale = source.quant.kv.scale
+    if scale is None:
+        return {}
+    (attention,) = {name.rpartition(".")[0] for name in source.shapes if "attn" in name}
+    return {f"{attention}.{letter}_scale": torch.tensor([scale]) for letter in "kv"}
 
 
 def _config(source: Source) -> dict[str, Any]:
@@ -191,7 +202,7 @@ def _config(source: Source) -> dict[str, Any]:
 
 
 def _described(source: Source, layout: str, groups: dict[str, Any], floats: list[str]) -> dict[str, Any]:
-    cache = {"kv_cache_scheme": _cache(source.quant.kv)} if source.quant.kv.rounds else {}
+    cache = {"kv_cache_scheme": _CACHE} if source.quant.kv.rounds else {}
     return {
         "quant_method": "compressed-tensors",
         "format": layout,
@@ -228,8 +239,8 @@ def _weights(fmt: WeightFormat, activation: ActivationFormat) -> dict[str, Any]:
     }
 
 
-def _cache(kv: KeyValue) -> dict[str, Any]:
-    return {"num_bits": kv.bits, "type": "int", "symmetric": kv.symmetric, "strategy": "token", "dynamic": True}
+# What stands for FP8 keys and values whose scales, one for each block, are in the checkpoint.
+_CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 
 
 def _load(folder: Path) -> Logits:

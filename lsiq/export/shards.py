@@ -101,8 +101,17 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def write_packed(source: Source, folder: Path, pack: Callable[[QuantizedTensor], Mapping[str, Tensor]]) -> None:
-    """Write a run's tensors, each quantised weight as the parts that `pack` makes of it, by their names."""
+def write_packed(
+    source: Source,
+    folder: Path,
+    pack: Callable[[QuantizedTensor], Mapping[str, Tensor]],
+    in_blocks: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a run's tensors, each quantised weight as the parts that `pack` makes of it, by their names.
+
+    Args:
+        in_blocks: what every block has besides, by its name inside the block.
+    """
     writer = ShardWriter(folder)
     for name, tensor in source.outside():
         writer.add(name, tensor)
@@ -113,4 +122,6 @@ def write_packed(source: Source, folder: Path, pack: Callable[[QuantizedTensor],
         for name, weight in result.weights.items():
             for part, tensor in pack(weight).items():
                 writer.add(f"{prefix}{name.removesuffix('.weight')}.{part}", tensor)
+        for name, tensor in (in_blocks or {}).items():
+            writer.add(prefix + name, tensor.clone())  # no two tensors of a file may share memory
     writer.finish()

@@ -100,6 +100,10 @@ class FP8Activation:
         scale = divided(wide.abs().amax(dims, keepdim=True), int(element.largest)).clamp(MIN_SCALE, MAX_SCALE)
         return (element.round(wide / scale) * scale).to(x.dtype)
 
+    def fake_under(self, x: Tensor, scale: float) -> Tensor:
+        """Return `x` on the grid of a scale that is given, in its own dtype; what lies beyond the largest saturates."""
+        return (ELEMENTS[self.element].round(x.float() / scale) * scale).to(x.dtype)
+
     def fake_softmax(self, weights: Tensor) -> Tensor:
         """Return attention weights in 0 … 1 as the format holds them."""
         return self.fake(weights)

@@ -10,6 +10,7 @@ from pydantic import Field
 from lsiq.errors import ConfigError
 from lsiq.formats.activation import rounded
 from lsiq.formats.base import ActivationFormat
+from lsiq.formats.fp8 import FP8Activation
 from lsiq.formats.grid import check_divides
 from lsiq.formats.names import named_activation
 from lsiq.settings import settings
@@ -29,6 +30,9 @@ class KeyValue:
         per=channel   each channel's own over `group` tokens: rounded once the last of them is there, so that the
                       newest tokens, fewer than a group, are attended to in float
 
+    `scale` fixes the scale of FP8 numbers for all tokens, heads and blocks, as caches of served models have it. Nothing
+    is measured then, and what lies beyond the largest number, 448 · scale for e4m3, saturates.
+
     With neither `bits` nor `format` keys and values are rounded as queries are, as `quant.activation` says.
 
     Source: KIVI (arXiv 2402.02750, section 3) for keys per channel and the float residual.
@@ -46,20 +50,28 @@ class KeyValue:
         description="channels of a head (per=token) or tokens (per=channel) that share a range; null for all",
     )
     symmetric: bool = Field(False, description="true or false")
+    scale: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="a fixed scale of FP8 numbers (format=fp8), or null",
+    )
 
     def __post_init__(self) -> None:
         if self.bits is not None and 8 < self.bits < 16:
             raise ValueError(f"bits={self.bits}: nothing lies between 8 and 16; use 2 to 8, 16 for float, or null")
         if self.bits is not None and self.format is not None:
             raise ValueError(f"format={self.format}: says its own bits; set bits=null")
+        if self.format is not None and (self.per == "channel" or self.group is not None):
+            raise ValueError(f"format={self.format}: shares ranges in its own way; use per=token and group=null")
         if self.per == "channel" and self.group is None:
             raise ValueError("group=null: a channel's range is shared by a number of tokens; set group=32 or another")
-        if self.format is None:
-            return
-        if self.per == "channel" or self.group is not None:
-            raise ValueError(f"format={self.format}: shares ranges in its own way; use per=token and group=null")
-        if self.named.bits == 16:
+        if self.format is not None and self.named.bits == 16:
             raise ValueError(f"format={self.format}: leaves activations in float; name another file, or use bits")
+        if self.scale is not None and self.fixed is None:
+            raise ValueError(
+                f"scale={self.scale:g}: only FP8 numbers have a fixed scale; use format=fp8, or scale=null"
+            )
 
     @property
     def active(self) -> bool:
@@ -76,18 +88,26 @@ class KeyValue:
         return named_activation(self.format)
 
     @property
+    def fixed(self) -> FP8Activation | None:
+        """The FP8 numbers that are kept under a fixed scale; None where scales are found."""
+        fmt = None if self.format is None or self.scale is None else self.named
+        return fmt if isinstance(fmt, FP8Activation) else None
+
+    @property
     def suffix(self) -> str:
         """What the name of a setting says of it."""
         if not self.active:
             return ""
         if self.format is not None:
-            return f"-kv-{self.format}"
+            return f"-kv-{self.format}{'' if self.scale is None else f's{self.scale:g}'}"
         shared = "" if self.group is None else f"{'t' if self.per == 'channel' else 'g'}{self.group}"
         return f"-kv{self.bits}{shared}{'-sym' if self.symmetric else ''}"
 
     @property
     def words(self) -> str:
         """The format in words, for model cards."""
+        if self.fixed is not None:
+            return f"8-bit floating point ({self.fixed.element}) under a fixed scale of {self.scale:g}"
         if self.format is not None:
             return self.named.words
         shared = {"token": "channels of a head", "channel": "tokens of a channel"}[self.per]
@@ -106,6 +126,8 @@ class KeyValue:
         """
         if not self.rounds:
             return x
+        if self.scale is not None and self.fixed is not None:
+            return self.fixed.fake_under(x, self.scale)
         if self.format is not None:
             return self.named.fake(x)
         if self.per == "token":

@@ -6,6 +6,7 @@ Whole runs that export are in tests/runs/test_export.py.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,11 @@ QUANTS = {
     "w8a8-attention": QuantSettings(weight=Integer(bits=8, scale="float16"), activation=Activation(bits=8)),
     "w4a4": QuantSettings(weight=Integer(bits=4, scale="float16"), activation=Activation(bits=4, attention=False)),
     "kv8": QuantSettings(weight=Integer(bits=4, group=32, scale="float16"), activation=FLOAT, kv=KeyValue(bits=8)),
-    "kv8-groups": QuantSettings(
-        weight=Integer(bits=4, group=32, scale="float16"), activation=FLOAT, kv=KeyValue(bits=8, group=8)
+    "kv-fp8": QuantSettings(
+        weight=Integer(bits=4, group=32, scale="float16"), activation=FLOAT, kv=KeyValue(format="fp8", scale=0.5)
+    ),
+    "kv-fp8-found": QuantSettings(
+        weight=Integer(bits=4, group=32, scale="float16"), activation=FLOAT, kv=KeyValue(format="fp8")
     ),
     "blocks": QuantSettings(weight=MXInt(bits=4), activation=FLOAT),
     "blocks-a8": QuantSettings(weight=MXInt(bits=4), activation=MXActivation(bits=8, attention=False)),
@@ -74,7 +78,7 @@ FLOATS = {"fp8", "fp8-a8", "mxfp4", "mxfp4-a8", "mxfp6", "mxfp8", "nvfp4", "nvfp
 # What each layout holds, and nothing else of the above; other layouts say for themselves what they hold.
 HELD = {
     "compressed-tensors": {"w2g32", "w3", "w4g32-sym", "w4g16", "w5g32", "w8g32", "w8g32-sym", "wide-scales", "w8a8"}
-    | {"kv8", *FLOATS},
+    | {"kv-fp8", *FLOATS},
     "gguf": {"w2g32", "w3", "w4g32-sym", "w5g32", "w8g32-sym", "mxfp4"},
     "gptq": {"w2g32", "w3", "w4g32-sym", "w8g32", "w8g32-sym"},
     "plain": {
@@ -196,6 +200,30 @@ def test_what_is_not_refused_at_once_reads_back(
         assert halved == (entry["rounding"] > 0)
         assert entry["rounding"] < 0.1  # measured: at most 0.021
         assert entry["largest_logit"] > 1
+
+
+@pytest.mark.parametrize("family", sorted(SHAPES))
+def test_the_scheme_of_the_cache_does_to_keys_and_values_what_the_run_did(
+    family: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """vLLM takes FP8 alone, one scale for a tensor, and reads it under these names."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from safetensors.torch import load_file
+
+    source = rounded_source("kv-fp8", checkpoints[family])
+    exporter_of("compressed-tensors").write(source, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationArgs(**config["kv_cache_scheme"])
+    assert (scheme.num_bits, str(scheme.type), str(scheme.strategy), scheme.dynamic) == (8, "float", "tensor", False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    prefixes = [f"{source.prefix(index)}self_attn" for index in range(source.model.depth)]
+    names = {f"{prefix}.{letter}_scale" for prefix in prefixes for letter in "kv"}
+    assert {name for name in tensors if name.endswith(("k_scale", "v_scale"))} == names
+    keys = torch.randn(2, 3, 5, 16) * torch.tensor([1, 30, 0.01, 4, 500.0])[:, None]
+    for name in names:
+        theirs = fake_quantize(keys, tensors[name], torch.zeros(1), scheme)
+        assert torch.equal(theirs, source.quant.kv.fake(keys))
 
 
 @pytest.mark.parametrize("family", sorted(SHAPES))

@@ -97,9 +97,39 @@ def test_a_named_format_of_activations_serves_keys_and_values() -> None:
     assert kv.suffix == "-kv-w4a8-mxint"
 
 
+def test_fp8_under_a_fixed_scale_is_torchs_cast_and_compressed_tensors() -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 16) * torch.tensor([1e-4, 0.01, 1.0, 300.0]).repeat(16)[:, None]
+    for scale in (1.0, 0.5, 0.37):
+        found = KeyValue(format="fp8", scale=scale).fake(x)
+        cast = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        assert torch.equal(found, cast)
+        scheme = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor", dynamic=False)
+        theirs = fake_quantize(x, torch.tensor([scale]), torch.zeros(1), scheme)
+        assert torch.equal(found, theirs)
+    assert found.abs().max() == 448 * torch.tensor(0.37), "what lies beyond the largest number saturates"
+
+
+def test_a_fixed_scale_serves_a_cache_that_grows(model: Model) -> None:
+    kv = KeyValue(format="fp8", scale=1.0)
+    x = torch.randn(1, 2, 5, 8)
+    assert torch.equal(kv.fake(x)[:, :, :3], kv.fake(x[:, :, :3])), "no token decides another's numbers"
+    assert not torch.equal(block_output(model, kv, Activation()), block_output(model, None, Activation()))
+    assert kv.suffix == "-kv-fp8s1"
+    assert kv.words == "8-bit floating point (e4m3) under a fixed scale of 1"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["quant.kv.scale=1"], "scale=1: only FP8 numbers have a fixed scale"),
+        (["quant.kv.bits=8", "quant.kv.scale=1"], "scale=1: only FP8 numbers have a fixed scale"),
+        (["quant.kv.format=mxfp8", "quant.kv.scale=2"], "scale=2: only FP8 numbers have a fixed scale"),
+        (["quant.kv.format=fp8", "quant.kv.scale=0"], "quant.kv.scale"),
+        (["quant.kv.format=fp8", "quant.kv.per=channel"], "format=fp8: shares ranges in its own way"),
         (["quant.kv.bits=12"], "quant.kv.*bits=12: nothing lies between 8 and 16"),
         (["quant.kv.bits=4", "quant.kv.per=channel"], "group=null: a channel's range is shared by a number of tokens"),
         (["quant.kv.bits=4", "quant.kv.format=w4a4"], "format=w4a4: says its own bits"),
