@@ -29,9 +29,9 @@ def test_a_family_a_method_and_a_format_from_outside_run_together(tmp_path):
     assert '"average_bits": 4.25' in record  # 4 bits, and 8 bits for each 32 weights
 
 
-CASES = [slow("lqer", "coarse"), slow("gptq", "powers"), slow("awq", "powers"), slow("lsi", "powers")]
+CASES = [slow("lqer", "powers"), slow("gptq", "powers"), slow("awq", "powers"), slow("lsi", "powers")]
 CASES += [product("gptq", "coarse"), product("lsi", "coarse"), product("dense", "coarse"), product("awq", "coarse")]
-CASES += [product("lqer", "powers"), product("autoround", "powers")]
+CASES += [product("lqer", "coarse"), product("autoround", "powers")]
 
 
 @pytest.mark.parametrize(("method", "fmt"), CASES)
