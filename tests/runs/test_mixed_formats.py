@@ -211,7 +211,7 @@ def test_keys_and_values_alone_are_rounded(model: Path, small_run: SmallRun) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("export", ["compressed-tensors", "gguf"])
+@pytest.mark.parametrize("export", ["compressed-tensors", "gguf", "plain"])
 def test_an_export_leads_back_to_its_record(export: str, model: Path, small_run: SmallRun, tmp_path: Path) -> None:
     words = ["quant.allocate.bits=3.6", "quant.allocate.choices=[w2g32,w3g32,w4g32-sym]", "quant.allocate.samples=1"]
     words += ["quant.weight.scale=float16"]
