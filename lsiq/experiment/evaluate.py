@@ -70,8 +70,8 @@ def evaluate(
             _report(f"{corpus}@{config.eval.seqlen}", windows[corpus], results, model, record)
         if processes.first():
             write_windows(folder, measured, config.eval.seqlen)
-        write_record(record, folder)  # tasks may take as long again, and not every run lives to see their end
     if tasks:
+        write_record(record, folder)  # they may take as long again, and not every run lives to see their end
         measure_tasks(tasks, config.eval, model, variants, cache, folder, record)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -82,8 +83,9 @@ class KeyValue:
     def rounds(self) -> bool:
         return self.active and self.bits != 16
 
-    @property
+    @cached_property
     def named(self) -> ActivationFormat:
+        """The format that `format` names; its file is read once, and not for every token that is rounded."""
         assert self.format is not None
         return named_activation(self.format)
 
@@ -106,8 +108,8 @@ class KeyValue:
     @property
     def words(self) -> str:
         """The format in words, for model cards."""
-        if self.fixed is not None:
-            return f"8-bit floating point ({self.fixed.element}) under a fixed scale of {self.scale:g}"
+        if (fixed := self.fixed) is not None:
+            return f"8-bit floating point ({fixed.element}) under a fixed scale of {self.scale:g}"
         if self.format is not None:
             return self.named.words
         shared = {"token": "channels of a head", "channel": "tokens of a channel"}[self.per]
@@ -126,8 +128,8 @@ class KeyValue:
         """
         if not self.rounds:
             return x
-        if self.scale is not None and self.fixed is not None:
-            return self.fixed.fake_under(x, self.scale)
+        if self.scale is not None and (fixed := self.fixed) is not None:
+            return fixed.fake_under(x, self.scale)
         if self.format is not None:
             return self.named.fake(x)
         if self.per == "token":

@@ -52,6 +52,9 @@ QUANTS = {
     "w8a8-attention": QuantSettings(weight=Integer(bits=8, scale="float16"), activation=Activation(bits=8)),
     "w4a4": QuantSettings(weight=Integer(bits=4, scale="float16"), activation=Activation(bits=4, attention=False)),
     "kv8": QuantSettings(weight=Integer(bits=4, group=32, scale="float16"), activation=FLOAT, kv=KeyValue(bits=8)),
+    "kv8-groups": QuantSettings(
+        weight=Integer(bits=4, group=32, scale="float16"), activation=FLOAT, kv=KeyValue(bits=8, group=8)
+    ),
     "kv-fp8": QuantSettings(
         weight=Integer(bits=4, group=32, scale="float16"), activation=FLOAT, kv=KeyValue(format="fp8", scale=0.5)
     ),

@@ -155,18 +155,14 @@ class SizeRuns:
             elif (point := _point(file, run)) is not None:
                 latest[point.size, point.model, run.setting, point.entry, run.seed] = (point, run)
         bases = {point.size: run for point, run in latest.values() if PEERS_OF.get(point.size) == run.model}
+        of_peers = [(_peer(run, bases), run) for run in peers]
         self.points = [
             *_of_first_models([point for point, _ in latest.values()]),
-            *(_peer(run, bases) for run in peers),
+            *(point for point, _ in of_peers),
         ]
         self.sizes = tuple(size for size in SIZES if any(point.size == size.name for point in self.points))
         self.notes = _notes(latest.values())
-        check_tokens(
-            [
-                *((f"{point.size} {point.width}", run) for point, run in latest.values()),
-                *((f"{peer.size} {peer.width}", run) for run in peers for peer in [PEERS[run.model]]),
-            ]
-        )
+        check_tokens((f"{point.size} {point.width}", run) for point, run in [*latest.values(), *of_peers])
 
     def of_one_training(self) -> SizeRuns:
         """Return the runs without those of earlier trainings of a size's model: rows that compare like with like."""

@@ -94,6 +94,7 @@ def test_a_named_format_of_activations_serves_keys_and_values() -> None:
     x = torch.randn(1, 2, 3, 16)
     kv = KeyValue(format="w4a8-mxint")
     assert torch.equal(kv.fake(x), kv.named.fake(x))
+    assert kv.named is kv.named, "its file is read once"
     assert kv.suffix == "-kv-w4a8-mxint"
 
 
