@@ -38,6 +38,7 @@ class Literature:
         self.accuracies = _rows(folder, "zero_shot.csv")
         self.areas = _rows(folder, "hardware_area.csv")
         self.costs = _rows(folder, "cost.csv")
+        self.formats = _rows(folder, "formats.csv")
 
     def perplexity(
         self, model: str, setting: str, method: str, dataset: str, seqlen: int = 2048, rank: int | None = None

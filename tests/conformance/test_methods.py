@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lsiq.errors import InputError
 from lsiq.experiment.config import RunConfig, parse
+from lsiq.formats.fp8 import FP8, FP8Activation
 from lsiq.formats.mxfp import MXFP, MXFPActivation
 from lsiq.formats.mxint import MXActivation, MXInt
 from lsiq.formats.nvfp4 import NVFP4, NVFP4Activation
@@ -42,6 +43,12 @@ OTHERS = {
     "mxint": QuantSettings(weight=MXInt(bits=3), activation=MXActivation(bits=8)),
     "mxfp4": QuantSettings(weight=MXFP(element="e2m1"), activation=MXFPActivation(element="e4m3")),
     "nvfp4": QuantSettings(weight=NVFP4(), activation=NVFP4Activation()),
+    "mxfp6": QuantSettings(weight=MXFP(element="e2m3"), activation=MXFPActivation(element="e2m3")),
+    "mxfp8": QuantSettings(weight=MXFP(element="e4m3"), activation=MXFPActivation(element="e4m3")),
+    "fp8": QuantSettings(weight=FP8(), activation=FP8Activation()),
+    "fp8-e5m2-tensor": QuantSettings(
+        weight=FP8(element="e5m2", per="tensor"), activation=FP8Activation(element="e5m2", per="tensor")
+    ),
 }
 
 # The method that stands for all on the families beside LLaMA and OPT; the whole product has a marker of its own.
@@ -150,8 +157,8 @@ def test_every_linear_comes_back_on_its_grid(done: Quantized) -> None:
     assert_on_its_grid(done.result, done.block, done.config.quant)
 
 
-@pytest.mark.parametrize("fmt", ["mxint", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mxfp4", "nvfp4"))])
-def test_every_linear_comes_back_on_its_grid_of_blocks(config: RunConfig, checkpoint: Path, fmt: str) -> None:
+@pytest.mark.parametrize("fmt", [pytest.param(name, marks=[pytest.mark.slow] * (name != "mxint")) for name in OTHERS])
+def test_every_linear_comes_back_on_its_grid_of_other_formats(config: RunConfig, checkpoint: Path, fmt: str) -> None:
     config = replace(config, quant=OTHERS[fmt])
     hidden, block = stream(checkpoint)
     try:

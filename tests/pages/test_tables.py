@@ -285,6 +285,8 @@ def test_later_additions_name_sources_that_are_described() -> None:
     for name in ("perplexity.csv", "zero_shot.csv"):
         rows = _csv(folder / "more" / name)
         assert list(rows[0]) == list(_csv(folder / name)[0]), f"{name}: other columns"
+    for name in ("perplexity.csv", "zero_shot.csv", "formats.csv"):
+        rows = _csv(folder / "more" / name)
         assert {row["source"] for row in rows} <= described, name
         assert {row["trust"] for row in rows} <= set(MARKS), name
 
