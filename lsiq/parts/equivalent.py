@@ -63,6 +63,9 @@ class Equivalent(PartTraits):
     weight_only_families: list[str] | None = Field(
         description="model types that take this part when activations stay in float; null means all"
     )
+    only_with_shifts: bool = Field(
+        False, description="true leaves out blocks whose norms take no shift, such as LLaMA's, which have no biases"
+    )
 
     @property
     def name(self) -> str:
@@ -122,6 +125,10 @@ class Equivalent(PartTraits):
         return scales
 
     def _applies(self, block: Block, quant: QuantSettings) -> bool:
+        if self.only_with_shifts and not any(
+            self._shifts(group, block, quant) for group in self._groups(block) if group.kind == "norm"
+        ):
+            return False
         families = self.weight_only_families
         return quant.activation.active or families is None or block.spec.model_type in families
 

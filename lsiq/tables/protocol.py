@@ -146,6 +146,19 @@ def _same_precision(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> b
     return same.get(expected_precision, expected_precision) == same.get(actual_precision, actual_precision)
 
 
+def _known(actual: list[Any], expected: list[Any]) -> list[Any]:
+    """Return the expected parts without those that act in some models alone, where the record is older than they are.
+
+    Records of models in which such a part does act have later runs, and the later run of a seed counts.
+    """
+    recorded = {item.get("_target_") for item in actual if isinstance(item, Mapping)}
+    return [
+        item
+        for item in expected
+        if not (isinstance(item, Mapping) and item.get("only_with_shifts") and item.get("_target_") not in recorded)
+    ]
+
+
 def contradiction(actual: Any, expected: Any, key: str = "", varied: tuple[str, ...] = ()) -> str | None:
     """The first setting below `key` that makes another method of it, or None."""
     free = key in varied or key in _SAME or key.rpartition(".")[2] in _SAME
@@ -156,10 +169,14 @@ def contradiction(actual: Any, expected: Any, key: str = "", varied: tuple[str, 
         if expected.get("_target_") == _THROUGH_THE_MODEL and not _same_precision(actual, expected):
             return f"{key}.precision"
         inner = ((name, actual[name], expected[name]) for name in actual if name in expected)
-    elif isinstance(actual, list) and isinstance(expected, list) and len(actual) == len(expected):
+    elif (
+        isinstance(actual, list)
+        and isinstance(expected, list)
+        and len(actual) == len(known := _known(actual, expected))
+    ):
         inner = (
             (index, actual_item, expected_item)
-            for index, (actual_item, expected_item) in enumerate(zip(actual, expected, strict=True))
+            for index, (actual_item, expected_item) in enumerate(zip(actual, known, strict=True))
         )
     else:
         return None if actual == expected else key

@@ -172,6 +172,21 @@ def test_a_recipe_by_format_is_compared_with_that_of_the_runs_format(committed: 
         assert not STUDY.holds(replace(any_run, method="best", setting=other, config={**kept, "quant": quant}))
 
 
+def test_a_part_for_shifts_alone_may_be_missing_from_a_run_that_is_older(committed: tuple[Runs, Literature]) -> None:
+    """LLaMA's norms take none, so that its runs of before are those of today; a later run counts where they do."""
+    found = [r for r in committed[0].runs if (r.method, r.setting) == ("best", "w4a4") and STUDY.holds(r)]
+    with_part = {r.run_id: r.get("method.start.then.then.parts.equivalent") is not None for r in found}
+    assert set(with_part.values()) == {False, True}
+    assert {r.model for r in found if not with_part[r.run_id]} >= {"tiny-llama"}
+    later = next(r for r in found if with_part[r.run_id])
+    changed = json.loads(json.dumps(later.config))
+    changed["method"]["start"]["then"]["then"]["parts"][-1]["lr"] = 5e-3
+    assert STUDY.contradiction(replace(later, config=changed)) == "method.start.then.then.parts.2.lr"
+    sample = committed[0].sample(STUDY, "tiny-opt", "w4a4", "best", "excess/bundled@512")
+    assert sample is not None
+    assert max(sample.values) < 0.25, "the runs without the part left more"
+
+
 def augmented(run: Run, **changes: Any) -> Run:
     """The run as if three times as much text that the model wrote had been beside."""
     return replace(run, config={**run.config, "calib": {**run.config["calib"], "written": 384}}, **changes)

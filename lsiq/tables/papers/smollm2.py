@@ -19,7 +19,7 @@ ACTIVATIONS = ("w4a8", "w4a4")
 # Two files, since what they were measured on differs: the tokens as they are cut today, and as they were before.
 TODAY, BEFORE = "smollm2-activations", "smollm2"
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", "sde", "lsi-diagonal", "autoround", PACKAGE,
-           "lsi", "best", "best-float32", "l2qer")  # fmt: skip
+           "lsi", "best", "best-float32", "best-let", "l2qer")  # fmt: skip
 # The package's checkpoints were evaluated as models of their own: by name, the setting.
 PACKAGES = {f"ar-w{bits}-200": f"w{bits}a16g64" for bits in (2, 3, 4)}
 ACCURACY = "acc/mean6"

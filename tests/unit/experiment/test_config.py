@@ -17,6 +17,7 @@ from lsiq.experiment.composed import plain_config
 from lsiq.experiment.config import parse
 from lsiq.experiment.identity import run_id
 from lsiq.methods.finetune import FineTune
+from lsiq.methods.learned import Learned
 from lsiq.methods.rotate import Rotate
 
 FILES = sorted(
@@ -93,6 +94,15 @@ def test_the_best_recipe_rotates_inside_wide_blocks_and_not_in_narrow_ones(quant
     assert method.start.name == start
     if isinstance(method.start, Rotate):
         assert method.start.block == 32
+
+
+@pytest.mark.parametrize("quant", ["w4a4", "mxfp4", "nvfp4"])
+def test_the_best_recipe_learns_shifts_beside_quantised_activations(quant: str) -> None:
+    method = parse(compose_run("method=best", f"quant={quant}")).method
+    while not isinstance(method, Learned):
+        method = method.start if isinstance(method, FineTune) else method.then  # type: ignore[attr-defined]
+    assert [part.name for part in method.parts] == ["dense", "clip", "equivalent"]
+    assert (method.parts[-1].lr, method.parts[-1].only_with_shifts) == (1e-3, True)
 
 
 def test_the_best_recipe_for_floating_point_weights_alone_is_that_of_integers() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.configuration import compose_run
-from helpers.learned import W2, fresh, moved, schedule_of, setting
+from helpers.learned import W2, W4A4, fresh, moved, schedule_of, setting
 from torch import Tensor
 
 from lsiq.errors import ConfigError
@@ -299,6 +299,29 @@ def test_parts_start_on_what_the_parts_before_them_left(checkpoint: Path) -> Non
     name = block.linears[0]
     u, s, vh = (second.constants[f"{name}:{key}"] for key in ("u", "s", "vh"))
     assert torch.allclose((u * s) @ vh, draft.weights[name], atol=1e-5)
+
+
+def test_a_part_for_shifts_alone_leaves_out_blocks_whose_norms_take_none(checkpoints: dict[str, Path]) -> None:
+    anywhere, part = (Equivalent(weight_only_families=None, only_with_shifts=only) for only in (False, True))
+    block, context = setting(checkpoints["opt"])
+    learned = part.start(block, W4A4, context).parameters
+    assert learned.keys() == anywhere.start(block, W4A4, context).parameters.keys()
+    assert any(name.endswith(":shift") for name in learned)
+    block, context = setting(checkpoints["llama"])
+    assert anywhere.start(block, W4A4, context).parameters, "scales alone can be learned there"
+    assert not part.start(block, W4A4, context).parameters
+
+
+def test_a_part_that_is_left_out_changes_no_bit(checkpoints: dict[str, Path]) -> None:
+    block, context = setting(checkpoints["llama"])
+    parts: tuple[Part, ...] = (Dense(lr=3e-3, unit="step"), Clip(search=True, lr=3e-2))
+    plain, more = (
+        learn(parts + extra, schedule_of(), block, W4A4, replace(context, generator=fresh()))
+        for extra in ((), (Equivalent(weight_only_families=None, only_with_shifts=True),))
+    )
+    for one, other in zip(plain.states, more.states, strict=False):
+        assert one.parameters.keys() == other.parameters.keys()
+        assert all(torch.equal(value, other.parameters[name]) for name, value in one.parameters.items())
 
 
 def test_wrong_settings_of_parts_name_the_way_out() -> None:
