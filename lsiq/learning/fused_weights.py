@@ -7,8 +7,9 @@ the product alone, which it overwrites.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,10 +35,20 @@ LARGEST_GROUP = 2**15
 
 
 class Scaled:
-    """A weight that is only multiplied: what its rows and its columns have been multiplied with so far."""
+    """A weight that is only multiplied: what its rows and its columns have been multiplied with so far.
 
-    def __init__(self, shape: torch.Size, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-        self.shape, self.rows, self.columns = shape, rows, columns
+    Attributes:
+        times: what the weight makes of a vector `(in,)` before any of that, which folding a shift asks for.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        times: Callable[[Tensor], Tensor],
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> None:
+        self.shape, self.times, self.rows, self.columns = shape, times, rows, columns
 
     def dim(self) -> int:
         return 2
@@ -45,11 +56,15 @@ class Scaled:
     def __mul__(self, factor: Tensor) -> Scaled:
         if factor.dim() == 2:
             rows = factor[:, 0]
-            return Scaled(self.shape, rows if self.rows is None else self.rows * rows, self.columns)
-        return Scaled(self.shape, self.rows, factor if self.columns is None else self.columns * factor)
+            return Scaled(self.shape, self.times, rows if self.rows is None else self.rows * rows, self.columns)
+        return Scaled(self.shape, self.times, self.rows, factor if self.columns is None else self.columns * factor)
 
     def __truediv__(self, factor: Tensor) -> Scaled:
         return self * (1 / factor)
+
+    def __matmul__(self, vector: Tensor) -> Tensor:
+        out = self.times(vector if self.columns is None else self.columns * vector)
+        return out if self.rows is None else self.rows * out
 
 
 class MatrixParameters(NamedTuple):
@@ -187,7 +202,10 @@ class FusedWeights:
 
     def weights(self) -> dict[str, Tensor]:
         """Return every tensor of the block at the present parameters, its linears on their grids."""
-        draft = Draft({**self.block.weights, **{n: Scaled(self.block.weights[n].shape) for n in self.block.linears}})  # type: ignore[dict-item]
+        scaled = {
+            name: Scaled(self.block.weights[name].shape, partial(self._times, name)) for name in self.block.linears
+        }
+        draft = Draft({**self.block.weights, **scaled})  # type: ignore[dict-item]
         if Equivalent in self.parts:
             part, state = self.parts[Equivalent]
             draft = part.apply(draft, state, self.block)
@@ -217,6 +235,17 @@ class FusedWeights:
             rows=scaled.rows,
             columns=scaled.columns,
         )
+
+    def _times(self, name: str, vector: Tensor) -> Tensor:
+        """Return what a linear with its learned change makes of a vector `(in,)`, before scales and rounding."""
+        out = self.block.weights[name] @ vector
+        if f"{name}:increment" in self._parameters(Singular):
+            part, state = self.parts[Singular]
+            out = out + part.change_times(state, name, vector)  # type: ignore[attr-defined]
+        if Dense in self.parts:
+            part, state = self.parts[Dense]
+            out = out + part.change(state, name) @ vector  # type: ignore[attr-defined]
+        return out
 
     def _parameters(self, kind: type) -> dict[str, Tensor]:
         return self.parts[kind][1].parameters if kind in self.parts else {}
@@ -268,11 +297,11 @@ def uncovered(parts: Sequence[Part], states: Sequence[PartState], block: Block, 
     """Why the kernels cannot make these weights, or None where they can."""
     if not all(covers(quant.of(name)) for name in block.linears):
         return "they round to integers of 2 to 8 bits"
-    order = [Dense, Singular, Equivalent, Clip]
+    order = [Dense, Singular, Equivalent]
     kinds = [_kind(part) for part, state in zip(parts, states, strict=True) if state.parameters]
-    acting = [kind for kind in kinds if kind is not Rounding]
+    acting = [kind for kind in kinds if kind not in (Clip, Rounding)]  # these act on the grid, whatever stands before
     if any(kind not in order for kind in acting) or acting != sorted(acting, key=order.index):
-        return "they cover the parts dense, singular or expansion, equivalent, clip, in this order, and rounding"
+        return "they cover the parts dense, singular or expansion, equivalent, in this order, clip and rounding"
     if Dense in kinds and Singular in kinds:
         return "they add increments of weights or of singular values, not both"
     if any(isinstance(part, Dense) and part.tensors == "all" for part in parts):
@@ -284,8 +313,6 @@ def uncovered(parts: Sequence[Part], states: Sequence[PartState], block: Block, 
         return "their corners are square, so corner=full and not complete"
     if any(isinstance(part, Clip) and part.span == "start" for part in parts):
         return "their grids follow the changed weights, so span=present and not start"
-    if any(name.endswith(":shift") for state in states for name in state.parameters):
-        return "they fold scales, not shifts"
     widest = max(quant.of(name).width or block.weights[name].shape[1] for name in block.linears)
     if widest >= LARGEST_GROUP:
         return f"their groups are narrower than {LARGEST_GROUP}"

@@ -74,9 +74,7 @@ class Expansion(Singular):
 
         if not self.width:
             return super()._rows(state, name, dtype)
-        sides = [state.parameters.get(f"{name}:{side}") for side in ("lower", "upper")]
-        middle = state.parameters[f"{name}:increment"][:, None]
-        band = torch.cat([part for part in (sides[0], middle, sides[1]) if part is not None], 1)
+        band = self._band(state, name)
         padded = state.constants[f"{name}:padded"]
         rows, reach = len(band), _TILE + band.shape[1] - 1
         tiles = -(-rows // _TILE)
@@ -87,6 +85,24 @@ class Expansion(Singular):
         if dtype.itemsize > 2:
             return (core @ windows).flatten(0, 1)[:rows]
         return ((core * HALF_SCALE).to(dtype) @ windows.to(dtype)).flatten(0, 1)[:rows].float() / HALF_SCALE
+
+    def _core_times(self, state: PartState, name: str, directions: Tensor) -> Tensor:
+        import torch
+
+        if not self.width:
+            return super()._core_times(state, name, directions)
+        band = self._band(state, name)
+        rows = len(band)
+        around = torch.nn.functional.pad(directions[:rows], self._reach)
+        return (band * around.unfold(0, band.shape[1], 1)[:rows]).sum(1)
+
+    def _band(self, state: PartState, name: str) -> Tensor:
+        """Return the diagonals `(trained directions, 1 to 2 width + 1)`; column by column from the lowest up."""
+        import torch
+
+        sides = [state.parameters.get(f"{name}:{side}") for side in ("lower", "upper")]
+        middle = state.parameters[f"{name}:increment"][:, None]
+        return torch.cat([part for part in (sides[0], middle, sides[1]) if part is not None], 1)
 
     def core_square(self, parameters: Mapping[str, Tensor], name: str) -> Tensor:
         """The core's sum of squares; entries of the band that lie outside the core stay 0 and do not count."""

@@ -175,6 +175,24 @@ class Singular(PartTraits):
         increment = state.parameters[f"{name}:increment"]
         return increment[:, None] * state.constants[f"{name}:vh"][: len(increment)]
 
+    def change_times(self, state: PartState, name: str, vector: Tensor) -> Tensor:
+        """Return `U (core) Vᵀ x` for a vector `(in,)`, without the product that the change itself would take."""
+        import torch
+
+        directions = state.constants[f"{name}:vh"] @ vector
+        inner = self._core_times(state, name, directions)
+        width = self.directions_used(state, name)
+        inner = torch.nn.functional.pad(inner, (0, width - len(inner)))
+        if (corner := state.parameters.get(f"{name}:corner")) is not None:
+            c = len(corner)
+            inner = torch.cat([inner[:c] + corner @ directions[: corner.shape[1]], inner[c:]])
+        return state.constants[f"{name}:u"][:, :width] @ inner
+
+    def _core_times(self, state: PartState, name: str, directions: Tensor) -> Tensor:
+        """Return the core without its corner times a vector `(rank,)`: `(trained directions,)`."""
+        increment = state.parameters[f"{name}:increment"]
+        return increment * directions[: len(increment)]
+
     def core_square(self, parameters: Mapping[str, Tensor], name: str) -> Tensor:
         """The core's sum of squares, which is also that of the weight's change, for `U` and `V` are orthonormal."""
         increment, corner = parameters[f"{name}:increment"], parameters.get(f"{name}:corner")

@@ -164,6 +164,34 @@ def test_weights_and_gradients_equal_the_plain_path_in_float64(small: dict[str, 
     assert max(distance(found[name], expected[name]) for name in expected) < 1e-12  # measured: 3e-15
 
 
+SHIFTS = Equivalent(shift="always", weight_only_families=None)
+SHIFTED: dict[str, tuple[Part, ...]] = {
+    "alone": (SHIFTS,),
+    "every weight, clip first": (Dense(lr=1e-3, unit="step"), Clip(lr=1e-2), SHIFTS),
+    "diagonal and offsets": (Singular(corner=0, lr=1e-3), SHIFTS, Clip(lr=1e-2), Rounding()),
+    "corner": (Singular(corner=8, lr=1e-3), SHIFTS, Clip(lr=1e-2)),
+    "band with a corner": (Expansion(width=3, corner=8, lr=1e-3), SHIFTS, Clip(lr=1e-2)),
+    "upper band, few directions, larger corner": (
+        Expansion(width=2, sides="upper", top=20, corner=30, lr=1e-3),
+        SHIFTS,
+        Clip(lr=1e-2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", slow_but(("every weight, clip first", "band with a corner"), SHIFTED))
+def test_folded_shifts_and_their_gradients_equal_the_plain_path(small: dict[str, Path], case: str) -> None:
+    quant = QuantSettings(weight=Integer(bits=3, group=32), activation=Activation(bits=4))
+    block, states = shaken(SHIFTED[case], small["opt"], quant, torch.float64)
+    assert any(name.endswith(":shift") for state in states for name in state.parameters)
+    assert uncovered(SHIFTED[case], states, block, quant) is None
+    plain = plain_weights(SHIFTED[case], states, block, quant)
+    fused = FusedWeights(SHIFTED[case], states, block, quant).weights()
+    assert max(distance(fused[name], plain[name]) for name in plain) < 1e-13
+    expected, found = gradients(plain, states), gradients(fused, states)
+    assert max(distance(found[name], expected[name]) for name in expected) < 1e-12
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_weights_and_gradients_equal_the_plain_path_in_float32(small: dict[str, Path], family: str) -> None:
     block, states = shaken(ALL, small[family], W2, torch.float32)
@@ -192,7 +220,9 @@ def test_the_fused_product_keeps_tiny_increments(small: dict[str, Path]) -> None
     states = [replace(states[0], parameters={k: torch.full_like(p, 1e-6) for k, p in states[0].parameters.items()})]
     fused = FusedWeights(parts, states, block, W2)
     stack = fused.stacks[0]
-    product = stack.product([fused._learned(name, Scaled(block.weights[name].shape)) for name in stack.names])
+    product = stack.product(
+        [fused._learned(name, Scaled(block.weights[name].shape, torch.zeros_like)) for name in stack.names]
+    )
     assert product is not None
     for name, found in zip(stack.names, product.float() * stack.rounding.unscale, strict=True):
         assert distance(found, parts[0]._update(states[0], name, torch.float32)) < 2e-3  # measured: 4e-4
@@ -283,10 +313,8 @@ def test_what_the_kernels_do_not_cover_is_refused_with_the_reason(
         ((Rounding(hardening=0.5), Clip(lr=1e-2)), W2, "hardening=0"),
         ((Dense(lr=1e-3), Singular(lr=1e-3, corner=0)), W2, "not both"),
         ((Equivalent(weight_only_families=None), Singular(lr=1e-3, corner=0)), W2, "in this order"),
-        ((Equivalent(shift="always", weight_only_families=None),), W2, "not shifts"),
     ):
-        shifted = [PartState({"input_layernorm:shift": torch.zeros(1)})]
-        states = shifted if reason == "not shifts" else start_parts(parts, block, quant, context)
+        states = start_parts(parts, block, quant, context)
         with pytest.raises(ConfigError, match=rf"kernels=triton: .*{reason}.*use kernels=auto"):
             choose(asked, parts, states, block, quant)
     monkeypatch.delenv("TRITON_INTERPRET")
