@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lsiq.export import float_layouts
 from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float, rounded_formats
 from lsiq.formats.activation import Activation
+from lsiq.formats.cache_scales import CacheScales
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class CompressedTensors(Destination):
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.shards import copy_companions, write_json, write_packed
 
-        write_packed(source, folder, _layout(source.quant), _cache_scales(source))
+        write_packed(source, folder, _layout(source.quant), lambda result: _cache_scales(source, result))
         write_json(folder / "config.json", {**source.config, "quantization_config": _config(source)})
         copy_companions(source, folder)
 
@@ -155,19 +156,20 @@ def _check_cache(quant: QuantSettings) -> None:
     if kv.rounds and (kv.fixed is None or kv.fixed.element != "e4m3"):
         raise ValueError(
             f"{_NAME} states keys and values in FP8 (e4m3) under a fixed scale, not those of quant={quant.name}, whose "
-            "ranges no loader finds token by token; use quant.kv.bits=null quant.kv.format=fp8 quant.kv.scale=1"
+            "ranges no loader finds token by token; use quant.kv.bits=null quant.kv.format=fp8 and quant.kv.scale="
+            "calibrated or 1"
         )
 
 
-def _cache_scales(source: Source) -> dict[str, Tensor]:
-    """Return what every block has of the cache: the scales of keys and values, by their names in its attention."""
-    import torch
-
+def _cache_scales(source: Source, result: BlockResult) -> dict[str, Tensor]:
+    """Return what a block has of the cache: the scales of keys and values, by their names in its attention."""
     scale = source.quant.kv.scale
     if scale is None:
         return {}
+    scales = CacheScales(scale, scale) if isinstance(scale, float) else result.cache_scales
+    assert scales is not None  # the block loop stores them with each block
     (attention,) = {name.rpartition(".")[0] for name in source.shapes if "attn" in name}
-    return {f"{attention}.{letter}_scale": torch.tensor([scale]) for letter in "kv"}
+    return {f"{attention}.{letter}_scale": part for letter, part in zip("kv", scales.tensor().split(1), strict=True)}
 
 
 def _config(source: Source) -> dict[str, Any]:
@@ -315,6 +317,10 @@ def _load_groups(folder: Path) -> nn.Module:
 
 
 def _widen_scales(folder: Path, copy: Path) -> None:
+    """Copy a checkpoint with scales of weights in float32, and without those of what stays in float here.
+
+    These are of activations, keys and values.
+    """
     import shutil
 
     import torch
@@ -327,6 +333,6 @@ def _widen_scales(folder: Path, copy: Path) -> None:
         wide = {
             name: tensor.float() if tensor.dtype == torch.float16 and name.endswith("_scale") else tensor
             for name, tensor in tensors.items()
-            if not name.endswith("input_global_scale")  # of activations, which stay in float here
+            if not name.endswith(("input_global_scale", ".k_scale", ".v_scale"))
         }
         save_file(wide, copy / file.name, metadata={"format": "pt"})

@@ -19,6 +19,7 @@ from lsiq.models.gguf_file import is_gguf
 if TYPE_CHECKING:
     from lsiq.export.source import Source
     from lsiq.formats.tensor import QuantizedTensor
+    from lsiq.models.result import BlockResult
 
 
 class ShardWriter:
@@ -105,12 +106,12 @@ def write_packed(
     source: Source,
     folder: Path,
     pack: Callable[[QuantizedTensor], Mapping[str, Tensor]],
-    in_blocks: Mapping[str, Tensor] | None = None,
+    beside: Callable[[BlockResult], Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write a run's tensors, each quantised weight as the parts that `pack` makes of it, by their names.
 
     Args:
-        in_blocks: what every block has besides, by its name inside the block.
+        beside: gives what a block has besides, by its name inside the block.
     """
     writer = ShardWriter(folder)
     for name, tensor in source.outside():
@@ -122,6 +123,6 @@ def write_packed(
         for name, weight in result.weights.items():
             for part, tensor in pack(weight).items():
                 writer.add(f"{prefix}{name.removesuffix('.weight')}.{part}", tensor)
-        for name, tensor in (in_blocks or {}).items():
+        for name, tensor in ({} if beside is None else beside(result)).items():
             writer.add(prefix + name, tensor.clone())  # no two tensors of a file may share memory
     writer.finish()

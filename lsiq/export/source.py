@@ -71,7 +71,7 @@ class Source:
 
     def check(self) -> None:
         """Raise InputError where the blocks belong to another model than the checkpoint: rotated, or after a prefix."""
-        if self.store.model_digest():
+        if self.store.changes_model():
             raise InputError(
                 f"{self.store.folder}: its blocks need a rotated residual stream or a prefix, which no exported format "
                 "has a place for; export another run"
