@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lsiq.errors import ConfigError
 from lsiq.export import float_layouts
-from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float, rounded_formats
+from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float
 from lsiq.formats.activation import Activation
 from lsiq.formats.cache_scales import CacheScales
-from lsiq.settings import settings
+from lsiq.formats.mixed import EMBEDDING, HEAD
+from lsiq.settings import fill, settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
 
 _NAME = "export=compressed-tensors"
+_NO_EMBEDDINGS = (
+    "and transformers builds no model whose embeddings are packed; use export=gguf or plain, or leave that rule out"
+)
+_FLOAT = fill(Activation, {})
+_Formats = tuple["WeightFormat", "ActivationFormat"]  # of a linear's weight and of its inputs
 
 
 @settings
@@ -36,7 +43,8 @@ class CompressedTensors(Destination):
 
     The layout counts codes and zero points from `-2^(bits-1)` and packs them with that added: the numbers of
     `QuantizedTensor`, which count from 0, are what is packed. Floating-point weights: `lsiq.export.float_layouts`.
-    Keys and values in FP8: `kv_cache_scheme`, and `k_scale` and `v_scale (1,)` float32 in every attention.
+    Keys and values in FP8: `kv_cache_scheme`, and `k_scale` and `v_scale (1,)` float32 in every attention. A rounded
+    head is a linear like others, but for what enters it, which stays in float; one that is the embeddings is refused.
     """
 
     @property
@@ -59,9 +67,14 @@ class CompressedTensors(Destination):
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=compressed-tensors")
         _check_cache(quant)
+        if EMBEDDING in quant.outside():
+            raise ValueError(f"{_NAME}: quant.rules round {EMBEDDING}, {_NO_EMBEDDINGS}")
         beside = ", FP8 (e4m3), MXFP4, MXFP6 (e2m3), MXFP8 (e4m3) and NVFP4 in their usual blocks"
         activation, weights = quant.activation, []
-        for fmt in rounded_formats(quant):
+        for fmt in quant.outside().values():
+            if float_layouts.layout(fmt, _FLOAT) is None:
+                integers(fmt, _NAME, beside)
+        for fmt in (fmt for fmt in quant.in_blocks if fmt.bits < 16):
             if float_layouts.layout(fmt, activation) is None:
                 weights.append(integers(fmt, _NAME, beside))
             else:
@@ -85,7 +98,11 @@ class CompressedTensors(Destination):
             )
 
     def check_model(self, source: Source) -> None:
+        from lsiq.models.outside import is_tied
+
         self.check(source.quant)  # whose formats are known by now; transformers reads its own architectures
+        if HEAD in source.quant.outside() and is_tied(source.model):
+            raise ConfigError(f"{_NAME}: {HEAD} of this model is its embeddings, {_NO_EMBEDDINGS}")
 
     def stored(self, result: BlockResult) -> dict[str, Tensor]:
         from lsiq.export.source import decoded
@@ -98,19 +115,20 @@ class CompressedTensors(Destination):
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.shards import copy_companions, write_json, write_packed
 
-        write_packed(source, folder, _layout(source.quant), lambda result: _cache_scales(source, result))
+        pack, pack_outside = _layout(source.quant, source.quant.activation), _layout(source.quant, _FLOAT)
+        write_packed(source, folder, pack, lambda result: _cache_scales(source, result), pack_outside)
         write_json(folder / "config.json", {**source.config, "quantization_config": _config(source)})
         copy_companions(source, folder)
 
 
-def _layout(quant: QuantSettings) -> Callable[[QuantizedTensor], dict[str, Tensor]]:
-    """Return what lays out a linear's weight."""
-    of_integers = _integers if quant.activation.active else _packed
+def _layout(quant: QuantSettings, activation: ActivationFormat) -> Callable[[QuantizedTensor], dict[str, Tensor]]:
+    """Return what lays out the weight of a linear whose inputs are put into a format."""
+    of_integers = _integers if activation.active else _packed
 
     def parts(weight: QuantizedTensor) -> dict[str, Tensor]:
-        if float_layouts.layout(weight.format, quant.activation) is None:
+        if float_layouts.layout(weight.format, activation) is None:
             return of_integers(weight)
-        return {**float_layouts.weight_parts(weight), **float_layouts.input_parts(quant)}
+        return {**float_layouts.weight_parts(weight), **float_layouts.input_parts(activation)}
 
     return parts
 
@@ -177,30 +195,36 @@ def _config(source: Source) -> dict[str, Any]:
 
     Where groups have different layouts each names its own.
     """
-    activation = source.quant.activation
-    inputs = float_layouts.inputs_config(activation)
-    if isinstance(activation, Activation) and activation.active:
-        inputs = {
-            "num_bits": activation.bits,
-            "type": "int",
-            "symmetric": activation.symmetric,
-            "strategy": "token",
-            "dynamic": True,
-        }
-    by_format, floats = _targets(source)
-    of_integers = "int-quantized" if activation.active else "pack-quantized"
-    layouts = {fmt: float_layouts.layout(fmt, activation) or of_integers for fmt in by_format}
+    by_formats, floats = _targets(source)
+    layouts = {formats: _layout_name(*formats) for formats in by_formats}
     one_layout = len(set(layouts.values())) == 1
     groups = {
         f"group_{number}": {
             "targets": targets,
-            "weights": _weights(fmt, activation),
-            "input_activations": inputs,
-            **({} if one_layout else {"format": layouts[fmt]}),
+            "weights": _weights(*formats),
+            "input_activations": _inputs(formats[1]),
+            **({} if one_layout else {"format": layouts[formats]}),
         }
-        for number, (fmt, targets) in enumerate(by_format.items())
+        for number, (formats, targets) in enumerate(by_formats.items())
     }
     return _described(source, layouts.popitem()[1] if one_layout else "mixed-precision", groups, floats)
+
+
+def _layout_name(weight: WeightFormat, activation: ActivationFormat) -> str:
+    of_integers = "int-quantized" if activation.active else "pack-quantized"
+    return float_layouts.layout(weight, activation) or of_integers
+
+
+def _inputs(activation: ActivationFormat) -> dict[str, Any] | None:
+    if not isinstance(activation, Activation) or not activation.active:
+        return float_layouts.inputs_config(activation)
+    return {
+        "num_bits": activation.bits,
+        "type": "int",
+        "symmetric": activation.symmetric,
+        "strategy": "token",
+        "dynamic": True,
+    }
 
 
 def _described(source: Source, layout: str, groups: dict[str, Any], floats: list[str]) -> dict[str, Any]:
@@ -215,16 +239,24 @@ def _described(source: Source, layout: str, groups: dict[str, Any], floats: list
     }
 
 
-def _targets(source: Source) -> tuple[dict[WeightFormat, list[str]], list[str]]:
-    """Return, by format, the linears that have it, and those that stay in float; where all are alike, the class."""
-    linears: dict[WeightFormat, list[str]] = {}
+def _targets(source: Source) -> tuple[dict[_Formats, list[str]], list[str]]:
+    """Return, by the formats of weights and inputs, the linears that have them, and those in blocks that stay in float.
+
+    Where all are alike they are named by their class. What enters the head stays in float.
+    """
+    from lsiq.models.outside import outside_names
+
+    linears: dict[_Formats, list[str]] = {}
     for index in range(source.model.depth):
         block_formats = source.quant.in_block(index)
         for name in source.shapes:
-            linears.setdefault(block_formats.of(name), []).append(source.prefix(index) + name)
-    floats = [name for fmt, names in linears.items() if fmt.bits == 16 for name in names]
-    rounded = {fmt: names for fmt, names in linears.items() if fmt.bits < 16}
-    return ({fmt: ["Linear"] for fmt in rounded} if len(rounded) == 1 else rounded), floats
+            formats = (block_formats.of(name), source.quant.activation)
+            linears.setdefault(formats, []).append(source.prefix(index) + name)
+    for name, fmt in outside_names(source.model, source.quant.outside()).items():
+        linears.setdefault((fmt, _FLOAT), []).append(name.removesuffix(".weight"))
+    floats = [name for (fmt, _), names in linears.items() if fmt.bits == 16 for name in names]
+    rounded = {formats: names for formats, names in linears.items() if formats[0].bits < 16}
+    return ({formats: ["Linear"] for formats in rounded} if len(rounded) == 1 else rounded), floats
 
 
 def _weights(fmt: WeightFormat, activation: ActivationFormat) -> dict[str, Any]:
@@ -268,8 +300,10 @@ def _load(folder: Path) -> Logits:
                     wide, dtype=torch.float32, quantization_config=dequantize, local_files_only=True
                 )
             )
-        halved = any(group["weights"]["strategy"] == "tensor_group" for group in groups)  # handed out in bfloat16
-        if not halved and all(group["weights"]["symmetric"] for group in groups):
+        # Floating-point numbers in blocks are handed out in bfloat16.
+        halved = any(g["weights"]["type"] == "float" and "group" in g["weights"]["strategy"] for g in groups)
+        rounds_inputs = any(group["input_activations"] for group in groups)  # which that model would do
+        if not (halved or rounds_inputs) and all(group["weights"]["symmetric"] for group in groups):
             return as_logits(AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32, local_files_only=True))
         return as_logits(_load_groups(Path(wide)))
 
@@ -284,9 +318,9 @@ def _groups(folder: Path) -> dict[str, Any]:
 def _load_groups(folder: Path) -> nn.Module:
     """Return the model that transformers builds, each linear unpacked by compressed-tensors as its own group says.
 
-    transformers 5.23 unpacks all linears as the first group says where it is to de-quantise; where it is not, it fails
-    on asymmetric weights and on those of NVFP4 in a model of float32, as they come in bfloat16. So compressed-tensors
-    is asked for the linears one by one.
+    transformers 5.23 unpacks all linears as the first group says where it is to de-quantise; where it is not, it rounds
+    what enters linears, and fails on asymmetric weights and on those of NVFP4 and MXFP4 in a model of float32, as they
+    come in bfloat16. So compressed-tensors is asked for the linears one by one.
     """
     import json
 
