@@ -121,6 +121,7 @@ MIXED = {
         [("*", None, "nvfp4"), ("mlp.down_proj", "0", "fp8"), ("self_attn.v_proj", None, "mxfp8")],
         {"compressed-tensors"},
     ),
+    "floating point beside symmetric integers": ([("*", None, "w4g32-sym"), ("mlp.*", None, "mxfp4")], BOTH),
     "floating point beside integers": ([("mlp.*", None, "mxfp4"), ("mlp.up_proj", "1", "w8-sym")], BOTH),
 }
 
