@@ -15,19 +15,14 @@ import torch
 from torch import Tensor
 
 from lsiq.errors import NumericalError
-from lsiq.formats.activation import Activation
 from lsiq.formats.base import ActivationFormat
 from lsiq.formats.cache_scales import CacheScales
-from lsiq.formats.grid import divided
-from lsiq.formats.integer import MAX_SCALE, MIN_SCALE
-from lsiq.formats.key_value import KeyValue, Running
-from lsiq.formats.minifloat import ELEMENTS
+from lsiq.formats.key_value import FLOAT, KeyValue, Running
 from lsiq.models.block import Block, run_stream
 from lsiq.models.loading import Model
 from lsiq.models.result import BlockResult
 from lsiq.runtime import processes, streams
 from lsiq.runtime.micro_batch import MicroBatch, in_parts
-from lsiq.settings import fill
 
 
 class _Seen(Exception):  # noqa: N818 (not an error: it ends a forward pass early)
@@ -91,9 +86,7 @@ def measure_scales(
         raise NumericalError(
             f"block {block.index}: its keys or values are not finite; try model.dtype=float32 or model.dtype=bfloat16"
         )
-    assert cache.fixed is not None  # the settings see to it
-    scales = divided(largest, int(ELEMENTS[cache.fixed.element].largest)).clamp(MIN_SCALE, MAX_SCALE)
-    return CacheScales.of(scales)
+    return cache.scales_for(largest)
 
 
 @torch.no_grad()
@@ -114,7 +107,7 @@ def with_float_scales(model: Model, cache: KeyValue, tokens: Tensor | None, batc
     found = []
     for index in range(model.depth):
         block = model.block(index, kwargs)
-        found.append(measure_scales(block, BlockResult({}), hidden, batch, fill(Activation, {}), cache))
+        found.append(measure_scales(block, BlockResult({}), hidden, batch, FLOAT, cache))
         if index + 1 < model.depth:
             hidden = run_stream(block.with_weights({}), hidden, batch, model.device)
     return replace(model, cache_scales=tuple(found))

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from lsiq.errors import ConfigError
 from lsiq.export import float_layouts
-from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float
+from lsiq.export.base import Destination, Loader, integers, refuse_float
+from lsiq.export.compressed_reading import read_back
 from lsiq.formats.activation import Activation
 from lsiq.formats.cache_scales import CacheScales
+from lsiq.formats.key_value import FLOAT
 from lsiq.formats.mixed import EMBEDDING, HEAD
-from lsiq.settings import fill, settings
+from lsiq.settings import settings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from lsiq.export.source import Source
     from lsiq.formats.base import ActivationFormat, WeightFormat
@@ -28,7 +30,6 @@ _NAME = "export=compressed-tensors"
 _NO_EMBEDDINGS = (
     "and transformers builds no model whose embeddings are packed; use export=gguf or plain, or leave that rule out"
 )
-_FLOAT = fill(Activation, {})
 _Formats = tuple["WeightFormat", "ActivationFormat"]  # of a linear's weight and of its inputs
 
 
@@ -62,7 +63,7 @@ class CompressedTensors(Destination):
 
     @property
     def loaders(self) -> tuple[Loader, ...]:
-        return (Loader(("transformers", "compressed-tensors"), _load),)
+        return (Loader(("transformers", "compressed-tensors"), read_back),)
 
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=compressed-tensors")
@@ -72,7 +73,7 @@ class CompressedTensors(Destination):
         beside = ", FP8 (e4m3), MXFP4, MXFP6 (e2m3), MXFP8 (e4m3) and NVFP4 in their usual blocks"
         activation, weights = quant.activation, []
         for fmt in quant.outside().values():
-            if float_layouts.layout(fmt, _FLOAT) is None:
+            if float_layouts.layout(fmt, FLOAT) is None:
                 integers(fmt, _NAME, beside)
         for fmt in (fmt for fmt in quant.in_blocks if fmt.bits < 16):
             if float_layouts.layout(fmt, activation) is None:
@@ -115,7 +116,7 @@ class CompressedTensors(Destination):
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.shards import copy_companions, write_json, write_packed
 
-        pack, pack_outside = _layout(source.quant, source.quant.activation), _layout(source.quant, _FLOAT)
+        pack, pack_outside = _layout(source.quant, source.quant.activation), _layout(source.quant, FLOAT)
         write_packed(source, folder, pack, lambda result: _cache_scales(source, result), pack_outside)
         write_json(folder / "config.json", {**source.config, "quantization_config": _config(source)})
         copy_companions(source, folder)
@@ -253,7 +254,7 @@ def _targets(source: Source) -> tuple[dict[_Formats, list[str]], list[str]]:
             formats = (block_formats.of(name), source.quant.activation)
             linears.setdefault(formats, []).append(source.prefix(index) + name)
     for name, fmt in outside_names(source.model, source.quant.outside()).items():
-        linears.setdefault((fmt, _FLOAT), []).append(name.removesuffix(".weight"))
+        linears.setdefault((fmt, FLOAT), []).append(name.removesuffix(".weight"))
     floats = [name for (fmt, _), names in linears.items() if fmt.bits == 16 for name in names]
     rounded = {formats: names for formats, names in linears.items() if formats[0].bits < 16}
     return ({formats: ["Linear"] for formats in rounded} if len(rounded) == 1 else rounded), floats
@@ -275,98 +276,3 @@ def _weights(fmt: WeightFormat, activation: ActivationFormat) -> dict[str, Any]:
 
 # What stands for FP8 keys and values whose scales, one for each block, are in the checkpoint.
 _CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
-
-
-def _load(folder: Path) -> Logits:
-    """The loader of transformers, through compressed-tensors; activations stay in float.
-
-    It reads a copy with float32 scales: the library multiplies in the dtype of the scale, and half precision would
-    round the products, which is right for a deployed model and hides what is to be compared here.
-    """
-    import tempfile
-
-    import torch
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-
-    from lsiq.export.verify import as_logits
-
-    with tempfile.TemporaryDirectory(dir=folder.parent) as wide:
-        _widen_scales(folder, Path(wide))
-        groups = _groups(folder).values()
-        if len(groups) == 1:  # transformers 5.23 fails on asymmetric weights unless it is to de-quantise
-            dequantize = CompressedTensorsConfig(dequantize=True)
-            return as_logits(
-                AutoModelForCausalLM.from_pretrained(
-                    wide, dtype=torch.float32, quantization_config=dequantize, local_files_only=True
-                )
-            )
-        # Floating-point numbers in blocks are handed out in bfloat16.
-        halved = any(g["weights"]["type"] == "float" and "group" in g["weights"]["strategy"] for g in groups)
-        rounds_inputs = any(group["input_activations"] for group in groups)  # which that model would do
-        if not (halved or rounds_inputs) and all(group["weights"]["symmetric"] for group in groups):
-            return as_logits(AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32, local_files_only=True))
-        return as_logits(_load_groups(Path(wide)))
-
-
-def _groups(folder: Path) -> dict[str, Any]:
-    import json
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config["quantization_config"]["config_groups"]
-
-
-def _load_groups(folder: Path) -> nn.Module:
-    """Return the model that transformers builds, each linear unpacked by compressed-tensors as its own group says.
-
-    transformers 5.23 unpacks all linears as the first group says where it is to de-quantise; where it is not, it rounds
-    what enters linears, and fails on asymmetric weights and on those of NVFP4 and MXFP4 in a model of float32, as they
-    come in bfloat16. So compressed-tensors is asked for the linears one by one.
-    """
-    import json
-
-    import torch
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stated = QuantizationConfig.model_validate(settings.pop("quantization_config"))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
-    files = sorted(folder.glob("*.safetensors"))
-    tensors: dict[str, Any] = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    for group in stated.config_groups.values():
-        if isinstance(group, list):
-            raise ValueError(f"a group of settings is expected, not {group}")
-        compressor = BaseCompressor.get_value_from_registry(group.format or stated.format)
-        for target in group.targets:
-            names = [name for name in tensors if name.startswith(f"{target}.weight")]
-            parts = {name.removeprefix(f"{target}."): tensors.pop(name) for name in names}
-            tensors[f"{target}.weight"] = compressor.decompress(parts, group)["weight"]
-    unknown = model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
-    model.tie_weights()
-    if unknown.unexpected_keys:
-        raise ValueError(f"the model has no place for {unknown.unexpected_keys[0]}")
-    return model
-
-
-def _widen_scales(folder: Path, copy: Path) -> None:
-    """Copy a checkpoint with scales of weights in float32, and without those of what stays in float here.
-
-    These are of activations, keys and values.
-    """
-    import shutil
-
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    for file in folder.glob("*.json"):
-        shutil.copyfile(file, copy / file.name)
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        wide = {
-            name: tensor.float() if tensor.dtype == torch.float16 and name.endswith("_scale") else tensor
-            for name, tensor in tensors.items()
-            if not name.endswith(("input_global_scale", ".k_scale", ".v_scale"))
-        }
-        save_file(wide, copy / file.name, metadata={"format": "pt"})

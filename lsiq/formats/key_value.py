@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from lsiq.errors import ConfigError
-from lsiq.formats.activation import rounded
+from lsiq.formats.activation import Activation, rounded
 from lsiq.formats.base import ActivationFormat
 from lsiq.formats.cache_scales import CacheScales
 from lsiq.formats.fp8 import FP8Activation
 from lsiq.formats.grid import check_divides
 from lsiq.formats.names import named_activation
-from lsiq.settings import settings
+from lsiq.settings import fill, settings
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FLOAT = fill(Activation, {})  # activations as they are
 
 
 def _checked(value: Any) -> Any:
@@ -167,6 +170,11 @@ class KeyValue:
             return x
         groups = x[..., :whole, :].unflatten(-2, (-1, self.group))
         return torch.cat([self._rounded(groups, -2).flatten(-3, -2), x[..., whole:, :]], -2)
+
+    def scales_for(self, largest: Tensor) -> CacheScales:
+        """Return the fixed scales under which the largest key and value `(2,)`, float32, become the largest number."""
+        assert self.fixed is not None  # the settings see to it
+        return CacheScales.of(self.fixed.scale_for(largest))
 
     def _rounded(self, x: Tensor, dim: int) -> Tensor:
         assert self.bits is not None

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.configuration import compose_run
 from helpers.interruption import at_rename, interrupt, only_run, outcome
 from omegaconf import DictConfig
+from safetensors.torch import load_file
 
 import lsiq
 import lsiq.experiment.stages
@@ -100,6 +102,28 @@ def test_an_evaluation_that_is_repeated_has_the_scales_of_before(
         with pytest.raises(KeyboardInterrupt):
             run(small_run(model, *words))
     assert run(small_run(model, *words)).metrics == undisturbed.metrics
+
+
+def test_a_finished_run_is_exported_with_the_scales_of_its_blocks(
+    model: Path, small_run: SmallRun, tmp_path: Path
+) -> None:
+    record = run(small_run(model, *CALIBRATED, "method=gptq", "eval=none"))
+    words = [f"from={record.run_id}", "export=compressed-tensors"]
+    exported = run(compose_run(*words, f"paths.runs={tmp_path / 'runs'}", "tracker=none"), words)
+    entry = exported.exports["compressed-tensors"]
+    assert entry["checks"][0]["difference"] < 1e-5  # measured: 0.0
+    tensors = load_file(Path(entry["folder"]) / "model.safetensors")
+    for row in record.blocks:
+        for letter, name in {"k": "key", "v": "value"}.items():
+            scale = tensors[f"model.layers.{row['index']}.self_attn.{letter}_scale"]
+            assert scale.item() == row["metrics"][f"{name}_scale"]
+
+
+@pytest.mark.slow
+def test_a_plan_measured_as_the_method_rounds_has_scales_too(model: Path, small_run: SmallRun) -> None:
+    words = ["method=gptq", "quant.allocate.bits=3.5", "quant.allocate.choices=[w2g32,w4g32]", "eval=none"]
+    record = run(small_run(model, *CALIBRATED, *words, "quant.allocate.rounding=method"))
+    assert all(row["metrics"]["key_scale"] > 0 for row in record.blocks)
 
 
 @pytest.mark.slow
