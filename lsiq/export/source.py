@@ -91,7 +91,8 @@ class Source:
     def outside_result(self) -> BlockResult:
         """Return embeddings and head as far as they are rounded, a tied head under the name of the embeddings.
 
-        They are rounded anew, for no run stores them: in the precision that the model was loaded in, as a run does.
+        No run stores them, so they are rounded anew, from weights in the precision that the model was loaded in. A run
+        in half precision that is exported later on a CPU may have other codes where a weight lies between two.
         """
         weights = quantized_outside(self.model, self.quant.outside())
         return BlockResult({name: weight.cpu() for name, weight in weights.items()})
