@@ -192,6 +192,10 @@ def quantize(
         raise ConfigError(
             f"calibration=None: method {method.name} needs calibration tokens; give lsiq.tokens(…) or ids (N, T)"
         )
+    if tokens is None and quant.kv.calibrated:
+        raise ConfigError(
+            "calibration=None: quant.kv.scale=calibrated needs calibration tokens; give lsiq.tokens(…) or ids (N, T)"
+        )
     if isinstance(method, FineTune) and tokens is not None and quant.name != "fp16":
         method = form_for(method, source.model, quant, *tokens.shape).of(method)
     store: MemoryStore | BlockStore = MemoryStore() if folder is None else BlockStore(Path(folder) / "blocks")

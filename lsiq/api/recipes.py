@@ -30,7 +30,8 @@ def format(name: str, *overrides: str) -> QuantSettings:
     Raises:
         ConfigError: no such file, or a setting that it does not have or allow.
     """
-    return parse(compose(f"quant={name}", "method=rtn", *_ASIDE, *overrides)).quant
+    beside = [word for word in _ASIDE if word != "calib=none"]  # some formats ask for calibration tokens
+    return parse(compose(f"quant={name}", "method=rtn", *beside, *overrides)).quant
 
 
 @dataclass(frozen=True)

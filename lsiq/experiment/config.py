@@ -16,7 +16,6 @@ from lsiq.experiment.composed import named_config, recipe_family
 from lsiq.experiment.rounded_choices import check_rounding
 from lsiq.export.base import Exporter, refuse_method
 from lsiq.formats.key_value import refuse_padded
-from lsiq.formats.mixed import OUTSIDE
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.methods.finetune import FineTune
@@ -70,22 +69,29 @@ class RunConfig:
                 "bits and cannot be trained; use method.scales=null or an integer format"
             )
         check_rounding(self.quant, self.method)
-        if (
-            rounded := [rule.match for rule in self.quant.rules if rule.match in OUTSIDE and rule.format.bits < 16]
-        ) and (reason := self._why_outside_stays()):
+        if (rounded := list(self.quant.outside())) and (reason := self._why_outside_stays()):
             raise ValueError(f"quant.rules: {rounded[0]} cannot be rounded {reason}; leave that rule out")
         refuse_padded(self.quant.kv, self.eval.tasks)
-        calib = self.calib
-        if calib.corpus is None and not calib.written and self.method.needs and self.quant.name != "fp16":
+        if self.calib.corpus is None and not self.calib.written and (who := self._who_calibrates()):
             raise ValueError(
-                f"calib.corpus=null: method {self.method.name} needs calibration tokens; "
-                "choose calib=bundled, calib=written or calib=file"
+                f"calib.corpus=null: {who} needs calibration tokens; choose calib=bundled, calib=written or calib=file"
             )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether numbers depend on calibration tokens; otherwise a few serve to measure the error of each block."""
+        return self._who_calibrates() is not None
+
+    def _who_calibrates(self) -> str | None:
+        """What needs calibration tokens, or None."""
+        if self.quant.name == "fp16":
+            return None
+        if self.method.needs:
+            return f"method {self.method.name}"
+        return "quant.kv.scale=calibrated" if self.quant.kv.calibrated else None
 
     def _why_outside_stays(self) -> str | None:
         """Why embeddings and head have to stay as they are, or None."""
-        if self.export is not None:
-            return f"where export={self.export.name} is asked for, which keeps embeddings and head as they are"
         if self.eval.tasks:
             return "where tasks are measured, whose answers are scored with the float head"
         if isinstance(self.method, WholeMethod):

@@ -133,7 +133,7 @@ class Estimate:
     def _quantize(self, model: Model, method: Any, store: BlockStore) -> PlannedStage:
         calib = self.config.calib
         samples = (calib.samples if calib.corpus is not None else 0) + calib.written
-        if not self.config.method.needs:
+        if not self.config.calibrates:
             samples = min(samples, SAMPLES_TO_MEASURE)
         if calib.written:
             self.notes.append("the calibration text that the model writes is there; writing it is not estimated")

@@ -82,16 +82,15 @@ def variants_to_measure(config: RunConfig, model: Model, prepared: Model, store:
     that was prepared for them. A prefix also changes the float model; what it does there is `prefixed/`.
     """
     quant = config.quant
-    variants = {FLOAT: Variant(lambda block: block.with_weights({}), "float")}
+    floats = None if _moved(prepared) or prepared.float_skeleton is not None else prepared
+    variants = {FLOAT: Variant(lambda block: block.with_weights({}), "float", floats)}
     if quant.name == "fp16":
         return variants
     if config.eval.rtn and config.method.name != "rtn":
         variants["rtn/"] = Variant(
             lambda block: block.with_result(round_to_nearest(block, quant), quant.running),
-            f"rtn {_weights_of(quant)} {quant.running}",
-            prepared=replace(model, skeleton=prepared.skeleton, float_skeleton=model.skeleton)
-            if prepared.float_skeleton is not None
-            else None,
+            f"rtn {_weights_of(quant)} {quant.running}{_scales_of(prepared)}",
+            prepared=_at_nearest(model, prepared),
         )
     if prepared.prefix is not None:
         variants["prefixed/"] = Variant(
@@ -103,6 +102,29 @@ def variants_to_measure(config: RunConfig, model: Model, prepared: Model, store:
         stored=f"own {store.stamp}",
     )
     return variants
+
+
+def _moved(prepared: Model) -> bool:
+    """Whether the blocks of a prepared model are others than the float model's: rotated, or after a prefix."""
+    return prepared.residual is not None or prepared.prefix is not None
+
+
+def _at_nearest(model: Model, prepared: Model) -> Model | None:
+    """Return what round-to-nearest is measured in: neither rotated nor after a prefix, but otherwise as prepared.
+
+    Where `prepared` is that already, one pass over the weights serves both. None for `model` as it is.
+    """
+    if not _moved(prepared):
+        return prepared
+    if prepared.float_skeleton is None and prepared.cache_scales is None:
+        return None
+    float_skeleton = None if prepared.float_skeleton is None else model.skeleton
+    return replace(model, skeleton=prepared.skeleton, float_skeleton=float_skeleton, cache_scales=prepared.cache_scales)
+
+
+def _scales_of(prepared: Model) -> str:
+    """Name calibrated scales of keys and values, for the cache."""
+    return "" if prepared.cache_scales is None else f" {prepared.cache_scales}"
 
 
 def _weights_of(quant: QuantSettings) -> str:

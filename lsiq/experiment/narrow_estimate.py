@@ -95,7 +95,7 @@ class NarrowEstimate(Estimate):
         samples = (calib.samples if calib.corpus is not None else 0) + calib.written
         if calib.written:
             self.notes.append("the calibration text that the model writes is there; writing it is not estimated")
-        return samples if self.config.method.needs else min(samples, SAMPLES_TO_MEASURE)
+        return samples if self.config.calibrates else min(samples, SAMPLES_TO_MEASURE)
 
     def _quantize_stages(self) -> Iterable[PlannedStage]:
         method, samples = self.config.method, self._samples()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lsiq.calib.cache_range import measure_scales
 from lsiq.data.tokens import random_windows
 from lsiq.evals.windows import Variant, by_model, measure_windows
 from lsiq.experiment.evaluate import variants_to_measure
@@ -19,6 +20,7 @@ from lsiq.models.checkpoint import MemoryCheckpoint, RandomCheckpoint
 from lsiq.models.context import Ahead, Context
 from lsiq.models.folder import read_config
 from lsiq.models.loading import Model, load
+from lsiq.models.result import BlockResult
 from lsiq.pipeline.layer_report import first_tokens, layer_rows
 from lsiq.results.store import BlockStore
 from lsiq.runtime import streams
@@ -175,6 +177,11 @@ def probe_block(
     block = block.under(quant)
     result = method.quantize_block(block, quant, context)
     layer_rows(block, result, quant, first_tokens(context.inputs))
+    if config.quant.kv.calibrated and samples:  # of the float model, for which its stream runs alone, and of the result
+        run_stream(block.with_weights({}), hidden, batch, device)
+        for made in (BlockResult({}), result):
+            scales = measure_scales(block, made, hidden, batch, quant.activation, quant.kv)
+        result = replace(result, cache_scales=scales)
     learning = peak_bytes()
     reset_peak()
     store.write(0, result)

@@ -43,9 +43,11 @@ def by_method(
         tokens: `(N, T)` calibration tokens, or None for a method that needs none.
         batch: sequences that pass through a block at once.
     """
+    from lsiq.calib.cache_range import with_float_scales
     from lsiq.pipeline.block_loop import quantize
     from lsiq.results.memory_store import MemoryStore
 
+    model = with_float_scales(model, quant.kv, tokens, batch)
     stores = [MemoryStore() for _ in formats]
     for fmt, store in zip(formats, stores, strict=True):
         if fmt.bits < 16:

@@ -151,7 +151,7 @@ def read_texts(request: Request, model: Model, store: BlockStore, record: Record
     record.quantised = record.quantised and store.complete(model.depth)
     calibration = None
     if not record.quantised:
-        few = None if config.method.needs else SAMPLES_TO_MEASURE
+        few = None if config.calibrates else SAMPLES_TO_MEASURE
         calibration = record.timed(
             "tokens", lambda: calibration_tokens(config.calib, model, config.seed, few, tokens, references)
         )

@@ -132,8 +132,17 @@ def refuse_activations(quant: QuantSettings, name: str) -> None:
 
 
 def rounded_formats(quant: QuantSettings) -> list[WeightFormat]:
-    """Return the weight formats of linears that do not stay in float."""
+    """Return the weight formats of linears that do not stay in float, head and embeddings among them."""
     return [fmt for fmt in quant.formats if fmt.bits < 16]
+
+
+def refuse_outside(quant: QuantSettings, name: str) -> None:
+    """Raise ValueError for layouts in which head and embeddings stay as they are."""
+    if rounded := list(quant.outside()):
+        raise ValueError(
+            f"{name} keeps embeddings and head as they are, but quant.rules round {rounded[0]}; use "
+            "export=compressed-tensors, gguf or plain, or leave that rule out"
+        )
 
 
 def refuse_cache(quant: QuantSettings, name: str) -> None:

@@ -6,13 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lsiq.errors import ConfigError
 from lsiq.export import float_layouts
-from lsiq.export.base import Destination, Loader, Logits, integers, refuse_float, rounded_formats
+from lsiq.export.base import Destination, Loader, integers, refuse_float
+from lsiq.export.compressed_reading import read_back
 from lsiq.formats.activation import Activation
+from lsiq.formats.cache_scales import CacheScales
+from lsiq.formats.key_value import FLOAT
+from lsiq.formats.mixed import EMBEDDING, HEAD
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from lsiq.export.source import Source
     from lsiq.formats.base import ActivationFormat, WeightFormat
@@ -22,6 +27,10 @@ if TYPE_CHECKING:
 
 
 _NAME = "export=compressed-tensors"
+_NO_EMBEDDINGS = (
+    "and transformers builds no model whose embeddings are packed; use export=gguf or plain, or leave that rule out"
+)
+_Formats = tuple["WeightFormat", "ActivationFormat"]  # of a linear's weight and of its inputs
 
 
 @settings
@@ -35,7 +44,8 @@ class CompressedTensors(Destination):
 
     The layout counts codes and zero points from `-2^(bits-1)` and packs them with that added: the numbers of
     `QuantizedTensor`, which count from 0, are what is packed. Floating-point weights: `lsiq.export.float_layouts`.
-    Keys and values in FP8: `kv_cache_scheme`, and `k_scale` and `v_scale (1,)` float32 in every attention.
+    Keys and values in FP8: `kv_cache_scheme`, and `k_scale` and `v_scale (1,)` float32 in every attention. A rounded
+    head is a linear like others, but for what enters it, which stays in float; one that is the embeddings is refused.
     """
 
     @property
@@ -53,14 +63,19 @@ class CompressedTensors(Destination):
 
     @property
     def loaders(self) -> tuple[Loader, ...]:
-        return (Loader(("transformers", "compressed-tensors"), _load),)
+        return (Loader(("transformers", "compressed-tensors"), read_back),)
 
     def check(self, quant: QuantSettings) -> None:
         refuse_float(quant, "export=compressed-tensors")
         _check_cache(quant)
+        if EMBEDDING in quant.outside():
+            raise ValueError(f"{_NAME}: quant.rules round {EMBEDDING}, {_NO_EMBEDDINGS}")
         beside = ", FP8 (e4m3), MXFP4, MXFP6 (e2m3), MXFP8 (e4m3) and NVFP4 in their usual blocks"
         activation, weights = quant.activation, []
-        for fmt in rounded_formats(quant):
+        for fmt in quant.outside().values():
+            if float_layouts.layout(fmt, FLOAT) is None:
+                integers(fmt, _NAME, beside)
+        for fmt in (fmt for fmt in quant.in_blocks if fmt.bits < 16):
             if float_layouts.layout(fmt, activation) is None:
                 weights.append(integers(fmt, _NAME, beside))
             else:
@@ -84,7 +99,11 @@ class CompressedTensors(Destination):
             )
 
     def check_model(self, source: Source) -> None:
+        from lsiq.models.outside import is_tied
+
         self.check(source.quant)  # whose formats are known by now; transformers reads its own architectures
+        if HEAD in source.quant.outside() and is_tied(source.model):
+            raise ConfigError(f"{_NAME}: {HEAD} of this model is its embeddings, {_NO_EMBEDDINGS}")
 
     def stored(self, result: BlockResult) -> dict[str, Tensor]:
         from lsiq.export.source import decoded
@@ -97,19 +116,20 @@ class CompressedTensors(Destination):
     def write(self, source: Source, folder: Path) -> None:
         from lsiq.export.shards import copy_companions, write_json, write_packed
 
-        write_packed(source, folder, _layout(source.quant), _cache_scales(source))
+        pack, pack_outside = _layout(source.quant, source.quant.activation), _layout(source.quant, FLOAT)
+        write_packed(source, folder, pack, lambda result: _cache_scales(source, result), pack_outside)
         write_json(folder / "config.json", {**source.config, "quantization_config": _config(source)})
         copy_companions(source, folder)
 
 
-def _layout(quant: QuantSettings) -> Callable[[QuantizedTensor], dict[str, Tensor]]:
-    """Return what lays out a linear's weight."""
-    of_integers = _integers if quant.activation.active else _packed
+def _layout(quant: QuantSettings, activation: ActivationFormat) -> Callable[[QuantizedTensor], dict[str, Tensor]]:
+    """Return what lays out the weight of a linear whose inputs are put into a format."""
+    of_integers = _integers if activation.active else _packed
 
     def parts(weight: QuantizedTensor) -> dict[str, Tensor]:
-        if float_layouts.layout(weight.format, quant.activation) is None:
+        if float_layouts.layout(weight.format, activation) is None:
             return of_integers(weight)
-        return {**float_layouts.weight_parts(weight), **float_layouts.input_parts(quant)}
+        return {**float_layouts.weight_parts(weight), **float_layouts.input_parts(activation)}
 
     return parts
 
@@ -155,19 +175,20 @@ def _check_cache(quant: QuantSettings) -> None:
     if kv.rounds and (kv.fixed is None or kv.fixed.element != "e4m3"):
         raise ValueError(
             f"{_NAME} states keys and values in FP8 (e4m3) under a fixed scale, not those of quant={quant.name}, whose "
-            "ranges no loader finds token by token; use quant.kv.bits=null quant.kv.format=fp8 quant.kv.scale=1"
+            "ranges no loader finds token by token; use quant.kv.bits=null quant.kv.format=fp8 and quant.kv.scale="
+            "calibrated or 1"
         )
 
 
-def _cache_scales(source: Source) -> dict[str, Tensor]:
-    """Return what every block has of the cache: the scales of keys and values, by their names in its attention."""
-    import torch
-
+def _cache_scales(source: Source, result: BlockResult) -> dict[str, Tensor]:
+    """Return what a block has of the cache: the scales of keys and values, by their names in its attention."""
     scale = source.quant.kv.scale
     if scale is None:
         return {}
+    scales = CacheScales(scale, scale) if isinstance(scale, float) else result.cache_scales
+    assert scales is not None  # the block loop stores them with each block
     (attention,) = {name.rpartition(".")[0] for name in source.shapes if "attn" in name}
-    return {f"{attention}.{letter}_scale": torch.tensor([scale]) for letter in "kv"}
+    return {f"{attention}.{letter}_scale": part for letter, part in zip("kv", scales.tensor().split(1), strict=True)}
 
 
 def _config(source: Source) -> dict[str, Any]:
@@ -175,30 +196,36 @@ def _config(source: Source) -> dict[str, Any]:
 
     Where groups have different layouts each names its own.
     """
-    activation = source.quant.activation
-    inputs = float_layouts.inputs_config(activation)
-    if isinstance(activation, Activation) and activation.active:
-        inputs = {
-            "num_bits": activation.bits,
-            "type": "int",
-            "symmetric": activation.symmetric,
-            "strategy": "token",
-            "dynamic": True,
-        }
-    by_format, floats = _targets(source)
-    of_integers = "int-quantized" if activation.active else "pack-quantized"
-    layouts = {fmt: float_layouts.layout(fmt, activation) or of_integers for fmt in by_format}
+    by_formats, floats = _targets(source)
+    layouts = {formats: _layout_name(*formats) for formats in by_formats}
     one_layout = len(set(layouts.values())) == 1
     groups = {
         f"group_{number}": {
             "targets": targets,
-            "weights": _weights(fmt, activation),
-            "input_activations": inputs,
-            **({} if one_layout else {"format": layouts[fmt]}),
+            "weights": _weights(*formats),
+            "input_activations": _inputs(formats[1]),
+            **({} if one_layout else {"format": layouts[formats]}),
         }
-        for number, (fmt, targets) in enumerate(by_format.items())
+        for number, (formats, targets) in enumerate(by_formats.items())
     }
     return _described(source, layouts.popitem()[1] if one_layout else "mixed-precision", groups, floats)
+
+
+def _layout_name(weight: WeightFormat, activation: ActivationFormat) -> str:
+    of_integers = "int-quantized" if activation.active else "pack-quantized"
+    return float_layouts.layout(weight, activation) or of_integers
+
+
+def _inputs(activation: ActivationFormat) -> dict[str, Any] | None:
+    if not isinstance(activation, Activation) or not activation.active:
+        return float_layouts.inputs_config(activation)
+    return {
+        "num_bits": activation.bits,
+        "type": "int",
+        "symmetric": activation.symmetric,
+        "strategy": "token",
+        "dynamic": True,
+    }
 
 
 def _described(source: Source, layout: str, groups: dict[str, Any], floats: list[str]) -> dict[str, Any]:
@@ -213,16 +240,24 @@ def _described(source: Source, layout: str, groups: dict[str, Any], floats: list
     }
 
 
-def _targets(source: Source) -> tuple[dict[WeightFormat, list[str]], list[str]]:
-    """Return, by format, the linears that have it, and those that stay in float; where all are alike, the class."""
-    linears: dict[WeightFormat, list[str]] = {}
+def _targets(source: Source) -> tuple[dict[_Formats, list[str]], list[str]]:
+    """Return, by the formats of weights and inputs, the linears that have them, and those in blocks that stay in float.
+
+    Where all are alike they are named by their class. What enters the head stays in float.
+    """
+    from lsiq.models.outside import outside_names
+
+    linears: dict[_Formats, list[str]] = {}
     for index in range(source.model.depth):
         block_formats = source.quant.in_block(index)
         for name in source.shapes:
-            linears.setdefault(block_formats.of(name), []).append(source.prefix(index) + name)
-    floats = [name for fmt, names in linears.items() if fmt.bits == 16 for name in names]
-    rounded = {fmt: names for fmt, names in linears.items() if fmt.bits < 16}
-    return ({fmt: ["Linear"] for fmt in rounded} if len(rounded) == 1 else rounded), floats
+            formats = (block_formats.of(name), source.quant.activation)
+            linears.setdefault(formats, []).append(source.prefix(index) + name)
+    for name, fmt in outside_names(source.model, source.quant.outside()).items():
+        linears.setdefault((fmt, FLOAT), []).append(name.removesuffix(".weight"))
+    floats = [name for (fmt, _), names in linears.items() if fmt.bits == 16 for name in names]
+    rounded = {formats: names for formats, names in linears.items() if formats[0].bits < 16}
+    return ({formats: ["Linear"] for formats in rounded} if len(rounded) == 1 else rounded), floats
 
 
 def _weights(fmt: WeightFormat, activation: ActivationFormat) -> dict[str, Any]:
@@ -241,92 +276,3 @@ def _weights(fmt: WeightFormat, activation: ActivationFormat) -> dict[str, Any]:
 
 # What stands for FP8 keys and values whose scales, one for each block, are in the checkpoint.
 _CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
-
-
-def _load(folder: Path) -> Logits:
-    """The loader of transformers, through compressed-tensors; activations stay in float.
-
-    It reads a copy with float32 scales: the library multiplies in the dtype of the scale, and half precision would
-    round the products, which is right for a deployed model and hides what is to be compared here.
-    """
-    import tempfile
-
-    import torch
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-
-    from lsiq.export.verify import as_logits
-
-    with tempfile.TemporaryDirectory(dir=folder.parent) as wide:
-        _widen_scales(folder, Path(wide))
-        groups = _groups(folder).values()
-        if len(groups) == 1:  # transformers 5.23 fails on asymmetric weights unless it is to de-quantise
-            dequantize = CompressedTensorsConfig(dequantize=True)
-            return as_logits(
-                AutoModelForCausalLM.from_pretrained(
-                    wide, dtype=torch.float32, quantization_config=dequantize, local_files_only=True
-                )
-            )
-        halved = any(group["weights"]["strategy"] == "tensor_group" for group in groups)  # handed out in bfloat16
-        if not halved and all(group["weights"]["symmetric"] for group in groups):
-            return as_logits(AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32, local_files_only=True))
-        return as_logits(_load_groups(Path(wide)))
-
-
-def _groups(folder: Path) -> dict[str, Any]:
-    import json
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config["quantization_config"]["config_groups"]
-
-
-def _load_groups(folder: Path) -> nn.Module:
-    """Return the model that transformers builds, each linear unpacked by compressed-tensors as its own group says.
-
-    transformers 5.23 unpacks all linears as the first group says where it is to de-quantise; where it is not, it fails
-    on asymmetric weights and on those of NVFP4 in a model of float32, as they come in bfloat16. So compressed-tensors
-    is asked for the linears one by one.
-    """
-    import json
-
-    import torch
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stated = QuantizationConfig.model_validate(settings.pop("quantization_config"))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
-    files = sorted(folder.glob("*.safetensors"))
-    tensors: dict[str, Any] = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    for group in stated.config_groups.values():
-        if isinstance(group, list):
-            raise ValueError(f"a group of settings is expected, not {group}")
-        compressor = BaseCompressor.get_value_from_registry(group.format or stated.format)
-        for target in group.targets:
-            names = [name for name in tensors if name.startswith(f"{target}.weight")]
-            parts = {name.removeprefix(f"{target}."): tensors.pop(name) for name in names}
-            tensors[f"{target}.weight"] = compressor.decompress(parts, group)["weight"]
-    unknown = model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
-    model.tie_weights()
-    if unknown.unexpected_keys:
-        raise ValueError(f"the model has no place for {unknown.unexpected_keys[0]}")
-    return model
-
-
-def _widen_scales(folder: Path, copy: Path) -> None:
-    import shutil
-
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    for file in folder.glob("*.json"):
-        shutil.copyfile(file, copy / file.name)
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        wide = {
-            name: tensor.float() if tensor.dtype == torch.float16 and name.endswith("_scale") else tensor
-            for name, tensor in tensors.items()
-            if not name.endswith("input_global_scale")  # of activations, which stay in float here
-        }
-        save_file(wide, copy / file.name, metadata={"format": "pt"})

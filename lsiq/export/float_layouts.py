@@ -13,7 +13,6 @@ from lsiq.formats.nvfp4 import NVFP4, NVFP4Activation
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lsiq.formats.quant import QuantSettings
     from lsiq.formats.tensor import QuantizedTensor
 
 
@@ -78,12 +77,12 @@ def weight_parts(weight: QuantizedTensor) -> dict[str, Tensor]:
     return {**packed, "weight_scale": scale if getattr(fmt, "per", "") == "channel" else scale[:1, 0]}
 
 
-def input_parts(quant: QuantSettings) -> dict[str, Tensor]:
+def input_parts(activation: ActivationFormat) -> dict[str, Tensor]:
     """Return what a linear's inputs need beside: the float32 scale above their 8-bit ones."""
     import torch
 
-    if isinstance(quant.activation, NVFP4Activation) and not isinstance(quant.activation.above, str):
-        return {"input_global_scale": torch.tensor([quant.activation.above], dtype=torch.float32)}
+    if isinstance(activation, NVFP4Activation) and not isinstance(activation.above, str):
+        return {"input_global_scale": torch.tensor([activation.above], dtype=torch.float32)}
     return {}
 
 

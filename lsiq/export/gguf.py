@@ -49,7 +49,7 @@ class GGUF(Destination):
         Q8_0 (8.5)                 -128 … 127    asymmetric 5 to 7; symmetric 6 to 8
 
     MXFP4 (4.25) holds 4-bit floating-point numbers in blocks of 32, codes and powers of two as they are.
-    Norms and biases are float32, the embedding and the head keep their width.
+    Norms and biases are float32; embeddings and head keep their width, or are of the type of their own format.
     """
 
     type: Literal["auto", "Q4_0", "Q5_0", "Q8_0", "MXFP4", "F16", "F32"] = Field(

@@ -50,6 +50,9 @@ def write_file(source: Source, path: Path, type_of: Callable[[WeightFormat], str
 
     for name, tensor in source.outside():
         add(name, *_float(_with_offset(name, tensor, source)))
+    for name, weight in source.outside_result().weights.items():
+        kind = type_of(weight.format)
+        add(name, encode(weight, kind), kind)
     for index in range(source.model.depth):
         result, prefix = source.block(index), source.prefix(index)
         for name, tensor in result.floats.items():

@@ -16,6 +16,7 @@ from lsiq.export.base import (
     refuse_activations,
     refuse_cache,
     refuse_float,
+    refuse_outside,
     refuse_wide_scales,
 )
 from lsiq.settings import settings
@@ -60,6 +61,7 @@ class GPTQLayout(Destination):
         refuse_float(quant, "export=gptq")
         refuse_activations(quant, "export=gptq")
         refuse_cache(quant, "export=gptq")
+        refuse_outside(quant, "export=gptq")
         if len(quant.formats) > 1 or quant.allocate.active:
             raise ValueError(
                 f"export=gptq holds one format for all linears, not those of quant={quant.name}; "

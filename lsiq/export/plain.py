@@ -69,7 +69,7 @@ class Plain(Destination):
         from lsiq.export.shards import ShardWriter, copy_companions, write_json
 
         writer = ShardWriter(folder)
-        for name, tensor in source.outside():
+        for name, tensor in (*source.outside(), *self.stored(source.outside_result()).items()):
             writer.add(name, tensor)
         for index in range(source.model.depth):
             for name, tensor in self.stored(source.block(index, branches=True)).items():

@@ -19,6 +19,7 @@ from lsiq.models.gguf_file import is_gguf
 if TYPE_CHECKING:
     from lsiq.export.source import Source
     from lsiq.formats.tensor import QuantizedTensor
+    from lsiq.models.result import BlockResult
 
 
 class ShardWriter:
@@ -105,23 +106,33 @@ def write_packed(
     source: Source,
     folder: Path,
     pack: Callable[[QuantizedTensor], Mapping[str, Tensor]],
-    in_blocks: Mapping[str, Tensor] | None = None,
+    beside: Callable[[BlockResult], Mapping[str, Tensor]] | None = None,
+    pack_outside: Callable[[QuantizedTensor], Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write a run's tensors, each quantised weight as the parts that `pack` makes of it, by their names.
 
     Args:
-        in_blocks: what every block has besides, by its name inside the block.
+        beside: gives what a block has besides, by its name inside the block.
+        pack_outside: the same as `pack` for embeddings and head, where they are rounded.
     """
     writer = ShardWriter(folder)
     for name, tensor in source.outside():
         writer.add(name, tensor)
+    if pack_outside is not None:
+        _add_packed(writer, source.outside_result(), "", pack_outside)
     for index in range(source.model.depth):
         result, prefix = source.block(index), source.prefix(index)
         for name, tensor in result.floats.items():
             writer.add(prefix + name, tensor)
-        for name, weight in result.weights.items():
-            for part, tensor in pack(weight).items():
-                writer.add(f"{prefix}{name.removesuffix('.weight')}.{part}", tensor)
-        for name, tensor in (in_blocks or {}).items():
+        _add_packed(writer, result, prefix, pack)
+        for name, tensor in ({} if beside is None else beside(result)).items():
             writer.add(prefix + name, tensor.clone())  # no two tensors of a file may share memory
     writer.finish()
+
+
+def _add_packed(
+    writer: ShardWriter, result: BlockResult, prefix: str, pack: Callable[[QuantizedTensor], Mapping[str, Tensor]]
+) -> None:
+    for name, weight in result.weights.items():
+        for part, tensor in pack(weight).items():
+            writer.add(f"{prefix}{name.removesuffix('.weight')}.{part}", tensor)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lsiq.errors import InputError
 from lsiq.models.folder import read_config
 from lsiq.models.loading import Model
+from lsiq.models.outside import outside_names, quantized_outside
 from lsiq.models.result import BlockResult, result_weights
 from lsiq.results.memory_store import MemoryStore
 from lsiq.results.store import BlockStore
@@ -55,11 +56,14 @@ class Source:
 
     @property
     def float_linears(self) -> list[str]:
-        """Dotted names of the linears outside the blocks, which no run quantises."""
+        """Dotted names of the linears outside the blocks that stay in float."""
+        rounded = outside_names(self.model, self.quant.outside())
         return [
             name
             for name, module in self.model.skeleton.named_modules()
-            if isinstance(module, nn.Linear) and not name.startswith(f"{self.model.spec.blocks}.")
+            if isinstance(module, nn.Linear)
+            and not name.startswith(f"{self.model.spec.blocks}.")
+            and f"{name}.weight" not in rounded
         ]
 
     @property
@@ -71,17 +75,27 @@ class Source:
 
     def check(self) -> None:
         """Raise InputError where the blocks belong to another model than the checkpoint: rotated, or after a prefix."""
-        if self.store.model_digest():
+        if self.store.changes_model():
             raise InputError(
                 f"{self.store.folder}: its blocks need a rotated residual stream or a prefix, which no exported format "
                 "has a place for; export another run"
             )
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Embeddings, final norm and head, a tied head left out."""
+        """Embeddings, final norm and head as far as they stay in float, a tied head left out."""
+        rounded = outside_names(self.model, self.quant.outside())
         for name, parameter in self.model.skeleton.named_parameters():
-            if not name.startswith(f"{self.model.spec.blocks}."):
+            if not name.startswith(f"{self.model.spec.blocks}.") and name not in rounded:
                 yield name, self.model.checkpoint.read(name, parameter.shape)
+
+    def outside_result(self) -> BlockResult:
+        """Return embeddings and head as far as they are rounded, a tied head under the name of the embeddings.
+
+        No run stores them, so they are rounded anew, from weights in the precision that the model was loaded in. A run
+        in half precision that is exported later on a CPU may have other codes where a weight lies between two.
+        """
+        weights = quantized_outside(self.model, self.quant.outside())
+        return BlockResult({name: weight.cpu() for name, weight in weights.items()})
 
     def prefix(self, index: int) -> str:
         """What stands before the names of a block's tensors in the checkpoint."""

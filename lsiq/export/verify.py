@@ -16,6 +16,7 @@ from lsiq.export.base import TOLERANCE, Exporter, Loader, Logits, installed
 from lsiq.export.source import Source, decoded
 from lsiq.models.block import run_stream
 from lsiq.models.loading import Model, load
+from lsiq.models.outside import with_outside
 from lsiq.models.settings import ModelSettings
 from lsiq.runtime.terminal import say, warn
 
@@ -101,8 +102,12 @@ def _load(loader: Loader, exporter: Exporter, folder: Path) -> Logits:
 @torch.no_grad()
 def _logits(exporter: Exporter, source: Source, model: Model, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Logits in float32 of the run's model `model`, and of the weights that the exporter stores."""
+    outside = source.outside_result()
+    model = with_outside(model, decoded(outside))
+    as_stored = with_outside(model, {name: x.float() for name, x in exporter.stored(outside).items()})
     run, kwargs = model.embed(tokens, _WINDOWS)
-    stored, exact = run, True
+    stored, _ = as_stored.embed(tokens, _WINDOWS)
+    exact = torch.equal(stored, run)
     for index in range(model.depth):
         block = model.block(index, kwargs)
         result = source.store.read(index)
@@ -113,4 +118,4 @@ def _logits(exporter: Exporter, source: Source, model: Model, tokens: Tensor) ->
         run = run_stream(block.with_result(result), run, _WINDOWS, model.device)
         if exact:
             stored = run
-    return model.logits(run), model.logits(stored)
+    return model.logits(run), as_stored.logits(stored)

@@ -97,8 +97,12 @@ class FP8Activation:
         """Return `x (…, channels)` on its grid, in its own dtype; rounding lets gradients straight through."""
         element, wide = ELEMENTS[self.element], x.float()
         dims = (-1,) if self.per == "token" else tuple(range(x.dim()))
-        scale = divided(wide.abs().amax(dims, keepdim=True), int(element.largest)).clamp(MIN_SCALE, MAX_SCALE)
+        scale = self.scale_for(wide.abs().amax(dims, keepdim=True))
         return (element.round(wide / scale) * scale).to(x.dtype)
+
+    def scale_for(self, largest: Tensor) -> Tensor:
+        """Return the scale under which `largest`, float32, becomes the largest number."""
+        return divided(largest, int(ELEMENTS[self.element].largest)).clamp(MIN_SCALE, MAX_SCALE)
 
     def fake_under(self, x: Tensor, scale: float) -> Tensor:
         """Return `x` on the grid of a scale that is given, in its own dtype; what lies beyond the largest saturates."""

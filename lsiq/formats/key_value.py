@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from lsiq.errors import ConfigError
-from lsiq.formats.activation import rounded
+from lsiq.formats.activation import Activation, rounded
 from lsiq.formats.base import ActivationFormat
+from lsiq.formats.cache_scales import CacheScales
 from lsiq.formats.fp8 import FP8Activation
 from lsiq.formats.grid import check_divides
 from lsiq.formats.names import named_activation
-from lsiq.settings import settings
+from lsiq.settings import fill, settings
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FLOAT = fill(Activation, {})  # activations as they are
+
+
+def _checked(value: Any) -> Any:
+    if isinstance(value, str) and value != "calibrated":
+        raise ValueError("is no scale")
+    if isinstance(value, float | int) and not 0 < value < float("inf"):
+        raise ValueError("a scale lies above 0")
+    return value
 
 
 @settings
@@ -31,8 +43,10 @@ class KeyValue:
         per=channel   each channel's own over `group` tokens: rounded once the last of them is there, so that the
                       newest tokens, fewer than a group, are attended to in float
 
-    `scale` fixes the scale of FP8 numbers for all tokens, heads and blocks, as caches of served models have it. Nothing
-    is measured then, and what lies beyond the largest number, 448 · scale for e4m3, saturates.
+    `scale` fixes the scale of FP8 numbers for all tokens and heads, as caches of served models have it, and what lies
+    beyond the largest number, 448 · scale for e4m3, saturates. A number serves all blocks, and nothing is measured.
+    `calibrated` is one for keys and one for values in each block, under which the largest of the calibration tokens is
+    the largest number: see `lsiq.calib.cache_range`.
 
     With neither `bits` nor `format` keys and values are rounded as queries are, as `quant.activation` says.
 
@@ -51,11 +65,8 @@ class KeyValue:
         description="channels of a head (per=token) or tokens (per=channel) that share a range; null for all",
     )
     symmetric: bool = Field(False, description="true or false")
-    scale: float | None = Field(
-        None,
-        gt=0,
-        allow_inf_nan=False,
-        description="a fixed scale of FP8 numbers (format=fp8), or null",
+    scale: Annotated[Literal["calibrated"] | float | None, BeforeValidator(_checked)] = Field(
+        None, description="a fixed scale of FP8 numbers (format=fp8), a number above 0 or calibrated; or null"
     )
 
     def __post_init__(self) -> None:
@@ -70,9 +81,7 @@ class KeyValue:
         if self.format is not None and self.named.bits == 16:
             raise ValueError(f"format={self.format}: leaves activations in float; name another file, or use bits")
         if self.scale is not None and self.fixed is None:
-            raise ValueError(
-                f"scale={self.scale:g}: only FP8 numbers have a fixed scale; use format=fp8, or scale=null"
-            )
+            raise ValueError(f"scale={self._scale}: only FP8 numbers have a fixed scale; use format=fp8, or scale=null")
 
     @property
     def active(self) -> bool:
@@ -96,12 +105,22 @@ class KeyValue:
         return fmt if isinstance(fmt, FP8Activation) else None
 
     @property
+    def calibrated(self) -> bool:
+        """Whether the scales are those of each block, found on the calibration tokens."""
+        return self.scale == "calibrated"
+
+    @property
+    def _scale(self) -> str:
+        return f"{self.scale:g}" if isinstance(self.scale, float) else str(self.scale)
+
+    @property
     def suffix(self) -> str:
         """What the name of a setting says of it."""
         if not self.active:
             return ""
         if self.format is not None:
-            return f"-kv-{self.format}{'' if self.scale is None else f's{self.scale:g}'}"
+            scale = "" if self.scale is None else "-calibrated" if self.calibrated else f"s{self._scale}"
+            return f"-kv-{self.format}{scale}"
         shared = "" if self.group is None else f"{'t' if self.per == 'channel' else 'g'}{self.group}"
         return f"-kv{self.bits}{shared}{'-sym' if self.symmetric else ''}"
 
@@ -109,7 +128,10 @@ class KeyValue:
     def words(self) -> str:
         """The format in words, for model cards."""
         if (fixed := self.fixed) is not None:
-            return f"8-bit floating point ({fixed.element}) under a fixed scale of {self.scale:g}"
+            number = f"8-bit floating point ({fixed.element})"
+            if self.calibrated:
+                return f"{number} under fixed scales, one for keys and one for values in each block, from calibration"
+            return f"{number} under a fixed scale of {self._scale}"
         if self.format is not None:
             return self.named.words
         shared = {"token": "channels of a head", "channel": "tokens of a channel"}[self.per]
@@ -121,15 +143,20 @@ class KeyValue:
         if self.rounds and self.per == "token":
             check_divides("quant.kv.group", self.group, head_dim, "a head", " or null")
 
-    def fake(self, x: Tensor) -> Tensor:
+    def fake(self, x: Tensor, scale: float | None = None) -> Tensor:
         """Return keys or values `(…, T, channels)` as the cache holds them; rounding lets gradients straight through.
 
         With `per=channel` the last tokens, fewer than a group, stay as they are.
+
+        Args:
+            scale: the calibrated one, where scales are.
         """
         if not self.rounds:
             return x
-        if self.scale is not None and (fixed := self.fixed) is not None:
-            return fixed.fake_under(x, self.scale)
+        if (fixed := self.fixed) is not None:
+            scale = self.scale if isinstance(self.scale, float) else scale
+            assert scale is not None, "calibrated scales are measured before anything is rounded under them"
+            return fixed.fake_under(x, scale)
         if self.format is not None:
             return self.named.fake(x)
         if self.per == "token":
@@ -144,6 +171,11 @@ class KeyValue:
         groups = x[..., :whole, :].unflatten(-2, (-1, self.group))
         return torch.cat([self._rounded(groups, -2).flatten(-3, -2), x[..., whole:, :]], -2)
 
+    def scales_for(self, largest: Tensor) -> CacheScales:
+        """Return the fixed scales under which the largest key and value `(2,)`, float32, become the largest number."""
+        assert self.fixed is not None  # the settings see to it
+        return CacheScales.of(self.fixed.scale_for(largest))
+
     def _rounded(self, x: Tensor, dim: int) -> Tensor:
         assert self.bits is not None
         return rounded(x, (dim,), self.bits, self.symmetric)
@@ -154,10 +186,14 @@ class Running:
     """What is rounded while a block runs: activations, and keys and values by a format of their own.
 
     It stands wherever an activation format does, and is that format but for `cache`.
+
+    Attributes:
+        scales: those of the block that runs, where the cache has calibrated ones.
     """
 
     activation: ActivationFormat
     cache: KeyValue
+    scales: CacheScales | None = None
 
     active = True
 
@@ -198,6 +234,21 @@ class Running:
 
     def fake_softmax(self, weights: Tensor) -> Tensor:
         return self.activation.fake_softmax(weights)
+
+    def fake_keys(self, x: Tensor) -> Tensor:
+        """Return keys `(…, T, channels)` as the cache holds them."""
+        return self.cache.fake(x, None if self.scales is None else self.scales.key)
+
+    def fake_values(self, x: Tensor) -> Tensor:
+        """Return values `(…, T, channels)` as the cache holds them."""
+        return self.cache.fake(x, None if self.scales is None else self.scales.value)
+
+
+def under_scales(fmt: ActivationFormat | None, scales: CacheScales | None) -> ActivationFormat | None:
+    """Return the format as a block has it whose cache has these scales; as it is where none are asked for."""
+    if isinstance(fmt, Running) and fmt.cache.calibrated and scales is not None:
+        return replace(fmt, scales=scales)
+    return fmt
 
 
 def cache_of(fmt: ActivationFormat | None) -> KeyValue | None:

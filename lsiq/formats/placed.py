@@ -33,8 +33,8 @@ class PlacedQuant(QuantSettings):
     block: int | None = Field(None, description="number of a block")
 
     @property
-    def formats(self) -> list[WeightFormat]:
-        return list(dict.fromkeys(self.layers.values()))
+    def in_blocks(self) -> list[WeightFormat]:
+        return list(dict.fromkeys(fmt for name, fmt in self.layers.items() if name not in OUTSIDE))
 
     def of(self, name: str) -> WeightFormat:
         assert self.block is not None, "formats of linears are asked for in a block"

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from lsiq.formats.base import ActivationFormat, WeightFormat
 from lsiq.formats.key_value import KeyValue, Running
-from lsiq.formats.mixed import Allocation, Rule
+from lsiq.formats.mixed import OUTSIDE, Allocation, Rule
 from lsiq.settings import fill, settings
 
 
@@ -88,7 +88,12 @@ class QuantSettings:
     @property
     def formats(self) -> list[WeightFormat]:
         """The weight formats that linears may get, as far as is known before the model is."""
-        formats: list[WeightFormat] = [rule.format.like(self.weight) for rule in self.rules]
+        return list(dict.fromkeys([*self.in_blocks, *self.outside().values()]))
+
+    @property
+    def in_blocks(self) -> list[WeightFormat]:
+        """Those of linears inside the blocks."""
+        formats: list[WeightFormat] = [r.format.like(self.weight) for r in self.rules if r.match not in OUTSIDE]
         if self.allocate.active:
             formats += [fmt.like(self.weight) for fmt in self.allocate.formats]
         elif self.plan is None:
@@ -107,4 +112,7 @@ class QuantSettings:
 
     def outside(self) -> dict[str, WeightFormat]:
         """Return the formats of embeddings and head, by name, where they are rounded."""
-        return {}
+        formats: dict[str, WeightFormat] = {
+            rule.match: rule.format.like(self.weight) for rule in self.rules if rule.match in OUTSIDE
+        }
+        return {name: fmt for name, fmt in formats.items() if fmt.bits < 16}

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lsiq.formats.base import ActivationFormat
-from lsiq.formats.key_value import KeyValue, cache_of
+from lsiq.formats.key_value import KeyValue, Running, cache_of
 from lsiq.linalg.rotation import QUERY_KEY, Rotation
 
 NAME = "lsiq"
@@ -50,15 +50,20 @@ def attend(
     fmt = None if force is None else force.format
     scaling, cap = kwargs.get("scaling"), kwargs.get("softcap")
     if force is not None and fmt is not None:
-        cache = cache_of(fmt) or (fmt if fmt.attention else None)
+        cache = cache_of(fmt)
         if fmt.attention:
             query = fmt.fake(query)
-        if isinstance(cache, KeyValue) and cache.rounds and cache.per == "channel":
+        if cache is not None and cache.rounds and cache.per == "channel":
             softmax = fmt if fmt.softmax else None
             outputs = _attend_to_groups(query, key, value, attention_mask, scaling, cap, softmax, cache, force.prefix)
             return outputs, None
-        if cache is not None:
-            key, value = _fake_after(force.prefix, key, cache), _fake_after(force.prefix, value, cache)
+        if isinstance(fmt, Running):
+            key, value = (
+                _fake_after(force.prefix, key, fmt.fake_keys),
+                _fake_after(force.prefix, value, fmt.fake_values),
+            )
+        elif fmt.attention:
+            key, value = _fake_after(force.prefix, key, fmt.fake), _fake_after(force.prefix, value, fmt.fake)
     if fmt is not None and fmt.softmax:
         return _attend_step_by_step(query, key, value, attention_mask, scaling, cap, fmt), None
     if cap is not None:
@@ -66,8 +71,8 @@ def attend(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _fake_after(prefix: int, x: Tensor, fmt: ActivationFormat | KeyValue) -> Tensor:
-    return torch.cat([x[:, :, :prefix], fmt.fake(x[:, :, prefix:])], 2) if prefix else fmt.fake(x)
+def _fake_after(prefix: int, x: Tensor, fake: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.cat([x[:, :, :prefix], fake(x[:, :, prefix:])], 2) if prefix else fake(x)
 
 
 def _attend_to_groups(
@@ -93,7 +98,7 @@ def _attend_to_groups(
     place = torch.arange(count, device=device)[None]
     complete = prefix + ((place - prefix) // cache.group + 1) * cache.group - 1
     rounded = (place >= prefix) & (complete <= at)
-    pairs = [(x, _fake_after(prefix, x, cache)) for x in (key, value)]
+    pairs = [(x, _fake_after(prefix, x, cache.fake)) for x in (key, value)]
     (key, near), (value, far) = ([part.repeat_interleave(repeats, 1) for part in pair] for pair in pairs)
     scale = scaling or 1 / math.sqrt(query.shape[-1])
     scores = torch.where(rounded, query @ near.transpose(-1, -2), query @ key.transpose(-1, -2)) * scale

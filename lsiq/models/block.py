@@ -12,6 +12,8 @@ from torch.func import functional_call
 
 from lsiq.formats.activation import Activation
 from lsiq.formats.base import ActivationFormat
+from lsiq.formats.cache_scales import CacheScales
+from lsiq.formats.key_value import under_scales
 from lsiq.linalg.rotation import QUERY_KEY, Rotation
 from lsiq.models.attention import activations
 from lsiq.models.entrance import CACHE, for_kind
@@ -56,6 +58,7 @@ class Block:
         fused_rounding: whether one kernel rounds tokens where gradients are wanted; compiled blocks do so anyway.
         kind: how the block attends, where the blocks of its model do not all attend alike.
         untouched: dotted names of linears' weights that stay in float.
+        cache_scales: under which keys and values are rounded, where scales are calibrated.
     """
 
     module: nn.Module
@@ -71,6 +74,7 @@ class Block:
     fused_rounding: bool = False
     kind: str = ""
     untouched: frozenset[str] = frozenset()
+    cache_scales: CacheScales | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -167,6 +171,7 @@ class Block:
         named in `branches` have their low-rank product added.
         Differentiable in the weights. Nothing is written: the layer of transformers runs through `functional_call`.
         """
+        activation = under_scales(activation, self.cache_scales)
         cast = {name: weight.to(self.dtype) for name, weight in {**self.weights, **weights}.items()}
         # The function outlives the block, and must not keep its float32 weights alive.
         module, linears, block_kwargs, kind, index = self.module, self.spec.linears, self.kwargs, self.kind, self.index
@@ -216,21 +221,26 @@ class Block:
         return compiled(call, (self.identity, activation))
 
     def with_result(self, result: BlockResult, activation: ActivationFormat | None = None) -> BlockFunction:
-        """Return, as a function, the block with the weights, rotations and side branches that a result stands for."""
+        """Return, as a function, the block with all that a result stands for, side branches among it."""
         device = next(iter(self.weights.values())).device
         factors = {name: branch.decode() for name, branch in result.branches.items()}
         branches = {name: (up.to(device), down.to(device)) for name, (up, down) in factors.items()}
         return self.holding(result).with_weights({}, activation, branches)
 
     def holding(self, result: BlockResult) -> Block:
-        """Return the block with the weights and rotations that a result stands for, without its side branches."""
-        return replace(self.with_rotations_of(result), weights={**self.weights, **result_weights(result, self.weights)})
+        """Return the block with the weights, rotations and scales of a result, without its side branches."""
+        weights = {**self.weights, **result_weights(result, self.weights)}
+        return replace(self.with_rotations_of(result), weights=weights)
 
     def with_rotations_of(self, result: BlockResult) -> Block:
-        """Return the block with the rotations of a result, for whose inputs its weights are not made yet."""
+        """Return the block with the rotations of a result, for whose inputs its weights are not made, and its scales.
+
+        Where the scales of keys and values are not measured yet, those of the block stay.
+        """
         device = next(iter(self.weights.values())).device
         rotations = {place: rotation.to(device) for place, rotation in result.rotations.items()}
-        return replace(self, rotations={**self.rotations, **rotations})
+        scales = result.cache_scales or self.cache_scales
+        return replace(self, rotations={**self.rotations, **rotations}, cache_scales=scales)
 
 
 def compilable(activation: ActivationFormat | None) -> bool:

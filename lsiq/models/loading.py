@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lsiq.assets import bundled_model
 from lsiq.errors import InputError
+from lsiq.formats.cache_scales import CacheScales
 from lsiq.models.attention import NAME
 from lsiq.models.block import Block
 from lsiq.models.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
@@ -46,6 +47,7 @@ class Model:
         residual: `(d, d)`, what rotates the residual stream between embeddings and final norm; None for nothing.
         prefix: tokens whose keys and values stand before those of every sequence; None for none.
         float_skeleton: the skeleton with embeddings and head as they were, where those of `skeleton` are rounded.
+        cache_scales: by block, those of the float model's keys and values, where scales are calibrated; else None.
     """
 
     config: Any
@@ -59,6 +61,7 @@ class Model:
     residual: Tensor | None = None
     prefix: ModelPrefix | None = None
     float_skeleton: nn.Module | None = None
+    cache_scales: tuple[CacheScales, ...] | None = None
 
     @property
     def as_float(self) -> Model:
@@ -110,7 +113,7 @@ class Model:
         if self.prefix is not None:
             hidden = self.rotated(self.prefix.hidden[index].to(self.device)[None])
             block = replace(block, prefix=BlockPrefix(hidden, for_kind(self.prefix.kwargs, block.kind)))
-        return block
+        return block if self.cache_scales is None else replace(block, cache_scales=self.cache_scales[index])
 
     def rotated(self, hidden: Tensor) -> Tensor:
         """Return what enters the first block `(…, d)` in the coordinates of this model's residual stream."""

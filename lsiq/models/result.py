@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lsiq.formats.cache_scales import CacheScales
     from lsiq.formats.low_rank import SideBranch
     from lsiq.formats.tensor import QuantizedTensor
     from lsiq.linalg.rotation import Rotation
@@ -33,6 +34,8 @@ class BlockResult:
             `(out, in)`, in steps from the centre, within one half; empty where a method does not keep them.
         kernels: which of equal ways made the weights, while they were learned or their columns rounded: triton,
             compile or plain; empty where there is one way only.
+        cache_scales: under which keys and values are rounded once the block is done, where scales are calibrated; the
+            block loop measures them, no method.
     """
 
     weights: Mapping[str, QuantizedTensor]
@@ -45,6 +48,7 @@ class BlockResult:
     rotations: Mapping[str, Rotation] = field(default_factory=dict)
     latents: Mapping[str, Tensor] = field(default_factory=dict)
     kernels: str = ""
+    cache_scales: CacheScales | None = None
 
 
 def result_weights(result: BlockResult, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

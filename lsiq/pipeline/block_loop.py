@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lsiq.calib.cache_range import measure_scales
 from lsiq.errors import NumericalError
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.models.block import Block, FloatStream, run_stream
@@ -191,6 +192,7 @@ class _Loop:
         result = BlockResult({})  # of a block whose linears all stay in float
         if block.linears:
             result = self.method.quantize_block(block, block_formats, self._context(block.index, targets))
+        result = self._calibrated(block, result, self.quantised)
         report = _report(block, result, self.quant, time.perf_counter() - start)
         report = self._with_rows(report, block, result)
         return self._store(block, result, report), report
@@ -201,12 +203,29 @@ class _Loop:
         context = self._context(0, None)
         by_block = method.begin(self.quant, context)
         self.before = self.store.model_digest()
+        hidden = self.quantised
         for index in range(self.model.depth):
             block = self.blocks(index)
             result = by_block.quantize_block(block, self.quant.in_block(index), context)
+            result = self._calibrated(block, result, hidden)
             self._store(block, result, _report(block, result, self.quant, time.perf_counter() - start))
             start = time.perf_counter()
+            if self.quant.kv.calibrated and hidden is not None:
+                function = block.with_result(result, self.quant.running)
+                hidden = run_stream(function, hidden, self.batch, self.model.device)
         return self.store.finished_blocks(self.model.depth)
+
+    def _calibrated(self, block: Block, result: BlockResult, hidden: Tensor | None) -> BlockResult:
+        """Return what a method made of a block with the scales of its keys and values, where they are calibrated.
+
+        They are those of the quantised model: it feeds the block `hidden`, and the block is the one that is stored.
+        """
+        if not self.quant.kv.calibrated:
+            return result
+        assert hidden is not None  # the settings ask for calibration tokens
+        scales = measure_scales(block, result, hidden, self.batch, self.quant.activation, self.quant.kv)
+        metrics = {**result.metrics, "key_scale": scales.key, "value_scale": scales.value}
+        return replace(result, cache_scales=scales, metrics=metrics)
 
     def _context(self, index: int, targets: Tensor | None) -> Context:
         needs = self.method.needs

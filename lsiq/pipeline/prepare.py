@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from lsiq.calib.cache_range import with_float_scales
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, ModelMethod, WholeMethod, chain
 from lsiq.models.loading import Model
@@ -25,7 +28,8 @@ def prepare(
 ) -> Model:
     """Return the model that is quantised: rotated or after a prefix, where a method in the chain asks for it.
 
-    It is kept in `store`, and taken from there where it was made before.
+    Calibrated scales of keys and values are those of the float model as the checkpoint has it. All is kept in `store`,
+    and taken from there where it was made before.
 
     Args:
         tokens: `(N, T)` calibration tokens, or None.
@@ -38,10 +42,13 @@ def prepare(
         store.open()
     if processes.from_first(store.model_digest() not in ("", DAMAGED)):
         return restored(model, quant, store)
+    scales = with_float_scales(model, quant.kv, tokens, batch).cache_scales
     for position, link in enumerate(chain(method)):
         if isinstance(link, ModelMethod):
             generator = torch.Generator().manual_seed(seed * 100_003 + 50_021 + position)
             model = link.prepare_model(model, tokens, batch, generator)
+    if scales is not None:
+        model = replace(model, cache_scales=scales)
     if processes.first():
         store.write_model(model)
     processes.wait()

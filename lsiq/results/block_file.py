@@ -1,8 +1,8 @@
 """A finished block as the named tensors and the metadata of one file.
 
 Codes stand as uint8, scales and zero points in float32, folded norms and biases in float32, latent weights in float16,
-factors of side branches in float16 or as codes, rotations and learned parameters as they are; formats and metrics stand
-in the metadata.
+factors of side branches in float16 or as codes, rotations, learned parameters and scales of keys and values as they
+are; formats and metrics stand in the metadata.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from torch import Tensor
 
 from lsiq.errors import InputError, LsiqError
 from lsiq.formats.base import WeightFormat
+from lsiq.formats.cache_scales import CacheScales
 from lsiq.formats.low_rank import Factor, SideBranch
 from lsiq.formats.tensor import QuantizedTensor
 from lsiq.linalg.rotation import Rotation
 from lsiq.models.result import BlockResult
 from lsiq.runtime.files import Stored
 from lsiq.settings import build, describe_settings
+
+_CACHE_SCALES = "cache:scales"
 
 
 def to_tensors(result: BlockResult) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -42,6 +45,8 @@ def to_tensors(result: BlockResult) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors |= {f"{name}:latent": tensor for name, tensor in result.latents.items()}
     for place, rotation in result.rotations.items():
         tensors |= {f"{place}:rotation.{part}": tensor for part, tensor in rotation.tensors().items()}
+    if result.cache_scales is not None:
+        tensors[_CACHE_SCALES] = result.cache_scales.tensor()
     return tensors, {"formats": json.dumps(formats), "metrics": json.dumps(dict(result.metrics))}
 
 
@@ -68,6 +73,7 @@ def to_result(file: Path, stored: Stored) -> BlockResult:
             branches=branches,
             rotations=_rotations(tensors),
             latents=_with_ending(tensors, ":latent"),
+            cache_scales=CacheScales.of(tensors[_CACHE_SCALES]) if _CACHE_SCALES in tensors else None,
         )
     except (KeyError, ValueError, TypeError, AttributeError, LsiqError) as error:
         raise InputError(f"{file}: does not hold a block ({error}); run again with force=true") from error

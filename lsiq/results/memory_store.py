@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from lsiq.errors import InputError
 from lsiq.models.loading import Model
 from lsiq.models.result import BlockResult
+from lsiq.results import model_file
 from lsiq.results.block_file import to_result, to_tensors
 from lsiq.results.store import Digest, StoredBlock, Streams
 from lsiq.runtime.files import Stored, tensor_digest
@@ -81,17 +81,16 @@ class MemoryStore:
 
     def write_model(self, model: Model) -> None:
         """Keep how the quantised model differs from the float one outside its blocks."""
-        if model.residual is not None:
-            self._model["residual"] = model.residual
-        if model.prefix is not None:
-            self._model["prefix"] = model.prefix.tokens
+        self._model = model_file.to_tensors(model)
 
     def model_digest(self) -> str:
         """The digest of what the model was made into before its first block; empty where it stayed as it was."""
         return tensor_digest({name: tensor.cpu() for name, tensor in self._model.items()}) if self._model else ""
 
     def read_model(self, model: Model) -> Model:
-        """Return `model` as the blocks want it: rotated, or after a prefix."""
-        if (residual := self._model.get("residual")) is not None:
-            model = replace(model, residual=residual.to(model.device))
-        return model if (prefix := self._model.get("prefix")) is None else model.with_prefix(prefix)
+        """Return `model` as the blocks want it: rotated, after a prefix, with scales of keys and values."""
+        return model_file.as_prepared(model, self._model)
+
+    def changes_model(self) -> bool:
+        """Whether the blocks need a rotated residual stream or a prefix."""
+        return model_file.changes_model(self._model)

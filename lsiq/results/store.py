@@ -16,6 +16,7 @@ from torch import Tensor
 from lsiq.errors import InputError, OutputError
 from lsiq.models.loading import Model
 from lsiq.models.result import BlockResult
+from lsiq.results import model_file
 from lsiq.results.block_file import to_result, to_tensors
 from lsiq.runtime import processes
 from lsiq.runtime.background_writer import Background
@@ -243,12 +244,7 @@ class BlockStore:
 
     def write_model(self, model: Model) -> None:
         """Store how the quantised model differs from the float one outside its blocks: nothing, for most methods."""
-        tensors: dict[str, Tensor] = {}
-        if model.residual is not None:
-            tensors["residual"] = model.residual
-        if model.prefix is not None:
-            tensors["prefix"] = model.prefix.tokens
-        if tensors:
+        if tensors := model_file.to_tensors(model):
             self._save(self.model_file, tensors, {})
 
     def model_digest(self) -> str:
@@ -262,22 +258,26 @@ class BlockStore:
             return DAMAGED
 
     def read_model(self, model: Model) -> Model:
-        """Return `model` as the stored blocks want it: rotated, or after a prefix.
+        """Return `model` as the stored blocks want it: rotated, after a prefix, with scales of keys and values.
 
         Raises:
             InputError: the file is damaged, or of another run.
         """
+        return model_file.as_prepared(model, self._model_tensors())
+
+    def changes_model(self) -> bool:
+        """Whether the blocks need a rotated residual stream or a prefix; InputError as `read_model`."""
+        return model_file.changes_model(self._model_tensors())
+
+    def _model_tensors(self) -> Mapping[str, Tensor]:
         try:
             stored = read_tensors(self.model_file)
         except FileNotFoundError:
-            return model
+            return {}
         except DamagedError as error:
             raise InputError(f"{error}; {_AGAIN}") from error
         self._check_stamp(self.model_file, stored)
-        tensors = stored.tensors
-        if (residual := tensors.get("residual")) is not None:
-            model = replace(model, residual=residual.to(model.device))
-        return model if (prefix := tensors.get("prefix")) is None else model.with_prefix(prefix)
+        return stored.tensors
 
     def _save(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         try:

@@ -30,7 +30,7 @@ SmallRun = Callable[..., DictConfig]
 FLOAT32 = "method.training.precision=float32"
 METHODS = {
     "rtn": [],
-    "gptq": ["quant.weight.bits=4"],
+    "gptq": ["quant.weight.bits=4", "quant.kv.format=fp8", "quant.kv.scale=calibrated"],
     "awq": ["method.search=block", "method.samples=3"],
     "smoothquant": ["quant=w8a8"],
     "duquant": ["quant=w8a8", "method.steps=8"],

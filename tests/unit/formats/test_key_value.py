@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from lsiq.data.tokens import random_windows
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
 from lsiq.formats.activation import Activation
+from lsiq.formats.cache_scales import CacheScales
 from lsiq.formats.integer import Integer
-from lsiq.formats.key_value import KeyValue, Running
+from lsiq.formats.key_value import KeyValue, Running, under_scales
 from lsiq.formats.quant import QuantSettings
 from lsiq.models.attention import activations, attend
 from lsiq.models.loading import Model
+from lsiq.models.result import BlockResult
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +126,51 @@ def test_a_fixed_scale_serves_a_cache_that_grows(model: Model) -> None:
     assert kv.words == "8-bit floating point (e4m3) under a fixed scale of 1"
 
 
+def test_calibrated_scales_are_those_of_the_block_that_runs(model: Model) -> None:
+    kv = KeyValue(format="fp8", scale="calibrated")
+    quant = QuantSettings(weight=Integer(bits=4), activation=Activation(), kv=kv)
+    hidden, kwargs = model.embed(random_windows(model.config.vocab_size, 2, 12, 0), 2)
+    block = model.block(0, kwargs)
+    with pytest.raises(AssertionError, match="scales are measured before"):
+        block.with_weights({}, quant.running)(hidden)
+    block = replace(block, cache_scales=CacheScales(key=0.5, value=0.125))
+    x = torch.randn(1, 2, 5, 8)
+    running = under_scales(quant.running, block.cache_scales)
+    assert isinstance(running, Running)
+    assert torch.equal(running.fake_keys(x), KeyValue(format="fp8", scale=0.5).fake(x))
+    assert torch.equal(running.fake_values(x), KeyValue(format="fp8", scale=0.125).fake(x))
+    found = block.with_weights({}, quant.running)(hidden)
+    other = replace(block, cache_scales=CacheScales(key=0.125, value=0.5))
+    assert not torch.equal(found, other.with_weights({}, quant.running)(hidden))
+    made = BlockResult({}, cache_scales=block.cache_scales)
+    assert torch.equal(found, other.with_result(made, quant.running)(hidden)), "those of a result come first"
+    assert kv.suffix == "-kv-fp8-calibrated"
+    assert "one for keys and one for values in each block" in kv.words
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["quant.kv.scale=calibrated"], "scale=calibrated: only FP8 numbers have a fixed scale; use format=fp8"),
+        (["quant.kv.bits=8", "quant.kv.scale=calibrated"], "scale=calibrated: only FP8 numbers have a fixed scale"),
+        (["quant.kv.format=mxfp8", "quant.kv.scale=calibrated"], "scale=calibrated: only FP8 numbers"),
+        (["quant.kv.format=fp8", "quant.kv.scale=calibrated", "quant.kv.per=channel"], "format=fp8: shares ranges"),
+        (
+            ["quant.kv.format=fp8", "quant.kv.scale=calibrated", "calib=none", "method=rtn"],
+            "calib.corpus=null: quant.kv.scale=calibrated needs calibration tokens; choose calib=bundled",
+        ),
+        (
+            ["quant.kv.format=fp8", "quant.kv.scale=largest"],
+            "quant.kv.scale=largest: is no scale; expected: a fixed scale",
+        ),
+        (["quant.kv.format=fp8", "quant.kv.scale=-1"], "quant.kv.scale=-1: a scale lies above 0"),
         (["quant.kv.scale=1"], "scale=1: only FP8 numbers have a fixed scale"),
         (["quant.kv.bits=8", "quant.kv.scale=1"], "scale=1: only FP8 numbers have a fixed scale"),
         (["quant.kv.format=mxfp8", "quant.kv.scale=2"], "scale=2: only FP8 numbers have a fixed scale"),
-        (["quant.kv.format=fp8", "quant.kv.scale=0"], "quant.kv.scale"),
+        (
+            ["quant.kv.format=fp8", "quant.kv.scale=0"],
+            r"quant\.kv\.scale=0: a scale lies above 0; expected: a fixed scale",
+        ),
         (["quant.kv.format=fp8", "quant.kv.per=channel"], "format=fp8: shares ranges in its own way"),
         (["quant.kv.bits=12"], "quant.kv.*bits=12: nothing lies between 8 and 16"),
         (["quant.kv.bits=4", "quant.kv.per=channel"], "group=null: a channel's range is shared by a number of tokens"),
