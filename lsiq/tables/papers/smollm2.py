@@ -55,6 +55,11 @@ class ProtocolRuns:
         ]
         return Sample(tuple(values), method == "rtn", self.notes) if values else None
 
+    def bits(self, setting: str, method: str) -> float | None:
+        """Return the average bits per weight; what a package made is recorded as a float model, which has none."""
+        found = (run for run in self.runs if (_setting(run), _method(run)) == (setting, method))
+        return next((run.average_bits for run in found if run.model == MODEL), None)
+
     def _measured(self, run: Run, metric: str) -> float | None:
         if run.model == MODEL:
             return measured(run, metric)
@@ -71,15 +76,17 @@ def by_setting(runs: ProtocolRuns, name: str, settings: Sequence[str]) -> Table:
     """Return a table of all methods that were run in some settings; the first row has the float model's accuracy."""
     accuracy = measured(runs.base, ACCURACY, "float/")
     float_model = Cell(text=DASH) if accuracy is None else Cell(Sample((accuracy,), True, runs.notes))
-    rows = [Row(("float", ""), (*(Cell(text="") for _ in range(len(COLUMNS) - 1)), float_model))]
+    rows = [Row(("float", ""), (*(Cell(text="") for _ in range(len(COLUMNS))), float_model))]
     for setting in settings:
         for method in METHODS:
             samples = [runs.sample(setting, method, metric) for metric in COLUMNS]
             if any(samples):
+                bits = runs.bits(setting, method)
                 cells = tuple(Cell(sample) if sample is not None else Cell(text=DASH) for sample in samples)
-                rows.append(Row((setting, method), cells, setting))
+                first = Cell(text="") if bits is None else Cell(text=f"{bits:.2f}")
+                rows.append(Row((setting, method), (first, *cells), setting))
     caption = "SmolLM2-135M: excess loss and divergence in nats, windows of 2048; mean accuracy on six tasks"
-    heads = ("setting", "method", *COLUMNS.values())
+    heads = ("setting", "method", "bits", *COLUMNS.values())
     return Table(name, caption, heads, tuple(rows), number=decimals(3), counted=True)
 
 
