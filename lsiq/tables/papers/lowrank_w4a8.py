@@ -47,7 +47,7 @@ class SameBits:
 
 def kind(run: Run) -> str:
     """Return the key in `KINDS`: factors beside integers are float16 unless `method.factors` says otherwise."""
-    plain = run.setting != "w4a8g64-sym" or run.method not in FAMILY or run.get("method.factors")
+    plain = run.setting != "w4a8g64-sym" or run.method not in FAMILY or run.get("method.factors") == "mxint8"
     return run.setting if plain else f"{run.setting}, float16"
 
 
