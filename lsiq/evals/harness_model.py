@@ -24,7 +24,8 @@ Write = Callable[[Sequence[Prompt]], Sequence[Sequence[int]]]
 
 def limit_of(settings: Mapping[str, Any]) -> int:
     """Return how many tokens an answer may have by a task's settings of generation."""
-    return dict(normalize_gen_kwargs(dict(settings), _LIMIT))["max_gen_toks"]
+    options: Mapping[str, Any] = dict(normalize_gen_kwargs(dict(settings), _LIMIT))
+    return options["max_gen_toks"]
 
 
 def no_place(limit: int, positions: int, task: str = "its task") -> str:

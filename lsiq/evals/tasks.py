@@ -103,7 +103,9 @@ FLAT: dict[str, tuple[str, tuple[str, ...], Callable[[Row], Row]]] = {
     "winogrande": ("winogrande", ("context_options", "continuation", "gold"), _winogrande),
 }
 # What the harness scores these tasks with, beyond what it installs by itself.
-_PACKAGES = dict.fromkeys(("ifeval", "leaderboard_ifeval"), ("langdetect", "immutabledict", "nltk"))
+_PACKAGES: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("ifeval", "leaderboard_ifeval"), ("langdetect", "immutabledict", "nltk")
+)
 # What definitions with local rows are grouped under, as rows go into the members of a group alone; lm-eval 0.5 puts it
 # before the names.
 _GROUP = "local"
@@ -159,7 +161,7 @@ def _not_installed(name: str, modules: Sequence[str]) -> str:
     pattern = re.compile(rf'(?:{"|".join(map(re.escape, modules))})\b.*extra == "([\w-]+)"')
     extras = [match[1] for line in importlib.metadata.requires("lm_eval") or [] if (match := pattern.match(line))]
     install = f"pip install 'lm_eval[{extras[0]}]'" if extras else "install it"
-    return f"eval.tasks: {name} is scored with {' and '.join(modules)}, not installed here; {install}"
+    return f"eval.tasks: {name} needs {' and '.join(modules)}, not installed here; {install}"
 
 
 def fetch_punkt(name: str) -> None:

@@ -282,7 +282,7 @@ def test_ifeval_without_its_packages_says_what_to_install(
     if not listed:
         monkeypatch.setattr("lsiq.evals.tasks._PACKAGES", {})
     for check in (task_names.check_tasks, load_tasks) if listed else (load_tasks,):
-        with pytest.raises(ConfigError, match=r"ifeval is scored with langdetect.*pip install 'lm_eval\[ifeval\]'"):
+        with pytest.raises(ConfigError, match=r"ifeval needs langdetect.*pip install 'lm_eval\[ifeval\]'"):
             check(settings)
 
 
