@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from lsiq.cli.positions import is_positional, with_parts_named
 from lsiq.errors import ConfigError
 
 _LOGGING = ("hydra.hydra_logging", "hydra.job_logging")
+# Settings whose keys are the user's own names; hydra takes new keys with a + only.
+_OPEN = re.compile(r"^(?=eval\.tasks_local\.)")
 
 
 def check_hydra(config: Any) -> None:
@@ -61,7 +64,7 @@ def _is_known(value: Any) -> bool:
 def guarded() -> Iterator[None]:
     """Let `check_hydra` see every configuration that hydra composes, before hydra acts on it.
 
-    Parts that overrides name by position get their names first.
+    Parts that overrides name by position get their names first, and keys may be new where names are the user's own.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.types import RunMode
@@ -71,7 +74,7 @@ def guarded() -> Iterator[None]:
 
     def load_checked(self: ConfigLoaderImpl, config_name: Any, overrides: list[str], run_mode: RunMode, **kwargs: Any):
         def compose(words: list[str]) -> Any:
-            return load(self, config_name, words, run_mode, **kwargs)
+            return load(self, config_name, [_OPEN.sub("++", word) for word in words], run_mode, **kwargs)
 
         if run_mode == RunMode.MULTIRUN:  # a method may be swept: each job knows what its positions mean
             by_position = [word for word in overrides if is_positional(word)]

@@ -10,8 +10,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
+from lsiq.errors import InputError
 from lsiq.evals.generation import Prompt, check_room, hash_prompts, write_answers
 from lsiq.evals.likelihood import Likelihoods, Pair, hash_pairs, measure_pairs
 from lsiq.evals.tasks import Tasks, generates
@@ -22,7 +23,7 @@ from lsiq.runtime import processes
 from lsiq.runtime.cache import ContentCache
 from lsiq.runtime.files import replacing
 from lsiq.runtime.signals import variable
-from lsiq.runtime.terminal import show_progress
+from lsiq.runtime.terminal import show_progress, warn
 
 if TYPE_CHECKING:
     from lsiq.evals.settings import EvalSettings
@@ -139,10 +140,41 @@ def measure_tasks(
             pandas.DataFrame(rows).to_parquet(partial, index=False)
 
 
-def check_tasks(model: Model, tasks: Tasks) -> None:
-    """Raise ResourceError before anything long where a task generates text and the whole model has no room for it."""
-    if any(generates(task) for task in tasks.values()):
-        check_room(model)
+def check_tasks(model: Model, tasks: Tasks, items: int | None) -> None:
+    """Look before anything long whether the model can generate the text that tasks ask for.
+
+    A prefix that a method will find is not known here; where it takes the last positions, writing is refused later.
+
+    Raises:
+        ResourceError: the whole model has no room on the device.
+        InputError: an answer is longer than the model's positions.
+    """
+    generating = {name: task for name, task in tasks.items() if generates(task)}
+    if not generating:
+        return
+    check_room(model)
+    if model.positions is None:
+        return
+    from lsiq.evals.harness_model import BlockLM, limit_of, no_place
+
+    lm = BlockLM(model.tokenizer, model.positions, _unasked, _unasked)  # counts tokens alone
+    for name, task in generating.items():
+        limit = limit_of(task.config.generation_kwargs or {})
+        if limit >= model.positions:
+            raise InputError(no_place(limit, model.positions, name))
+        with _quiet():
+            task.build_all_requests(limit=items)
+        contexts = [request.args[0] for request in task.instances]
+        cut = sum(len(lm.tok_encode(context)) > model.positions - limit for context in contexts)
+        if cut:
+            warn(
+                f"eval.tasks: {cut} of {len(contexts)} contexts of {name} lose their beginning, as {limit} of the "
+                f"model's {model.positions} positions are kept for the answer"
+            )
+
+
+def _unasked(_: object) -> Never:
+    raise AssertionError("no model is asked before the blocks are quantised")
 
 
 def _hash_requests(samples: Sequence[Mapping[str, Any]]) -> str:

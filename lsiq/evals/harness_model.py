@@ -22,6 +22,16 @@ _LIMIT = 256
 Write = Callable[[Sequence[Prompt]], Sequence[Sequence[int]]]
 
 
+def limit_of(settings: Mapping[str, Any]) -> int:
+    """Return how many tokens an answer may have by a task's settings of generation."""
+    options: Mapping[str, Any] = dict(normalize_gen_kwargs(dict(settings), _LIMIT))
+    return options["max_gen_toks"]
+
+
+def no_place(limit: int, positions: int, task: str = "its task") -> str:
+    return f"eval.tasks: an answer of {limit} tokens has no place in a model of {positions} positions; leave out {task}"
+
+
 class BlockLM(TemplateLM):
     """Answers the harness' requests with likelihoods that were measured block by block, or with what a model writes.
 
@@ -110,10 +120,7 @@ class BlockLM(TemplateLM):
         end = self.tokenizer.decode([self.eot_token_id])
         limit = options["max_gen_toks"]
         if self._positions is not None and limit >= self._positions:
-            raise InputError(
-                f"eval.tasks: an answer of {limit} tokens has no place in a model of {self._positions} positions; "
-                "leave out its task"
-            )
+            raise InputError(no_place(limit, self._positions))
         tokens = self.tok_encode(context) or [self.prefix_token_id]
         prompt_tokens = tokens if self._positions is None else tokens[-(self._positions - limit) :]
         return Prompt(tuple(prompt_tokens), tuple(dict.fromkeys([*filter(None, stops), end])), limit)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lsiq.assets import bundled_task
 from lsiq.errors import ConfigError, InputError
-from lsiq.evals.tasks import FLAT, harness_missing, no_such_task, read_rows
+from lsiq.evals.tasks import FLAT, check_packages, harness_missing, no_such_task, read_rows
 
 if TYPE_CHECKING:
     from lsiq.evals.settings import EvalSettings
@@ -26,7 +26,7 @@ def check_tasks(settings: EvalSettings) -> None:
     """Raise what is wrong with the tasks of `settings`, as far as files on this machine tell.
 
     Raises:
-        ConfigError: the harness is not installed or knows no such task.
+        ConfigError: the harness or what it scores a task with is not installed, or it knows no such task.
         InputError: a file's rows do not fit, or the hub's data are not here and may not be fetched.
     """
     if not settings.tasks:
@@ -36,6 +36,7 @@ def check_tasks(settings: EvalSettings) -> None:
         raise ConfigError(harness_missing(settings.tasks))
     definitions = Path(spec.submodule_search_locations[0]) / "tasks"
     for name in dict.fromkeys(settings.tasks):
+        check_packages(name)
         path = settings.tasks_local.get(name) or bundled_task(name)
         if path is not None:
             read_rows(Path(path).expanduser(), name)

@@ -12,6 +12,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import importlib.metadata
+import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -85,6 +88,7 @@ FLAT: dict[str, tuple[str, tuple[str, ...], Callable[[Row], Row]]] = {
     "boolq": ("super_glue/boolq", ("query", "gold"), _boolq),
     "gsm8k": ("gsm8k", ("question", "answer"), dict),
     "hellaswag": ("hellaswag", ("query", "choices", "gold"), _hellaswag),
+    "ifeval": ("ifeval", ("key", "prompt", "instruction_id_list", "kwargs"), dict),
     "lambada_openai": (
         "lambada",
         ("context", "continuation"),
@@ -98,6 +102,10 @@ FLAT: dict[str, tuple[str, tuple[str, ...], Callable[[Row], Row]]] = {
     "piqa": ("piqa", ("query", "choices", "gold"), _piqa),
     "winogrande": ("winogrande", ("context_options", "continuation", "gold"), _winogrande),
 }
+# What the harness scores these tasks with, beyond what it installs by itself.
+_PACKAGES: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("ifeval", "leaderboard_ifeval"), ("langdetect", "immutabledict", "nltk")
+)
 # What definitions with local rows are grouped under, as rows go into the members of a group alone; lm-eval 0.5 puts it
 # before the names.
 _GROUP = "local"
@@ -109,8 +117,9 @@ def load_tasks(settings: EvalSettings) -> Tasks:
     """Return the harness' task objects by name, their data at hand; empty where none is asked for.
 
     Raises:
-        ConfigError: the harness is not installed, knows no such task, or the task samples text.
-        InputError: a file's rows do not fit, or the hub's data cannot be had.
+        ConfigError: the harness or what it scores a task with is not installed, it knows no such task, or the task
+            samples text.
+        InputError: a file's rows do not fit, or data cannot be had.
     """
     if not settings.tasks:
         return {}
@@ -137,9 +146,40 @@ def no_such_task(name: str, near: Sequence[str]) -> str:
     """Return what is said of a name that the harness does not know, with those it knows that are `near`."""
     return (
         f"eval.tasks: {name} is no task of lm-evaluation-harness; "
-        + (f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them")
-        + f" A file of your own items goes by +eval.tasks_local.{name}=FILE"
+        + (f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them.")
+        + f" A file of your own items goes by eval.tasks_local.{name}=FILE"
     )
+
+
+def check_packages(name: str) -> None:
+    """Raise ConfigError where a package that the harness scores the task with is not installed."""
+    if missing := [module for module in _PACKAGES.get(name, ()) if importlib.util.find_spec(module) is None]:
+        raise ConfigError(_not_installed(name, missing))
+
+
+def _not_installed(name: str, modules: Sequence[str]) -> str:
+    pattern = re.compile(rf'(?:{"|".join(map(re.escape, modules))})\b.*extra == "([\w-]+)"')
+    extras = [match[1] for line in importlib.metadata.requires("lm_eval") or [] if (match := pattern.match(line))]
+    install = f"pip install 'lm_eval[{extras[0]}]'" if extras else "install it"
+    return f"eval.tasks: {name} needs {' and '.join(modules)}, not installed here; {install}"
+
+
+def fetch_punkt(name: str) -> None:
+    """Fetch the data of nltk that the harness scores IFEval with, unless they are here.
+
+    Raises:
+        InputError: they cannot be had; the harness would find that out when it scores.
+    """
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        if not nltk.download("punkt_tab", quiet=True, print_error_to=io.StringIO()):
+            raise InputError(
+                f"eval.tasks: {name} is scored with punkt_tab of nltk, which is not here and cannot be fetched; go "
+                "online, or put it into a folder that NLTK_DATA names (python -m nltk.downloader -d FOLDER punkt_tab)"
+            ) from None
 
 
 def _check(name: str, task: Any) -> None:
@@ -174,6 +214,8 @@ def read_rows(path: Path, name: str) -> list[Row]:
             continue
         try:
             row = json.loads(line)
+            if name in FLAT and convert is dict and (lacking := set(fields) - set(row)):
+                raise ValueError(f"it lacks {' and '.join(sorted(lacking))}")
             rows.append(convert(row) if set(fields) <= set(row) else row)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise InputError(
@@ -192,6 +234,9 @@ def _load(name: str, rows: Sequence[Row] | None) -> dict[str, Any]:
         for fields, definition in ((_OWN, _own_definition), (_OWN_TEXT, _own_text_definition)):
             if set(fields) <= set(rows[0]):
                 return _build(TaskManager(include_defaults=False), {**definition(name), **_data(rows)}, name)
+    if name in _PACKAGES:
+        check_packages(name)
+        fetch_punkt(name)
     manager = _manager(name)
     if name not in manager.all_tasks:
         raise ConfigError(no_such_task(name, difflib.get_close_matches(name, manager.all_tasks, n=3)))
@@ -271,7 +316,9 @@ def _build(manager: Any, spec: str | Row, name: str) -> dict[str, Any]:
             for task in tasks.values():
                 _ = task.dataset  # lm-eval 0.5 reads it as late as here
             return tasks
-    except Exception as error:  # the harness and datasets raise many kinds; all mean that the task has no data
+    except Exception as error:  # the harness and datasets raise many kinds; all others mean that the task has no data
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            raise ConfigError(_not_installed(name, [error.name])) from error
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"eval.tasks: the data of {name} cannot be had ({cause}); go online, or {local}") from error
 

@@ -95,7 +95,7 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
     check_products(config.eval, model)
     config.check_lengths(model.limit)
     texts = read_texts(request, model, store, record)
-    check_tasks(model, texts.tasks)
+    check_tasks(model, texts.tasks, config.eval.items)
     stream_folder = folder if config.paths.streams == "disk" else None
     with (
         stored_in(stream_folder),

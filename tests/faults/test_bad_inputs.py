@@ -82,7 +82,11 @@ CONFIG_ERRORS = {
     "list-wanted": (["eval.corpora=bundled"], ["eval.corpora=bundled", "list"]),
     "empty-override": (["=3"], ["key=value"]),
     "local-not-measured": (["eval.local.c4=/nowhere"], ["eval.local.c4", "not among"]),
-    "task-file-not-measured": (["+eval.tasks_local.piqa=/nowhere"], ["eval.tasks_local.piqa", "not among"]),
+    "task-file-not-measured": (["eval.tasks_local.piqa=/nowhere"], ["eval.tasks_local.piqa", "not among"]),
+    "added-task-file": (
+        ["eval.tasks=[gsm8k]", "+eval.tasks_local.gsm8k=/nowhere"],
+        ["eval.tasks_local.gsm8k=/nowhere", "no such file"],
+    ),
     "missing-task-file": (
         ["eval=zeroshot", "eval.tasks_local.piqa=/nowhere"],
         ["eval.tasks_local.piqa=/nowhere", "no such file"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas
@@ -13,13 +15,17 @@ from helpers.evaluations import NO_CACHE, request, unchanged
 from helpers.families import FAMILIES
 from helpers.marks import slow
 from helpers.models import SHAPES, load_small, save_model
+from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM
 
 from lsiq.assets import bundled_model
 from lsiq.errors import ConfigError, InputError, ResourceError
+from lsiq.evals import task_names
 from lsiq.evals.generation import Prompt, Writer, check_room, write_answers
+from lsiq.evals.harness import check_tasks
 from lsiq.evals.harness_model import BlockLM
-from lsiq.evals.tasks import load_tasks
+from lsiq.evals.settings import EvalSettings
+from lsiq.evals.tasks import fetch_punkt, load_tasks, read_rows
 from lsiq.evals.windows import Variant
 from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
@@ -176,6 +182,10 @@ def write_rows(file: Path, rows: list[dict[str, object]]) -> Path:
     return file
 
 
+def settings_of(task: str, file: Path) -> EvalSettings:
+    return parse(compose_run("eval=none", f"eval.tasks=[{task}]", f"eval.tasks_local.{task}={file}")).eval
+
+
 @pytest.mark.slow
 def test_gsm8k_and_a_task_of_ones_own_are_measured_from_local_files(tmp_path: Path) -> None:
     model = load_small(bundled_model("tiny-llama"))
@@ -195,8 +205,8 @@ def test_gsm8k_and_a_task_of_ones_own_are_measured_from_local_files(tmp_path: Pa
             "calib=none",
             "eval=none",
             "eval.tasks=[gsm8k,mine]",
-            f"+eval.tasks_local.gsm8k={gsm}",
-            f"+eval.tasks_local.mine={own}",
+            f"eval.tasks_local.gsm8k={gsm}",
+            f"eval.tasks_local.mine={own}",
             "tracker=none",
             f"paths.runs={tmp_path / 'runs'}",
         )
@@ -212,11 +222,113 @@ def test_gsm8k_and_a_task_of_ones_own_are_measured_from_local_files(tmp_path: Pa
 
 def test_tasks_that_sample_are_refused(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}])
-    settings = parse(compose_run("eval=none", "eval.tasks=[gsm8k]", f"+eval.tasks_local.gsm8k={file}")).eval
-    (task,) = load_tasks(settings).values()
+    (task,) = load_tasks(settings_of("gsm8k", file)).values()
     assert task.OUTPUT_TYPE == "generate_until"
     from lsiq.evals.tasks import _check
 
     task.set_config("generation_kwargs", {"do_sample": True})
     with pytest.raises(ConfigError, match="generated greedily here only"):
         _check("gsm8k", task)
+
+
+def test_an_answer_longer_than_the_model_is_refused_before_blocks_are_quantised(
+    checkpoints: dict[str, Path], small_run: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"query": "The river is", "answer": "wide"}])
+    words = ("eval.corpora=[]", "eval.tasks=[mine]", f"eval.tasks_local.mine={file}")
+    with pytest.raises(InputError, match=r"256 tokens has no place in a model of 128 positions; leave out mine"):
+        run(small_run(checkpoints["llama"], *words))
+    assert list((tmp_path / "runs").glob("*/record.json"))
+    assert not list((tmp_path / "runs").glob("*/blocks/*"))
+
+
+def test_contexts_that_lose_their_beginning_are_counted_beforehand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, object]] = [{"query": text, "answer": "x"} for text in ("A", "The river. " * 300, "B")]
+    tasks = load_tasks(settings_of("mine", write_rows(tmp_path / "rows.jsonl", rows)))
+    model = load_small(bundled_model("tiny-llama"))
+    check_tasks(model, tasks, 1)
+    assert capsys.readouterr().err == ""
+    check_tasks(model, tasks, None)
+    assert "1 of 3 contexts of mine lose their beginning" in capsys.readouterr().err
+
+
+IFEVAL: list[dict[str, object]] = [
+    {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    {
+        "instruction_id_list": ["length_constraints:number_sentences"],
+        "kwargs": [{"num_sentences": 1, "relation": "at least"}],
+    },
+    {"instruction_id_list": ["startend:quotation"], "kwargs": [{}]},
+]
+
+
+def ifeval_rows(file: Path) -> Path:
+    return write_rows(
+        file, [{"key": n, "prompt": text, **row} for n, (text, row) in enumerate(zip(TEXTS, IFEVAL, strict=False))]
+    )
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_ifeval_without_its_packages_says_what_to_install(
+    listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the harness is imported, and of tasks that are not listed when the harness imports what it wants."""
+    settings = settings_of("ifeval", ifeval_rows(tmp_path / "rows.jsonl"))
+    for module in [module for module in sys.modules if module.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    if not listed:
+        monkeypatch.setattr("lsiq.evals.tasks._PACKAGES", {})
+    for check in (task_names.check_tasks, load_tasks) if listed else (load_tasks,):
+        with pytest.raises(ConfigError, match=r"ifeval needs langdetect.*pip install 'lm_eval\[ifeval\]'"):
+            check(settings)
+
+
+def test_ifeval_without_the_data_of_nltk_says_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
+    with pytest.raises(InputError, match=r"ifeval is scored with punkt_tab of nltk.*NLTK_DATA"):
+        fetch_punkt("ifeval")
+
+
+def test_a_row_that_lacks_a_field_of_the_hub_names_it(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"key": 1, "prompt": "Write.", "kwargs": []}])
+    with pytest.raises(InputError, match=r"line 1: .*it lacks instruction_id_list"):
+        read_rows(file, "ifeval")
+
+
+@pytest.mark.slow
+def test_ifeval_is_measured_from_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("langdetect")
+    pytest.importorskip("immutabledict")
+    import nltk
+
+    punkt = tmp_path / "nltk" / "tokenizers" / "punkt_tab" / "english"  # one that knows no abbreviations
+    punkt.mkdir(parents=True)
+    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        (punkt / name).write_text("")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+    folder = save_model(SHAPES["llama"] | {"max_position_embeddings": 1400}, tmp_path / "model", std=0.3)
+    model = load_small(folder)
+    asked = [Prompt(tuple(model.tokenizer.encode(text)), (), 1280) for text in TEXTS[: len(IFEVAL)]]
+    texts = [model.tokenizer.decode(a, skip_special_tokens=True) for a in Writer(model, unchanged).write(asked)]
+    record = run(
+        compose_run(
+            f"model.path={folder}",
+            "quant=fp16",
+            "calib=none",
+            "eval=none",
+            "eval.tasks=[ifeval]",
+            f"eval.tasks_local.ifeval={ifeval_rows(tmp_path / 'rows.jsonl')}",
+            "tracker=none",
+            f"paths.runs={tmp_path / 'runs'}",
+        )
+    )
+    items = pandas.read_parquet(tmp_path / "runs" / record.run_id / "items.parquet")
+    found = items[items["key"] == "prompt_level_strict_acc/ifeval"].sort_values("item")["value"].tolist()
+    assert found == ["," not in texts[0], True, texts[2].strip()[0] == texts[2].strip()[-1] == '"']
+    assert record.metrics["prompt_level_strict_acc/ifeval"] == pytest.approx(sum(found) / 3)
+    assert record.protocol["inst_level_strict_acc/ifeval"]["items"] == 3
