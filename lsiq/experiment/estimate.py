@@ -32,6 +32,7 @@ from lsiq.experiment.quantize import prepare_model
 from lsiq.experiment.sharing import ROOM
 from lsiq.methods.base import Method, chain
 from lsiq.models.loading import Model
+from lsiq.models.widths import check_groups
 from lsiq.pipeline.block_loop import STREAMS
 from lsiq.report.terminal import PlannedStage
 from lsiq.results.record import Record
@@ -61,6 +62,7 @@ class Estimate:
                 "config.json, or model.architecture={…}"
             )
         shape = architecture(config, self.folder)
+        check_groups(config.quant, shape, config.model.name)
         self.asked, self.config = config, with_probed_formats(config, shape)
         self.depth = int(shape["num_hidden_layers"])
         self.notes: list[str] = []

@@ -7,8 +7,6 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from lsiq.errors import ConfigError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -80,10 +78,6 @@ class Grid(ABC):
     def storable(self, scale: Tensor) -> Tensor:
         """Return step sizes as they can be stored; the gradient passes as if nothing had been rounded."""
         return scale
-
-    def check(self, in_features: int, name: str) -> None:
-        """Raise ConfigError unless the groups divide `in_features`, the input width of the linear `name`."""
-        check_divides(f"quant.weight.{self.width_key}", self.width, in_features, name)
 
     def grouped(self, w: Tensor) -> Tensor:
         """View `w (out, in)` as `(out, groups, width)`."""
@@ -173,17 +167,6 @@ class Grid(ABC):
         if self.width is None or in_features % self.width == 0:
             return self
         return replace(self, **{self.width_key: math.gcd(self.width, in_features)})  # type: ignore[type-var]
-
-
-def check_divides(key: str, width: int | None, in_features: int, name: str, way_out: str = "") -> None:
-    """Raise ConfigError unless groups of `width`, set by `key`, divide the input width of the linear `name`."""
-    if width is None or in_features % width == 0:
-        return
-    divisors = [str(d) for d in range(1, in_features + 1) if in_features % d == 0]
-    choices = divisors if len(divisors) <= 16 else ["…", *divisors[-15:]]
-    raise ConfigError(
-        f"{key}={width} does not divide in_features={in_features} of {name}; use one of {', '.join(choices)}{way_out}"
-    )
 
 
 def clipped(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:

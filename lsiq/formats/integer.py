@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.formats.grid import Grid, check_divides, clipped, divided, round_through
+from lsiq.formats.grid import Grid, clipped, divided, round_through
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -84,11 +84,6 @@ class Integer(Grid):
         kind = "symmetric" if self.symmetric else "asymmetric"
         shared = f"groups of {self.group} inputs" if self.group else "one scale per output channel"
         return f"{self.bits} bits, {kind}, {shared}, {self.scale} scales"
-
-    def check(self, in_features: int, name: str) -> None:
-        """Raise ConfigError unless the groups divide `in_features`, the input width of the linear `name`."""
-        if self.bits < 16:
-            check_divides("quant.weight.group", self.group, in_features, name, " or null")
 
     def fit(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and zero point, both `(out, groups, 1)`, of the grid that spans `lo … hi`.

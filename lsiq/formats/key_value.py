@@ -12,8 +12,8 @@ from lsiq.errors import ConfigError
 from lsiq.formats.activation import Activation, rounded
 from lsiq.formats.base import ActivationFormat
 from lsiq.formats.cache_scales import CacheScales
+from lsiq.formats.fit import check_divides
 from lsiq.formats.fp8 import FP8Activation
-from lsiq.formats.grid import check_divides
 from lsiq.formats.names import named_activation
 from lsiq.settings import fill, settings
 
@@ -141,7 +141,8 @@ class KeyValue:
     def check(self, head_dim: int) -> None:
         """Raise ConfigError unless groups of channels divide a head's."""
         if self.rounds and self.per == "token":
-            check_divides("quant.kv.group", self.group, head_dim, "a head", " or null")
+            places = {f"head_dim={head_dim}": head_dim}
+            check_divides(f"quant.kv.group={self.group}", self.group, places, "quant.kv.group={}".format)
 
     def fake(self, x: Tensor, scale: float | None = None) -> Tensor:
         """Return keys or values `(…, T, channels)` as the cache holds them; rounding lets gradients straight through.

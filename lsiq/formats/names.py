@@ -34,9 +34,8 @@ def named_format(name: str) -> WeightFormat:
     for kind in _kinds(tuple(plugins.places())):
         if (fmt := kind.named(name)) is not None:
             return fmt
-    for folder in (user_folder(), conf_folder()):
-        if folder is not None and (file := folder / "quant" / f"{name}.yaml").is_file():
-            return as_format(_node_of(file, "weight"))
+    if (file := quant_file(name)) is not None:
+        return as_format(_node_of(file, "weight"))
     raise ValueError(
         f"no weight format is called {name}; there are float, w2 to w8 with g and a group size and -sym (w3g128, "
         "w4g64-sym), and the names of files in conf/quant/"
@@ -49,19 +48,31 @@ def named_activation(name: str) -> ActivationFormat:
     Raises:
         ValueError: there is no such file.
     """
+    if (file := quant_file(name)) is not None:
+        return build(_node_of(file, "activation"))
+    raise ValueError(f"format={name}: no file of conf/quant/ is called so")
+
+
+def quant_file(name: str) -> Path | None:
+    """Return the file of conf/quant/, the user's or the package's, that has this name; None where there is none."""
     for folder in (user_folder(), conf_folder()):
         if folder is not None and (file := folder / "quant" / f"{name}.yaml").is_file():
-            return build(_node_of(file, "activation"))
-    raise ValueError(f"format={name}: no file of conf/quant/ is called so")
+            return file
+    return None
 
 
 def format_name(fmt: WeightFormat) -> str | dict[str, Any]:
     """Return the name of a weight format, or where its name does not say all its settings, these as plain data."""
-    name = FLOAT if fmt.bits == 16 else f"w{fmt.bits}{fmt.separator}{fmt.suffix}"
+    name = short_name(fmt)
     try:
         return name if named_format(name) == fmt else describe_settings(fmt)
     except ValueError:
         return describe_settings(fmt)
+
+
+def short_name(fmt: WeightFormat) -> str:
+    """Return the name of a weight format, `w3g128`; it need not say all settings."""
+    return FLOAT if fmt.bits == 16 else f"w{fmt.bits}{fmt.separator}{fmt.suffix}"
 
 
 def as_format(value: Any) -> WeightFormat:

@@ -13,8 +13,9 @@ from pydantic import Field
 
 from lsiq.errors import ConfigError, InputError
 from lsiq.formats.base import WeightFormat
+from lsiq.formats.fit import check_format
 from lsiq.formats.mixed import OUTSIDE, Rule
-from lsiq.formats.names import as_format, format_name
+from lsiq.formats.names import as_format
 from lsiq.formats.quant import QuantSettings
 from lsiq.settings import settings
 
@@ -119,25 +120,16 @@ def check_widths(quant: QuantSettings, widths: Mapping[str, int]) -> None:
     Args:
         widths: how many inputs each linear has, by name inside a block.
     """
-    if not isinstance(quant, PlacedQuant):
-        for fmt in quant.formats:
-            for name, width in widths.items():
-                _check_width(fmt, width, name, quant)
-        return
-    for place, fmt in quant.layers.items():
-        if place not in OUTSIDE:
-            name = place.partition(".")[2]
-            if name in widths:
-                _check_width(fmt, widths[name], name, quant)
-
-
-def _check_width(fmt: WeightFormat, width: int, name: str, quant: QuantSettings) -> None:
-    try:
-        fmt.check(width, name)
-    except ConfigError as error:
-        if not quant.mixed or fmt == quant.weight:
-            raise
-        raise ConfigError(f"quant={quant.name}: the format {format_name(fmt)} does not fit; {error}") from error
+    if isinstance(quant, PlacedQuant):
+        pairs = [(fmt, place.partition(".")[2]) for place, fmt in quant.layers.items() if place not in OUTSIDE]
+    else:
+        pairs = [(fmt, name) for fmt in quant.formats for name in widths]
+    by_format: dict[WeightFormat, dict[str, int]] = {}
+    for fmt, name in pairs:
+        if name in widths:
+            by_format.setdefault(fmt, {})[f"in_features={widths[name]} of {name}"] = widths[name]
+    for fmt, places in by_format.items():
+        check_format(fmt, places, quant)
 
 
 def read_plan(path: str) -> dict[str, WeightFormat]:

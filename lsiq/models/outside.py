@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lsiq.errors import ConfigError
+from lsiq.formats.fit import check_format
 from lsiq.formats.mixed import EMBEDDING, HEAD
 from lsiq.formats.tensor import QuantizedTensor, quantize
 
@@ -34,7 +35,8 @@ def outside_modules(model: Model, formats: Mapping[str, WeightFormat]) -> dict[s
             )
         formats = {EMBEDDING: next(iter(formats.values()))}
     for name, fmt in formats.items():
-        fmt.check(modules[name].weight.shape[1], name)
+        width = modules[name].weight.shape[1]
+        check_format(fmt, {f"in_features={width} of {name}": width})
     return {name: (modules[name], fmt) for name, fmt in formats.items()}
 
 

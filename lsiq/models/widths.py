@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lsiq.errors import ConfigError
+from lsiq.formats.fit import check_format
 
 if TYPE_CHECKING:
     from lsiq.formats.quant import QuantSettings
@@ -32,24 +31,6 @@ def check_groups(quant: QuantSettings, shape: Mapping[str, Any], model: str) -> 
         shape: the transformers configuration as plain data.
         model: its name.
     """
-    group = quant.weight.width
-    if group is None or quant.weight.bits == 16 or quant.mixed:
-        return
-    widths = input_widths(shape)
-    for key, width in widths.items():
-        if width % group:
-            field = quant.weight.width_key
-            fits = largest_group(list(widths.values()), group)
-            raise ConfigError(
-                f"quant.weight.{field}={group} does not divide {key}={width} of {model}; use quant.weight.{field}="
-                f"{fits}, the largest power of two up to {group} that divides all its linears"
-            )
-
-
-def largest_group(widths: list[int], most: int) -> int:
-    """The largest power of two up to `most` that divides all widths."""
-    common = math.gcd(*widths)
-    fits = common & -common  # the power of two in it
-    while fits > most:
-        fits //= 2
-    return fits
+    if not quant.mixed:
+        places = {f"{key}={width} of {model}": width for key, width in input_widths(shape).items()}
+        check_format(quant.weight, places, quant)

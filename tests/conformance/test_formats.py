@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +18,13 @@ from torch import Tensor
 from lsiq.errors import ConfigError
 from lsiq.formats.activation import Activation
 from lsiq.formats.base import ActivationFormat, WeightFormat
+from lsiq.formats.fit import check_format
 from lsiq.formats.fp8 import FP8, FP8Activation
 from lsiq.formats.integer import Integer
 from lsiq.formats.minifloat import ELEMENTS
 from lsiq.formats.mxfp import MXFP, MXFPActivation
 from lsiq.formats.mxint import MXActivation, MXInt
+from lsiq.formats.names import named_format, short_name
 from lsiq.formats.nvfp4 import NVFP4, NVFP4Activation
 from lsiq.formats.quant import QuantSettings
 from lsiq.settings import build, describe_settings, fill
@@ -168,19 +171,21 @@ def test_stored_bits_grow_with_the_rows_and_hold_more_than_the_codes(fmt: Weight
 
 
 @every_weight_format
-def test_a_width_that_the_groups_do_not_divide_is_refused_with_those_that_do(fmt: WeightFormat) -> None:
-    fmt.check(WIDTH, "q_proj")
+def test_a_width_that_the_groups_do_not_divide_is_refused_with_the_format_that_fits(fmt: WeightFormat) -> None:
+    check_format(fmt, {"in_features=256 of q_proj": WIDTH})
     if fmt.width is None:
-        fmt.check(WIDTH + 1, "q_proj")
+        check_format(fmt, {"in_features=257 of q_proj": WIDTH + 1})
         return
-    width = fmt.width * 3 // 2
-    words = rf"quant\.weight\.{fmt.width_key}={fmt.width} does not divide in_features={width} of q_proj; use one of .+"
+    places = {"in_features of q_proj": fmt.width * 2, "in_features of down_proj": fmt.width * 3 // 2}
+    words = rf"the {fmt.width_key} of {short_name(fmt)} does not divide in_features of down_proj; use (w[^,]+), "
     with pytest.raises(ConfigError, match=words) as why:
-        fmt.check(width, "q_proj")
+        check_format(fmt, places)
     assert "\n" not in str(why.value)
-    for word in str(why.value).partition("use one of ")[2].replace(" or null", "").split(", "):
-        if word != "…":
-            replace(fmt, **{fmt.width_key: int(word)}).check(width, "q_proj")  # type: ignore[type-var]
+    named = re.search(words, str(why.value))
+    assert named is not None
+    narrower = replace(fmt, **{fmt.width_key: fmt.width // 2})  # type: ignore[type-var]
+    assert named_format(named[1]) == named_format(short_name(narrower))
+    check_format(narrower, places)
 
 
 @pytest.mark.parametrize("fmt", [*WEIGHTS.values(), *ACTIVATIONS.values()], ids=[*WEIGHTS, *ACTIVATIONS])

@@ -8,7 +8,7 @@ import torch
 from helpers.grids import weights_and_integers
 from hypothesis import given, settings
 
-from lsiq.errors import ConfigError, NumericalError
+from lsiq.errors import NumericalError
 from lsiq.formats.integer import Integer
 from lsiq.formats.tensor import quantize
 
@@ -78,13 +78,6 @@ def test_a_range_beyond_float32_stays_finite(scale: str) -> None:
     quantized = quantize(w, Integer(bits=2, group=2, scale=scale))  # type: ignore[arg-type]
     assert quantized.scale.isfinite().all()
     assert quantized.decode().isfinite().all()
-
-
-def test_a_group_that_does_not_divide_names_the_ones_that_do() -> None:
-    with pytest.raises(
-        ConfigError, match=r"group=48 does not divide in_features=64 of q_proj; use one of 1, 2, 4, 8, 16"
-    ):
-        Integer(bits=4, group=48).check(64, "q_proj")
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

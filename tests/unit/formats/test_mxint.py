@@ -10,7 +10,7 @@ from helpers.configuration import compose_run
 from helpers.grids import weights_and_blocks
 from hypothesis import given, settings
 
-from lsiq.errors import ConfigError, NumericalError
+from lsiq.errors import NumericalError
 from lsiq.experiment.config import parse
 from lsiq.formats.mxint import MXActivation, MXInt, power_of_two_step
 from lsiq.formats.tensor import quantize
@@ -94,11 +94,6 @@ def test_activations_are_rounded_block_by_block_and_the_last_may_be_short(channe
 )
 def test_the_name_of_a_setting_says_its_formats(overrides: list[str], name: str) -> None:
     assert parse(compose_run(*overrides)).quant.name == name
-
-
-def test_a_block_that_does_not_divide_names_the_ones_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"block=48 does not divide in_features=64 of q_proj; use one of 1, 2, 4"):
-        MXInt(bits=4, block=48).check(64, "q_proj")
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

@@ -28,7 +28,6 @@ from lsiq.models.gguf_rope import llama3_factors
 from lsiq.models.gguf_tensors import GGUFTensors
 from lsiq.models.loading import Model, load
 from lsiq.models.settings import ModelSettings
-from lsiq.models.widths import largest_group
 from lsiq.report.compact import compact, read_runs, write_runs
 from lsiq.tables.study import Sample
 from lsiq.tables.table import Cell, Row, Table
@@ -317,11 +316,6 @@ def test_groups_that_do_not_fit_are_refused_before_anything_is_fetched() -> None
         run(compose_run("model=smollm2-135m", "quant=w3a16g128"))
     with pytest.raises(ConfigError, match=r"block=128 does not divide hidden_size=576.*use quant\.weight\.block=64"):
         run(compose_run("model=smollm2-135m", "quant=w4a8-mxint", "quant.weight.block=128"))
-
-
-@pytest.mark.parametrize(("widths", "most", "fits"), [([576, 1536], 128, 64), ([896, 4864], 128, 128), ([96, 5], 8, 1)])
-def test_the_group_that_is_named_divides_everything(widths: list[int], most: int, fits: int) -> None:
-    assert largest_group(widths, most) == fits
 
 
 @pytest.mark.slow
