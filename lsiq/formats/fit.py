@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lsiq.errors import ConfigError
-from lsiq.formats.names import quant_file, short_name
+from lsiq.formats.names import is_format_name, quant_file, short_name
 
 if TYPE_CHECKING:
     from lsiq.formats.base import WeightFormat
@@ -31,7 +31,8 @@ def check_format(fmt: WeightFormat, places: Mapping[str, int], quant: QuantSetti
     def instead(width: int) -> str:
         narrower = replace(fmt, **{fmt.width_key: width})  # type: ignore[type-var]
         if quant is None or named:
-            return short_name(narrower)
+            name = short_name(narrower)
+            return name if is_format_name(name) else f"a format with {fmt.width_key}={width}"
         name = replace(quant, weight=narrower).name
         return f"{key}={width}" if quant_file(name) is None else f"{key}={width} (quant={name})"
 

@@ -70,8 +70,17 @@ def format_name(fmt: WeightFormat) -> str | dict[str, Any]:
         return describe_settings(fmt)
 
 
+def is_format_name(name: str) -> bool:
+    """Whether `named_format` knows the name."""
+    try:
+        named_format(name)
+    except ValueError:
+        return False
+    return True
+
+
 def short_name(fmt: WeightFormat) -> str:
-    """Return the name of a weight format, `w3g128`; it need not say all settings."""
+    """Return bits and suffix of a weight format, `w3g128`: not all settings, and no name to every format."""
     return FLOAT if fmt.bits == 16 else f"w{fmt.bits}{fmt.separator}{fmt.suffix}"
 
 

@@ -177,14 +177,15 @@ def test_a_width_that_the_groups_do_not_divide_is_refused_with_the_format_that_f
         check_format(fmt, {"in_features=257 of q_proj": WIDTH + 1})
         return
     places = {"in_features of q_proj": fmt.width * 2, "in_features of down_proj": fmt.width * 3 // 2}
-    words = rf"the {fmt.width_key} of {short_name(fmt)} does not divide in_features of down_proj; use (w[^,]+), "
+    words = rf"the {fmt.width_key} of {short_name(fmt)} does not divide in_features of down_proj; use ([^,]+), "
     with pytest.raises(ConfigError, match=words) as why:
         check_format(fmt, places)
     assert "\n" not in str(why.value)
     named = re.search(words, str(why.value))
     assert named is not None
     narrower = replace(fmt, **{fmt.width_key: fmt.width // 2})  # type: ignore[type-var]
-    assert named_format(named[1]) == named_format(short_name(narrower))
+    if named[1] != f"a format with {fmt.width_key}={fmt.width // 2}":  # which has no name
+        assert named_format(named[1]).width == fmt.width // 2
     check_format(narrower, places)
 
 
