@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from lsiq.errors import ConfigError
 from lsiq.formats.names import is_format_name, quant_file, short_name
 
+NARROW = 16  # scales of narrower groups cost about as much as the weights
+
 if TYPE_CHECKING:
     from lsiq.formats.base import WeightFormat
     from lsiq.formats.quant import QuantSettings
@@ -39,10 +41,16 @@ def check_format(fmt: WeightFormat, places: Mapping[str, int], quant: QuantSetti
     asked = f"{key}={fmt.width}"
     if named:
         asked = f"{'quant.rules' if quant is None else f'quant={quant.name}'}: the {fmt.width_key} of {short_name(fmt)}"
-    check_divides(asked, fmt.width, places, instead)
+    check_divides(asked, fmt.width, places, instead, None if named or fmt.width_key != "group" else f"{key}=null")
 
 
-def check_divides(asked: str, width: int | None, places: Mapping[str, int], instead: Callable[[int], str]) -> None:
+def check_divides(
+    asked: str,
+    width: int | None,
+    places: Mapping[str, int],
+    instead: Callable[[int], str],
+    undivided: str | None = None,
+) -> None:
     """Raise ConfigError where groups of `width` do not divide all widths, with the largest power of two that does.
 
     Args:
@@ -50,14 +58,15 @@ def check_divides(asked: str, width: int | None, places: Mapping[str, int], inst
         width: None for groups as wide as what they are laid on.
         places: the widths by what a message calls them.
         instead: says how groups of another width are asked for.
+        undivided: the same of groups as wide as what they are laid on; None where there are none.
     """
     for place, inputs in places.items():
         if width is not None and inputs % width:
             fits = largest_group(places.values(), width)
-            raise ConfigError(
-                f"{asked} does not divide {place}; use {instead(fits)}, the largest power of two up to {width} that "
-                "divides all widths"
-            )
+            way_out = f"use {instead(fits)}, the largest power of two up to {width} that divides all widths"
+            if fits < NARROW and undivided is not None:
+                way_out += f", or {undivided} for one group in all"
+            raise ConfigError(f"{asked} does not divide {place}; {way_out}")
 
 
 def largest_group(widths: Iterable[int], most: int) -> int:

@@ -142,7 +142,9 @@ class KeyValue:
         """Raise ConfigError unless groups of channels divide a head's."""
         if self.rounds and self.per == "token":
             places = {f"head_dim={head_dim}": head_dim}
-            check_divides(f"quant.kv.group={self.group}", self.group, places, "quant.kv.group={}".format)
+            check_divides(
+                f"quant.kv.group={self.group}", self.group, places, "quant.kv.group={}".format, "quant.kv.group=null"
+            )
 
     def fake(self, x: Tensor, scale: float | None = None) -> Tensor:
         """Return keys or values `(…, T, channels)` as the cache holds them; rounding lets gradients straight through.

@@ -2,7 +2,7 @@
 
 Linears of one stage and shape form a stack (queries, keys and values; gate and up), whose increment products are one
 batched product. Weights and factors lie in two bytes where that is exact or asked for; what the backward pass keeps is
-the product alone, which it overwrites.
+the product alone, which it overwrites, and changes of weights that shifts are multiplied with.
 """
 
 from __future__ import annotations
@@ -202,8 +202,10 @@ class FusedWeights:
 
     def weights(self) -> dict[str, Tensor]:
         """Return every tensor of the block at the present parameters, its linears on their grids."""
+        changes = self._changes()
         scaled = {
-            name: Scaled(self.block.weights[name].shape, partial(self._times, name)) for name in self.block.linears
+            name: Scaled(self.block.weights[name].shape, partial(self._times, name, changes.get(name)))
+            for name in self.block.linears
         }
         draft = Draft({**self.block.weights, **scaled})  # type: ignore[dict-item]
         if Equivalent in self.parts:
@@ -211,18 +213,21 @@ class FusedWeights:
             draft = part.apply(draft, state, self.block)
         weights = {name: tensor for name, tensor in draft.weights.items() if isinstance(tensor, Tensor)}
         for stack in self.stacks:
-            learned = [self._learned(name, draft.weights[name]) for name in stack.names]  # type: ignore[arg-type]
+            learned = [self._learned(name, draft.weights[name], changes.get(name)) for name in stack.names]  # type: ignore[arg-type]
             rounded = _Rounded.apply(stack, *(tensor for parameters in learned for tensor in parameters))
             weights |= zip(stack.names, rounded, strict=True)  # type: ignore[arg-type]
         return weights
 
-    def _learned(self, name: str, scaled: Scaled) -> MatrixParameters:
+    def _changes(self) -> dict[str, Tensor]:
+        """Return what is added to the weights themselves, by name; empty where their increments are of another kind."""
+        if Dense not in self.parts:
+            return {}
+        part, state = self.parts[Dense]
+        return {name: part.change(state, name) for name in self.block.linears}  # type: ignore[attr-defined]
+
+    def _learned(self, name: str, scaled: Scaled, change: Tensor | None = None) -> MatrixParameters:
         core = self._parameters(Singular)
         ends = self._parameters(Clip)
-        change = None
-        if Dense in self.parts:
-            part, state = self.parts[Dense]
-            change = part.change(state, name)  # type: ignore[attr-defined]
         return MatrixParameters(
             diagonal=core.get(f"{name}:increment"),
             lower=core.get(f"{name}:lower"),
@@ -236,16 +241,13 @@ class FusedWeights:
             columns=scaled.columns,
         )
 
-    def _times(self, name: str, vector: Tensor) -> Tensor:
+    def _times(self, name: str, change: Tensor | None, vector: Tensor) -> Tensor:
         """Return what a linear with its learned change makes of a vector `(in,)`, before scales and rounding."""
         out = self.block.weights[name] @ vector
         if f"{name}:increment" in self._parameters(Singular):
             part, state = self.parts[Singular]
             out = out + part.change_times(state, name, vector)  # type: ignore[attr-defined]
-        if Dense in self.parts:
-            part, state = self.parts[Dense]
-            out = out + part.change(state, name) @ vector  # type: ignore[attr-defined]
-        return out
+        return out if change is None else out + change @ vector
 
     def _parameters(self, kind: type) -> dict[str, Tensor]:
         return self.parts[kind][1].parameters if kind in self.parts else {}

@@ -88,6 +88,16 @@ def test_the_group_that_is_named_fits_every_linear_not_only_the_one_at_fault() -
         check_widths(quant, {"a": 192, "b": 96, "c": 200})
 
 
+def test_narrow_groups_are_named_beside_one_group_in_all() -> None:
+    quant = parse(compose_run("quant=w3a16g64")).quant
+    with pytest.raises(
+        ConfigError, match=r"use quant\.weight\.group=1,.*, or quant\.weight\.group=null for one group in all"
+    ):
+        check_widths(quant, {"a": 63})
+    with pytest.raises(ConfigError, match=r"widths$"):
+        check_widths(quant, {"a": 96})
+
+
 def test_heads_are_divided_too() -> None:
     with pytest.raises(ConfigError, match=r"quant\.kv\.group=64 does not divide head_dim=96; use quant\.kv\.group=32,"):
         parse(compose_run("quant.kv.bits=4", "quant.kv.group=64")).quant.kv.check(96)
