@@ -18,7 +18,7 @@ from lsiq.methods.base import Method, WholeMethod
 from lsiq.settings import describe_settings
 
 # Groups that the composed configuration of a single part leaves at their plainest.
-_ASIDE = ("calib=none", "eval=none", "tracker=none")
+_ASIDE = ("eval=none", "tracker=none")
 
 
 def format(name: str, *overrides: str) -> QuantSettings:
@@ -30,8 +30,7 @@ def format(name: str, *overrides: str) -> QuantSettings:
     Raises:
         ConfigError: no such file, or a setting that it does not have or allow.
     """
-    beside = [word for word in _ASIDE if word != "calib=none"]  # some formats ask for calibration tokens
-    return parse(compose(f"quant={name}", "method=rtn", *beside, *overrides)).quant
+    return parse(compose(f"quant={name}", "method=rtn", *_ASIDE, *overrides)).quant
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def recipe(name: str, *overrides: str, **values: Any) -> Recipe:
         ConfigError: no such method or setting, or a value that it does not allow. Of methods whose recipe depends on
             the number formats, values are checked once these are known.
     """
-    compose(f"method={name}", *_ASIDE[1:], *overrides)  # so that a wrong name is said at once
+    compose(f"method={name}", *_ASIDE, *overrides)  # so that a wrong name is said at once
     return Recipe(name, overrides, values)
 
 
@@ -107,7 +106,7 @@ class Calibration:
 
     def settings(self, seqlen: int) -> CalibSettings:
         """Return the settings for a model whose windows are `seqlen` tokens long, unless the values say otherwise."""
-        cfg = compose(f"calib={self.name}", f"model.seqlen={seqlen}", *_ASIDE[1:], *self.overrides)
+        cfg = compose(f"calib={self.name}", f"model.seqlen={seqlen}", *_ASIDE, *self.overrides)
         for name, value in self.values.items():
             if name not in cfg.calib:
                 keys = ", ".join(str(key) for key in cfg.calib)

@@ -154,17 +154,9 @@ class Singular(PartTraits):
 
     def _update(self, state: PartState, name: str, dtype: torch.dtype) -> Tensor:
         """Return `U (core) Vᵀ (out, in)`: one product, over only the directions that are trained."""
-        import torch
 
-        corner = state.parameters.get(f"{name}:corner")
-        rows = self._rows(state, name, dtype)
-        width = self.directions_used(state, name)
-        u = state.constants[f"{name}:u"][:, :width]
-        if corner is not None:
-            c = len(corner)
-            if len(rows) < width:
-                rows = torch.nn.functional.pad(rows, (0, 0, 0, width - len(rows)))
-            rows = torch.cat([rows[:c] + corner @ state.constants[f"{name}:vh"][: corner.shape[1]], rows[c:]])
+        rows = self._with_corner(self._rows(state, name, dtype), state.constants[f"{name}:vh"], state, name)
+        u = state.constants[f"{name}:u"][:, : len(rows)]
         if dtype.itemsize > 2:
             return u @ rows
         return (u.to(dtype) @ (rows * HALF_SCALE).to(dtype)).float() / HALF_SCALE
@@ -177,16 +169,20 @@ class Singular(PartTraits):
 
     def change_times(self, state: PartState, name: str, vector: Tensor) -> Tensor:
         """Return `U (core) Vᵀ x` for a vector `(in,)`, without the product that the change itself would take."""
-        import torch
-
         directions = state.constants[f"{name}:vh"] @ vector
         inner = self._core_times(state, name, directions)
-        width = self.directions_used(state, name)
-        inner = torch.nn.functional.pad(inner, (0, width - len(inner)))
-        if (corner := state.parameters.get(f"{name}:corner")) is not None:
-            c = len(corner)
-            inner = torch.cat([inner[:c] + corner @ directions[: corner.shape[1]], inner[c:]])
-        return state.constants[f"{name}:u"][:, :width] @ inner
+        inner = self._with_corner(inner[:, None], directions[:, None], state, name)[:, 0]
+        return state.constants[f"{name}:u"][:, : len(inner)] @ inner
+
+    def _with_corner(self, rows: Tensor, right: Tensor, state: PartState, name: str) -> Tensor:
+        """Return the core times `right (rank, n)`, `(trained directions, n)`, where `rows` lack the corner's share."""
+        import torch
+
+        if (corner := state.parameters.get(f"{name}:corner")) is None:
+            return rows
+        c = len(corner)
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, max(c - len(rows), 0)))
+        return torch.cat([rows[:c] + corner @ right[: corner.shape[1]], rows[c:]])
 
     def _core_times(self, state: PartState, name: str, directions: Tensor) -> Tensor:
         """Return the core without its corner times a vector `(rank,)`: `(trained directions,)`."""
