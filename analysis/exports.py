@@ -25,7 +25,7 @@ from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
 from lsiq.export.base import Logits, installed
 from lsiq.results.record import Record
-from lsiq.runtime.hydra_release import version_base
+from lsiq.runtime.hydra_entry import version_base
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FORMATS = ("compressed-tensors", "gptq", "gguf", "plain")

@@ -15,7 +15,7 @@ from lsiq.experiment.calibrate import calibration_tokens
 from lsiq.experiment.config import parse
 from lsiq.models.folder import find_folder
 from lsiq.models.loading import load
-from lsiq.runtime.hydra_release import version_base
+from lsiq.runtime.hydra_entry import version_base
 
 folder, overrides = Path(sys.argv[1]), sys.argv[2:]
 conf = Path(__file__).resolve().parents[2] / "conf"

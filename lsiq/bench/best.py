@@ -33,7 +33,7 @@ from lsiq.models.loading import Model
 from lsiq.pipeline.block_loop import BlockReport, quantize
 from lsiq.results.store import BlockStore
 from lsiq.runtime.device import find_device
-from lsiq.runtime.hydra_release import version_base
+from lsiq.runtime.hydra_entry import version_base
 from lsiq.runtime.memory import peak_bytes, reset_peak
 
 _CONF = Path(__file__).parent.parent.parent / "conf"

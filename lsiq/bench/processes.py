@@ -26,7 +26,7 @@ from lsiq.pipeline.block_loop import quantize
 from lsiq.results.store import BlockStore
 from lsiq.runtime import processes as distributed
 from lsiq.runtime.device import find_device
-from lsiq.runtime.hydra_release import version_base
+from lsiq.runtime.hydra_entry import version_base
 from lsiq.runtime.memory import peak_bytes, reset_peak
 
 _CONF = Path(__file__).parent.parent.parent / "conf"

@@ -10,7 +10,7 @@ from lsiq.cli.hydra_guard import guarded
 from lsiq.cli.messages import choices, explain_hydra
 from lsiq.errors import ConfigError
 from lsiq.runtime.folders import conf_folder, user_folder
-from lsiq.runtime.hydra_release import version_base
+from lsiq.runtime.hydra_entry import version_base
 from lsiq.runtime.plugins import find_in
 
 

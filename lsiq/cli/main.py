@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from lsiq.cli.messages import one_line, reporting, while_read
 from lsiq.experiment.run import run
 from lsiq.runtime.folders import conf_folder, user_folder
-from lsiq.runtime.hydra_release import version_base
+from lsiq.runtime.hydra_entry import version_base
 from lsiq.runtime.plugins import find_in
 from lsiq.runtime.processes import together
 from lsiq.runtime.signals import terminable

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from lsiq.calib.generated_text import write_sequences
+from lsiq.data.corpora import HUB, corpus_files
 from lsiq.data.settings import CalibSettings, Share
 from lsiq.data.token_cache import TokenRequest, cached_tokens
 from lsiq.data.tokens import random_windows
@@ -14,9 +17,14 @@ from lsiq.models.loading import Model
 from lsiq.runtime.cache import ContentCache
 from lsiq.runtime.sources import source_hash
 
+if TYPE_CHECKING:
+    from lsiq.experiment.config import RunConfig
+
 # Sequences that suffice to report block errors where a method needs none.
 SAMPLES_TO_MEASURE = 8
 NOTHING_KEPT = ContentCache(None, {}, {})
+# Running text has fewer characters per token than this, so a larger file holds the windows without being counted.
+PER_TOKEN = 8
 
 
 def calibration_tokens(
@@ -63,6 +71,22 @@ def drawn_tokens(calib: CalibSettings, model: Model, seed: int, limit: int | Non
         return tokens
     random = np.random.default_rng([seed, calib.seqlen, len(tokens)])
     return tokens[torch.from_numpy(random.permutation(len(tokens)))]
+
+
+def sample_limit(config: RunConfig) -> int | None:
+    """Return how many sequences a run draws at most: few where they only measure errors; None for all."""
+    return None if config.calibrates else SAMPLES_TO_MEASURE
+
+
+def check_texts(config: RunConfig, model: Model) -> None:
+    """Raise InputError where a text at hand holds fewer disjoint windows than the run would draw of it."""
+    calib = config.calib
+    for share in calib.shares(sample_limit(config)) if calib.windows == "disjoint" else []:
+        if share.corpus == "random" or (share.corpus in HUB and share.path is None):
+            continue
+        size = sum(file.stat().st_size for file in corpus_files(share.corpus, "calibration", share.path))
+        if size < PER_TOKEN * share.samples * calib.seqlen:
+            _draw(share, calib, model, 0, NOTHING_KEPT)
 
 
 def _draw(share: Share, calib: CalibSettings, model: Model, seed: int, cache: ContentCache) -> Tensor:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lsiq.assets import bundled_model
 from lsiq.data.corpora import KINDS, read_corpus
 from lsiq.data.tokens import cut_windows, random_windows
 from lsiq.errors import InputError
 from lsiq.evals.windows import STATES_BYTES
-from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
+from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE, check_texts
 from lsiq.experiment.checks import check_formats
 from lsiq.experiment.probe import (
     EvaluationCost,
@@ -31,6 +30,8 @@ from lsiq.experiment.probed_formats import allocation_costs, allocation_steps, w
 from lsiq.experiment.quantize import prepare_model
 from lsiq.experiment.sharing import ROOM
 from lsiq.methods.base import Method, chain
+from lsiq.models.folder import folder_at_hand
+from lsiq.models.gguf_file import is_gguf
 from lsiq.models.loading import Model
 from lsiq.models.widths import check_groups
 from lsiq.pipeline.block_loop import STREAMS
@@ -48,14 +49,14 @@ if TYPE_CHECKING:
 READING = 2e9
 # Tokens of the evaluation splits that lie on the hub, as LLaMA's tokenizer cuts them.
 HUB_TOKENS = {"wikitext2": 341_469, "c4": 570_000, "ptb": 106_000, "pile": 2_000_000}
+# Seconds; a window that takes longer is tried once, not by batches.
+LONG_WINDOW = 1.0
 
 
 class Estimate:
     def __init__(self, config: RunConfig, device: torch.device, record: Record) -> None:
         self.device, self.record = device, record
-        path = config.model.path
-        bundled = None if config.model.bundled is None else bundled_model(config.model.bundled)
-        self.folder = Path(path).expanduser() if path is not None else bundled
+        self.folder = folder_at_hand(config.model)
         if self.folder is None and config.model.architecture is None:
             raise InputError(
                 f"dry_run=true: the shape of {config.model.name} is not known here; give model.path=DIR with its "
@@ -76,6 +77,7 @@ class Estimate:
         loading = time.perf_counter() - start
         check_formats(self.model, config.quant)
         config.check_lengths(self.model.limit)
+        check_texts(config, self.model)
         self._size()
         if config.model.weights != "random":  # what was drawn is read instead
             loading += self.outside * self.per_byte - drawing
@@ -111,9 +113,8 @@ class Estimate:
         self.per_byte = 1 / READING
         self.notes.append(f"weights are read at {READING / 1e9:.0f} GB/s")
         self.mapped = self.outside + self.depth * self.block_bytes
-        files = [] if self.folder is None else [*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")]
-        if files:
-            scale = sum(file.stat().st_size for file in files) / self.mapped
+        if stored := stored_bytes(self.folder):
+            scale = stored / self.mapped
             self.mapped, self.block_bytes = int(self.mapped * scale), int(self.block_bytes * scale)
         else:
             self.notes.append("the checkpoint holds two bytes per weight")
@@ -196,9 +197,14 @@ class Estimate:
     def _evaluate(self, model: Model, store: BlockStore) -> PlannedStage:
         batch = self.config.eval.batch
         windows = self._windows()
-        few, more = min(batch, windows), min(3 * batch, windows)
-        first, *costs = (probe_evaluation(self.config, self.model, model, count, store) for count in (few, few, more))
-        once = max(first.seconds - costs[0].seconds, 0.0)
+
+        def probe(count: int) -> EvaluationCost:
+            return probe_evaluation(self.config, self.model, model, min(count, windows), store)
+
+        first, again = probe(1), probe(1)
+        once = max(first.seconds - again.seconds, 0.0)
+        # Where one window takes long, batches gain little; the last of the two has a whole one, for its peak.
+        costs = [again, probe(batch)] if again.seconds > LONG_WINDOW else [probe(batch), probe(3 * batch)]
         blocks = _line(*((c.windows, c.block_seconds) for c in costs))(windows)
         scoring = _line(*((c.windows, c.score_seconds) for c in costs))(windows)
         reading = self.block_bytes * self.per_byte  # beside the work on a GPU, before it on a CPU
@@ -246,6 +252,14 @@ class Estimate:
 
     def _stream_folder(self) -> Path | None:
         return Path(self.config.paths.runs) if self.config.paths.streams == "disk" else None
+
+
+def stored_bytes(folder: Path | None) -> int:
+    """Return how many bytes the weights of a checkpoint have on disk; 0 where only its shape is known."""
+    if folder is None:
+        return 0
+    files = [folder] if is_gguf(folder) else [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    return sum(file.stat().st_size for file in files)
 
 
 def _line(first: tuple[float, float], second: tuple[float, float]) -> Callable[[float], float]:

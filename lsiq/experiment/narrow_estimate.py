@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from lsiq.evals.windows import STATES_BYTES
-from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
-from lsiq.experiment.estimate import READING, Estimate, ahead_of
+from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE, check_texts
+from lsiq.experiment.estimate import READING, Estimate, ahead_of, stored_bytes
 from lsiq.experiment.narrow_model import Narrow, narrowed
 from lsiq.experiment.probe import architecture, probe_architecture
 from lsiq.experiment.probed_formats import allocation_costs
@@ -43,8 +43,9 @@ class NarrowEstimate(Estimate):
         depth = max(2, 1 + (ahead_of(config.method) if isinstance(config.method, Method) else 0))
         narrow = narrowed(shape, config.quant, min(self.depth, depth))
         start = time.perf_counter()
-        self.model, self.checkpoint, drawing = probe_architecture(config, narrow, self.device)
+        self.model, self.checkpoint, drawing = probe_architecture(config, self.folder, narrow, self.device)
         config.check_lengths(self.model.limit)
+        check_texts(config, self.model)
         self.outside, self.block_bytes = 2 * self.true.outside, 2 * self.true.weights
         self.per_byte = drawing / (2 * Shape.of(narrow).outside) if config.model.weights == "random" else 1 / READING
         self.mapped = self._mapped()
@@ -84,9 +85,8 @@ class NarrowEstimate(Estimate):
         if self.config.model.weights == "random":
             return 0
         self.notes.append(f"weights are read at {READING / 1e9:.0f} GB/s")
-        files = [] if self.folder is None else [*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")]
-        if files:
-            return sum(file.stat().st_size for file in files)
+        if stored := stored_bytes(self.folder):
+            return stored
         self.notes.append("the checkpoint holds two bytes per weight")
         return self.outside + self.depth * self.block_bytes
 

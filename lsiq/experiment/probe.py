@@ -18,8 +18,9 @@ from lsiq.methods.base import Method
 from lsiq.models.block import FloatStream, run_stream
 from lsiq.models.checkpoint import MemoryCheckpoint, RandomCheckpoint
 from lsiq.models.context import Ahead, Context
-from lsiq.models.folder import read_config
-from lsiq.models.loading import Model, load
+from lsiq.models.folder import find_tokenizer, read_config, tokenizer_files
+from lsiq.models.gguf_file import is_gguf
+from lsiq.models.loading import Model, load, load_tokenizer
 from lsiq.models.result import BlockResult
 from lsiq.pipeline.layer_report import first_tokens, layer_rows
 from lsiq.results.store import BlockStore
@@ -106,16 +107,19 @@ def probe_model(
     config: RunConfig, folder: Path | None, depth: int, device: torch.device
 ) -> tuple[Model, MemoryCheckpoint, float]:
     """Return the model with few blocks and random weights, what holds these, and the seconds that others took."""
-    return probe_architecture(config, architecture(config, folder, depth), device)
+    return probe_architecture(config, folder, architecture(config, folder, depth), device)
 
 
 def probe_architecture(
-    config: RunConfig, shape: dict[str, Any], device: torch.device
+    config: RunConfig, folder: Path | None, shape: dict[str, Any], device: torch.device
 ) -> tuple[Model, MemoryCheckpoint, float]:
-    """Return the model of a shape, as `probe_model` does."""
+    """Return the model of a shape, as `probe_model` does, with the tokenizer of `folder` where it has one."""
     settings = replace(config.model, weights="random", architecture=shape, path=None, bundled=None)
     outside, checkpoint = (MemoryCheckpoint(RandomCheckpoint(config.seed)) for _ in range(2))
     model = load(settings, None, device, config.seed, outside)
+    own = find_tokenizer(config.model, folder)
+    if own is not None and (is_gguf(own) or tokenizer_files(own)):
+        model = replace(model, tokenizer=load_tokenizer(own))
     return replace(model, checkpoint=checkpoint), checkpoint, outside.seconds
 
 

@@ -17,7 +17,7 @@ from lsiq.errors import ResourceError
 from lsiq.evals.harness import check_tasks
 from lsiq.evals.tasks import Tasks, load_tasks
 from lsiq.experiment.allocate import placed_formats
-from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE, calibration_tokens
+from lsiq.experiment.calibrate import calibration_tokens, sample_limit
 from lsiq.experiment.checks import check_formats, check_processes, check_products
 from lsiq.experiment.config import with_formats
 from lsiq.experiment.evaluate import SCORES, evaluate, evaluation_windows, open_cache
@@ -151,7 +151,7 @@ def read_texts(request: Request, model: Model, store: BlockStore, record: Record
     record.quantised = record.quantised and store.complete(model.depth)
     calibration = None
     if not record.quantised:
-        few = None if config.calibrates else SAMPLES_TO_MEASURE
+        few = sample_limit(config)
         calibration = record.timed(
             "tokens", lambda: calibration_tokens(config.calib, model, config.seed, few, tokens, references)
         )

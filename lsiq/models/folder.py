@@ -67,6 +67,18 @@ def find_folder(settings: ModelSettings) -> Path | None:
     )
 
 
+def folder_at_hand(settings: ModelSettings) -> Path | None:
+    """Return the checkpoint of `settings` as `find_folder` does; None where it has to be fetched or installed first."""
+    if settings.path is not None or settings.bundled is not None:
+        return find_folder(settings)
+    if settings.package is not None and settings.weights != "random":
+        try:
+            return packaged_file(settings.package)
+        except InputError:
+            return None
+    return None
+
+
 def find_tokenizer(settings: ModelSettings, checkpoint: Path | None) -> Path | None:
     """Return where the tokenizer lies: a folder, or the GGUF file that holds it.
 

@@ -213,7 +213,7 @@ def load(
     except Exception as error:  # transformers meets some of what is wrong only while it builds
         kind = type(error).__name__
         raise InputError(f"{where}: config.json makes no model ({kind}: {error}); fetch it again") from error
-    tokenizer = _tokenizer(find_tokenizer(settings, folder))
+    tokenizer = load_tokenizer(find_tokenizer(settings, folder))
     return Model(config, spec, skeleton, checkpoint, tokenizer, device, dtype, planting)
 
 
@@ -255,8 +255,12 @@ def _config(settings: ModelSettings, folder: Path | None) -> Any:
         raise InputError(f"{folder or settings.name}: config.json cannot be used ({error}); fetch it again") from error
 
 
-def _tokenizer(folder: Path | None) -> Any:
-    """Load the tokenizer beside the weights; a shape without a checkpoint borrows the bundled one."""
+def load_tokenizer(folder: Path | None) -> Any:
+    """Load the tokenizer of a folder or a GGUF file; None for the bundled one, which a mere shape borrows.
+
+    Raises:
+        InputError: it does not load.
+    """
     from transformers import AutoTokenizer
 
     where = folder or bundled_model("tiny-llama")

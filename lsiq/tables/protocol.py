@@ -11,7 +11,7 @@ from typing import Any
 
 from lsiq.experiment.composed import listed_parts, recipe_for
 from lsiq.report.compact import Run, without_nulls
-from lsiq.runtime.hydra_release import version_base
+from lsiq.runtime.hydra_entry import version_base
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What changes how a number is computed, and moves it less than a seed does: none of it makes another method. Neither

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from lsiq.experiment.config import parse
-from lsiq.runtime.hydra_release import version_base
+from lsiq.runtime.hydra_entry import version_base
 
 # Programs of others. Their commands are not tried: they want a server, a GPU or a browser.
 OTHERS = {"wandb", "tensorboard", "trackio", "mlflow", "nvidia-cuda-mps-control", "vllm"}

@@ -66,6 +66,13 @@ def test_a_shape_without_weights_is_enough(tmp_path: Path) -> None:
     assert record.seconds["evaluate"] > 0
 
 
+def test_a_text_that_holds_too_few_windows_is_said_at_once(checkpoint: Path, small_run: SmallRun) -> None:
+    words = ["method=gptq", "calib.samples=5000", "calib.seqlen=64", "dry_run=true"]
+    with pytest.raises(InputError, match=r"text\.txt: the text holds \d+ windows of calib\.seqlen=64 tokens"):
+        run(small_run(checkpoint, *words))
+    assert run(small_run(checkpoint, *words, "calib.windows=random")).status == "dry run"
+
+
 @pytest.mark.slow
 def test_the_form_of_the_end_stage_follows_from_the_memory(
     checkpoints: dict[str, Path], small_run: SmallRun, capsys: pytest.CaptureFixture[str]

@@ -28,7 +28,7 @@ from lsiq.experiment.identity import run_id
 from lsiq.experiment.request import prepare
 from lsiq.experiment.run import run
 from lsiq.results.record import read_record, write_record
-from lsiq.runtime.hydra_release import version_base
+from lsiq.runtime.hydra_entry import version_base
 from lsiq.sweeps.ledger import Ledger
 
 Sweep = Callable[..., subprocess.CompletedProcess[str]]

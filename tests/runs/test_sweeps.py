@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
-from lsiq.runtime.hydra_release import version_base
+from lsiq.runtime.hydra_entry import version_base
 
 SWEEPS = sorted(file.stem for file in (CONF.parent / "sweeps").glob("*.yaml"))
 

@@ -8,7 +8,7 @@ from functools import cache
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from lsiq.runtime.hydra_release import version_base
+from lsiq.runtime.hydra_entry import version_base
 from lsiq.tables.protocol import ROOT, Job
 
 BUNDLED = ("tiny-llama", "tiny-opt")

@@ -1,8 +1,13 @@
-"""What differs between the releases of hydra that this package runs with."""
+"""What all that composes configurations shares: hydra's behaviour, and the functions that files of conf/ call."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from omegaconf import OmegaConf
+
+# ${least:512,${model.seqlen}}
+OmegaConf.register_new_resolver("least", min, replace=True)
 
 
 def version_base() -> dict[str, Any]:
