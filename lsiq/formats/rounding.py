@@ -21,20 +21,9 @@ class _RoundThrough(torch.autograd.Function):
         return gradient
 
 
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
-def _ends_pass() -> bool:
-    x = torch.ones((), requires_grad=True)
-    # The first use may lie in a checkpointed step, which would be run again to unpack what this backward pass saved.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
-        (gradient,) = torch.autograd.grad(x.clamp(0, 1), x)
-    return bool(gradient)
-
-
-# From torch 2.14 on clamp passes no gradient where a number is an end of its range, as the largest of each group is.
-_ENDS_PASS = _ends_pass()
+# From torch 2.14 on clamp passes no gradient where a number is an end of its range, as the largest of each group is. By
+# the version and not by trying: this module may be imported first inside a step that is traced or checkpointed.
+_ENDS_PASS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 
 
 def clip(x: Tensor, low: float | None, high: float | None) -> Tensor:

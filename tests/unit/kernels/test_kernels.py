@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +200,18 @@ def test_weights_and_gradients_equal_the_plain_path_in_float32(small: dict[str, 
     assert max(distance(fused[name], plain[name]) for name in plain) < 1e-4  # measured: 6e-8; more where one flips
     expected, found = gradients(plain, states), gradients(fused, states)
     assert max(distance(found[name], expected[name]) for name in expected) < 1e-3  # measured: 1e-6
+
+
+@pytest.mark.product
+def test_weights_are_compiled_though_nothing_was_rounded_before(
+    small: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = (Equivalent(lr=1e-3, weight_only_families=None), Clip(lr=1e-2))
+    block, states = shaken(parts, small["opt"], W2, torch.float32)
+    monkeypatch.delitem(sys.modules, "lsiq.formats.rounding", raising=False)
+    fast = compiled_weights(parts, states, block, W2)
+    plain = plain_weights(parts, states, block, W2)
+    assert max(distance(fast[name], plain[name]) for name in plain) < 1e-4
 
 
 def test_half_precision_products_lie_within_their_rounding(small: dict[str, Path]) -> None:
