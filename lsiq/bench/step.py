@@ -75,6 +75,7 @@ CASES = (
     Case("llama-3-recipe-4", RECIPE, 4, "", LLAMA_3),
     Case("opt-let-1", (LSI, LET, CLIP), 1, "", OPT),
     Case("opt-let-4", (LSI, LET, CLIP), 4, "≤ 6", OPT),
+    Case("opt-w4a4-let-4", (LSI, LET, CLIP), 4, "", OPT, group=None, activation=4),
     Case("smollm2-recipe-8", RECIPE, 8, "", SMOLLM2, group=64),
     Case("smollm2-w4a4-recipe-8", RECIPE, 8, "", SMOLLM2, group=None, activation=4),
 )

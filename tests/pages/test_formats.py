@@ -12,7 +12,7 @@ from helpers.configuration import CONF
 
 from lsiq.errors import InputError
 from lsiq.report.compact import Run, read_runs
-from lsiq.tables.papers.formats import METHODS, PLAIN, SLOWER, FormatRuns, by_format, load_format_runs, row
+from lsiq.tables.papers.formats import METHODS, MODELS, PLAIN, SLOWER, FormatRuns, by_format, load_format_runs, row
 from lsiq.tables.papers.formats_published import COLUMNS, OTHERS, beside, load_records, losses
 from lsiq.tables.papers.size_runs import reports
 from lsiq.tables.protocol import ROOT
@@ -91,8 +91,8 @@ def test_a_published_share_is_a_loss_over_that_of_rounding(literature: Literatur
 
 def test_ours_stand_below_the_published_ones(literature: Literature, runs: FormatRuns) -> None:
     table = beside(literature, runs, "nvfp4")
-    assert [row.labels[:3] for row in table.rows[-4:]] == [
-        (model, "here", text) for model in ("tiny-llama", "tiny-opt") for text in ("C4", "WikiText-2")
+    assert [row.labels[:3] for row in table.rows[-8:]] == [
+        (model, "here", text) for model in MODELS for text in ("C4", "WikiText-2")
     ]
     share = runs.share("tiny-llama", "nvfp4", "rotate+gptq", "file")
     assert share is not None

@@ -15,6 +15,7 @@ from lsiq.tables.study import Sample
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
 
 SETTINGS = ("mxfp4", "nvfp4")
+MODELS = (*BUNDLED, "llama-90m", "smollm2-135m")
 PLAIN, SLOWER = "best without rotation", "best without rotation, end at 4e-3 in bfloat16"
 LET = "best with scales where norms take no shifts"
 SLOWER_RATE = 4e-3
@@ -66,7 +67,7 @@ def row(run: Run) -> str:
 
 def by_format(runs: FormatRuns, text: str) -> Table:
     """Return a row per method and a column per format and model, on one text; the first row has excesses."""
-    columns = [(model, setting) for setting in SETTINGS for model in BUNDLED]
+    columns = [(model, setting) for setting in SETTINGS for model in MODELS]
 
     def cells(samples: Iterable[Sample | None]) -> tuple[Cell, ...]:
         return tuple(Cell(text=DASH) if sample is None else Cell(sample) for sample in samples)

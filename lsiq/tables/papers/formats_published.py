@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lsiq.report.compact import Run, read_runs
-from lsiq.tables.papers.formats import FormatRuns
-from lsiq.tables.papers.layout import BUNDLED, CORPORA
+from lsiq.tables.papers.formats import MODELS, FormatRuns
+from lsiq.tables.papers.layout import CORPORA
 from lsiq.tables.papers.model_sizes import TEXTS
 from lsiq.tables.papers.size_runs import check_tokens, reports
 from lsiq.tables.protocol import ROOT
@@ -58,7 +58,7 @@ def beside(literature: Literature, runs: FormatRuns, setting: str) -> Table:
     for name, rounded in ((setting, "both"), (f"w4a16-{setting}", "weights")):
         lines = [line for line in literature.formats if line["setting"] == name]
         rows += [_published(group, rounded) for group in _groups(lines, "place") if _counts(group)]
-    rows += [_ours(runs, setting, model, text) for model in BUNDLED for text in TEXTS]
+    rows += [_ours(runs, setting, model, text) for model in MODELS for text in TEXTS]
     caption = f"{setting}: share of rounding's loss that each method leaves, as published and here"
     heads = (*HEADS, "rounded", "rtn loses", *COLUMNS, "others")
     return Table(f"formats-published-{setting}", caption, heads, tuple(rows))

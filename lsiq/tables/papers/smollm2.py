@@ -18,6 +18,8 @@ MXINT = ("w2a8-mxint", "w3a8-mxint", "w4a8-mxint")
 ACTIVATIONS = ("w4a8", "w4a4")
 # Two files, since what they were measured on differs: the tokens as they are cut today, and as they were before.
 TODAY, BEFORE = "smollm2-activations", "smollm2"
+# Weights alone once more, on today's tokens: some of the methods, so that tables of all methods leave them out.
+AGAIN = "smollm2-weights", ROOT / "analysis" / "repeats"
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", "sde", "lsi-diagonal", "autoround", PACKAGE,
            "lsi", "best", "best-float32", "best-let", "l2qer")  # fmt: skip
 # The package's checkpoints were evaluated as models of their own: by name, the setting.
