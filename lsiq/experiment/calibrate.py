@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lsiq.calib.generated_text import write_sequences
-from lsiq.data.corpora import HUB, corpus_files
+from lsiq.data.conversations import read_conversations
+from lsiq.data.corpora import HUB, read_corpus
+from lsiq.data.documents import read_documents
 from lsiq.data.settings import CalibSettings, Share
 from lsiq.data.token_cache import TokenRequest, cached_tokens
 from lsiq.data.tokens import random_windows
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
 # Sequences that suffice to report block errors where a method needs none.
 SAMPLES_TO_MEASURE = 8
 NOTHING_KEPT = ContentCache(None, {}, {})
-# Running text has fewer characters per token than this, so a larger file holds the windows without being counted.
-PER_TOKEN = 8
+# Running text has fewer characters per token than this, so a longer text holds the windows without being counted.
+CHARACTERS_PER_TOKEN = 8
 
 
 def calibration_tokens(
@@ -84,9 +87,26 @@ def check_texts(config: RunConfig, model: Model) -> None:
     for share in calib.shares(sample_limit(config)) if calib.windows == "disjoint" else []:
         if share.corpus == "random" or (share.corpus in HUB and share.path is None):
             continue
-        size = sum(file.stat().st_size for file in corpus_files(share.corpus, "calibration", share.path))
-        if size < PER_TOKEN * share.samples * calib.seqlen:
+        enough, characters = CHARACTERS_PER_TOKEN * share.samples * calib.seqlen, 0
+        for length in _lengths(share, calib):
+            characters += length
+            if characters >= enough:
+                break
+        else:
             _draw(share, calib, model, 0, NOTHING_KEPT)
+
+
+def _lengths(share: Share, calib: CalibSettings) -> Iterator[int]:
+    """Yield how many characters the pieces of a text have; of a user's file no more is read than is asked for."""
+    if share.template:
+        assert share.path is not None  # the settings see to it
+        for conversation in read_conversations(share.path):
+            yield sum(len(message["content"]) for message in conversation.messages)
+    elif share.corpus == "file":
+        assert share.path is not None
+        yield from map(len, read_documents(share.path, tuple(calib.fields)))
+    else:
+        yield from map(len, read_corpus(share.corpus, "calibration", share.path, calib.fields).documents)
 
 
 def _draw(share: Share, calib: CalibSettings, model: Model, seed: int, cache: ContentCache) -> Tensor:

@@ -77,7 +77,7 @@ class Estimate:
         loading = time.perf_counter() - start
         check_formats(self.model, config.quant)
         config.check_lengths(self.model.limit)
-        check_texts(config, self.model)
+        self._check_texts()
         self._size()
         if config.model.weights != "random":  # what was drawn is read instead
             loading += self.outside * self.per_byte - drawing
@@ -98,6 +98,12 @@ class Estimate:
         if config.eval.tasks:
             self.notes.append("tasks are not estimated: their items are not read")
         return stages, self.notes
+
+    def _check_texts(self) -> None:
+        """Raise InputError where a calibration text at hand is too short, as far as this tokenizer can tell."""
+        if self.config.model.weights != "random" and self.folder is None and self.config.model.tokenizer is None:
+            self.notes.append("texts are cut by the bundled tokenizer, for the model's is not at hand")
+        check_texts(self.config, self.model)
 
     def _size(self) -> None:
         """Find out how many bytes the checkpoint has, and how long one takes to be read."""
@@ -203,7 +209,7 @@ class Estimate:
 
         first, again = probe(1), probe(1)
         once = max(first.seconds - again.seconds, 0.0)
-        # Where one window takes long, batches gain little; the last of the two has a whole one, for its peak.
+        # Where one window takes long, a batch of them gains little and one is enough, whose peak is the run's.
         costs = [again, probe(batch)] if again.seconds > LONG_WINDOW else [probe(batch), probe(3 * batch)]
         blocks = _line(*((c.windows, c.block_seconds) for c in costs))(windows)
         scoring = _line(*((c.windows, c.score_seconds) for c in costs))(windows)

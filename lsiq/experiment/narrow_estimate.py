@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lsiq.evals.windows import STATES_BYTES
-from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE, check_texts
+from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
 from lsiq.experiment.estimate import READING, Estimate, ahead_of, stored_bytes
 from lsiq.experiment.narrow_model import Narrow, narrowed
 from lsiq.experiment.probe import architecture, probe_architecture
@@ -45,11 +45,11 @@ class NarrowEstimate(Estimate):
         start = time.perf_counter()
         self.model, self.checkpoint, drawing = probe_architecture(config, self.folder, narrow, self.device)
         config.check_lengths(self.model.limit)
-        check_texts(config, self.model)
         self.outside, self.block_bytes = 2 * self.true.outside, 2 * self.true.weights
         self.per_byte = drawing / (2 * Shape.of(narrow).outside) if config.model.weights == "random" else 1 / READING
         self.mapped = self._mapped()
         loading = time.perf_counter() - start - drawing + self.outside * self.per_byte
+        self._check_texts()
         self.notes.append(
             f"costs are those of a model {narrow['hidden_size']} wide, scaled up to {self.true.width} by operations"
         )

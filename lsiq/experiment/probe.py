@@ -116,10 +116,9 @@ def probe_architecture(
     """Return the model of a shape, as `probe_model` does, with the tokenizer of `folder` where it has one."""
     settings = replace(config.model, weights="random", architecture=shape, path=None, bundled=None)
     outside, checkpoint = (MemoryCheckpoint(RandomCheckpoint(config.seed)) for _ in range(2))
-    model = load(settings, None, device, config.seed, outside)
     own = find_tokenizer(config.model, folder)
-    if own is not None and (is_gguf(own) or tokenizer_files(own)):
-        model = replace(model, tokenizer=load_tokenizer(own))
+    known = own is not None and (is_gguf(own) or tokenizer_files(own))
+    model = load(settings, None, device, config.seed, outside, load_tokenizer(own if known else None))
     return replace(model, checkpoint=checkpoint), checkpoint, outside.seconds
 
 

@@ -71,12 +71,17 @@ def folder_at_hand(settings: ModelSettings) -> Path | None:
     """Return the checkpoint of `settings` as `find_folder` does; None where it has to be fetched or installed first."""
     if settings.path is not None or settings.bundled is not None:
         return find_folder(settings)
-    if settings.package is not None and settings.weights != "random":
-        try:
-            return packaged_file(settings.package)
-        except InputError:
-            return None
-    return None
+    if settings.package is None or settings.weights == "random" or not _installed(settings.package):
+        return None
+    return packaged_file(settings.package)
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def find_tokenizer(settings: ModelSettings, checkpoint: Path | None) -> Path | None:

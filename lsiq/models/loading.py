@@ -186,11 +186,13 @@ def load(
     device: torch.device,
     seed: int,
     checkpoint: Checkpoint | None = None,
+    tokenizer: Any = None,
 ) -> Model:
     """Return the model of `settings` with its blocks still on disk.
 
     Args:
         checkpoint: where weights are read from; None for what the settings name.
+        tokenizer: None for what the settings name.
 
     Raises:
         InputError: an unsupported family, a damaged or incomplete checkpoint, a tokenizer that does not load.
@@ -213,7 +215,8 @@ def load(
     except Exception as error:  # transformers meets some of what is wrong only while it builds
         kind = type(error).__name__
         raise InputError(f"{where}: config.json makes no model ({kind}: {error}); fetch it again") from error
-    tokenizer = load_tokenizer(find_tokenizer(settings, folder))
+    if tokenizer is None:
+        tokenizer = load_tokenizer(find_tokenizer(settings, folder))
     return Model(config, spec, skeleton, checkpoint, tokenizer, device, dtype, planting)
 
 
@@ -256,7 +259,7 @@ def _config(settings: ModelSettings, folder: Path | None) -> Any:
 
 
 def load_tokenizer(folder: Path | None) -> Any:
-    """Load the tokenizer of a folder or a GGUF file; None for the bundled one, which a mere shape borrows.
+    """Load the tokenizer of a folder or a GGUF file; `folder=None` stands for the bundled one, which shapes borrow.
 
     Raises:
         InputError: it does not load.

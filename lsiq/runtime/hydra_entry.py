@@ -6,8 +6,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+
+def _least(most: int, value: Any) -> Any:
+    """Return the lesser; what is no number stays as it is, for the settings to refuse in their words."""
+    return min(most, value) if isinstance(value, int) else value
+
+
 # ${least:512,${model.seqlen}}
-OmegaConf.register_new_resolver("least", min, replace=True)
+OmegaConf.register_new_resolver("least", _least, replace=True)
 
 
 def version_base() -> dict[str, Any]:

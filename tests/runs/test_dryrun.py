@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.configuration import compose_run
+from helpers.marks import slow
 from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
 
@@ -66,8 +67,9 @@ def test_a_shape_without_weights_is_enough(tmp_path: Path) -> None:
     assert record.seconds["evaluate"] > 0
 
 
-def test_a_text_that_holds_too_few_windows_is_said_at_once(checkpoint: Path, small_run: SmallRun) -> None:
-    words = ["method=gptq", "calib.samples=5000", "calib.seqlen=64", "dry_run=true"]
+@pytest.mark.parametrize("method", ["gptq", slow("best")])  # best is estimated from a narrow model
+def test_a_text_that_holds_too_few_windows_is_said_at_once(checkpoint: Path, small_run: SmallRun, method: str) -> None:
+    words = [f"method={method}", "calib.samples=5000", "calib.seqlen=64", "dry_run=true"]
     with pytest.raises(InputError, match=r"text\.txt: the text holds \d+ windows of calib\.seqlen=64 tokens"):
         run(small_run(checkpoint, *words))
     assert run(small_run(checkpoint, *words, "calib.windows=random")).status == "dry run"

@@ -16,10 +16,11 @@ MODEL = "smollm2-135m"
 WEIGHTS = ("w2a16g64", "w3a16g64", "w4a16g64")
 MXINT = ("w2a8-mxint", "w3a8-mxint", "w4a8-mxint")
 ACTIVATIONS = ("w4a8", "w4a4")
-# Two files, since what they were measured on differs: the tokens as they are cut today, and as they were before.
-TODAY, BEFORE = "smollm2-activations", "smollm2"
-# Weights alone once more, on today's tokens: some of the methods, so that tables of all methods leave them out.
-AGAIN = "smollm2-weights", ROOT / "analysis" / "repeats"
+# The first was measured on the tokens as they were cut before, the others on those of today. The last has weights alone
+# once more: some of the methods, so that tables of all methods leave them out.
+BEFORE = ROOT / "analysis" / "records" / "smollm2.jsonl"
+TODAY = ROOT / "analysis" / "records" / "smollm2-activations.jsonl"
+AGAIN = ROOT / "analysis" / "repeats" / "smollm2-weights.jsonl"
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", "sde", "lsi-diagonal", "autoround", PACKAGE,
            "lsi", "best", "best-float32", "best-let", "l2qer")  # fmt: skip
 # The package's checkpoints were evaluated as models of their own: by name, the setting.
@@ -69,9 +70,9 @@ class ProtocolRuns:
         return measured(run, ACCURACY, "float/") if metric == ACCURACY else excess_over(self.base, run).get(metric)
 
 
-def load_protocol_runs(file: str = BEFORE, folder: Path = ROOT / "analysis" / "records") -> ProtocolRuns:
+def load_protocol_runs(file: Path = BEFORE) -> ProtocolRuns:
     """Return the committed runs of SmolLM2 by the published protocol, of one file."""
-    return ProtocolRuns(read_runs(folder / f"{file}.jsonl"))
+    return ProtocolRuns(read_runs(file))
 
 
 def by_setting(runs: ProtocolRuns, name: str, settings: Sequence[str]) -> Table:

