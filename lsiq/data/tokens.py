@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lsiq.data.corpora import Text
-from lsiq.data.lengths import too_few_windows, too_short
+from lsiq.data.lengths import too_short
 from lsiq.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ def draw_windows(
 def _draw_disjoint(ids: Tensor, samples: int, seqlen: int, random: Any, name: str) -> Tensor:
     most = len(ids) // seqlen
     if most < samples:
-        raise InputError(too_few_windows(name, most, seqlen, samples))
+        raise InputError(
+            f"{name}: the text holds {most} windows of calib.seqlen={seqlen} tokens, and calib.samples={samples} are "
+            "wanted; give a longer text, lower either, or set calib.windows=random, which lets windows overlap"
+        )
     # As far as the text reaches beyond the windows that are wanted, the first one may begin anywhere.
     offset = int(random.integers(0, min(seqlen, len(ids) - samples * seqlen + 1)))
     windows = ids[offset:]

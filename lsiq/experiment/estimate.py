@@ -139,14 +139,17 @@ class Estimate:
             {"host": min(ROOM, int(heads) * self._stream_bytes(self.model, self.config.calib.seqlen))},
         )
 
-    def _quantize(self, model: Model, method: Any, store: BlockStore) -> PlannedStage:
+    def _samples(self) -> int:
+        """How many sequences the run calibrates on."""
         calib = self.config.calib
         samples = (calib.samples if calib.corpus is not None else 0) + calib.written
-        if not self.config.calibrates:
-            samples = min(samples, SAMPLES_TO_MEASURE)
         if calib.written:
             self.notes.append("the calibration text that the model writes is there; writing it is not estimated")
-        batch = max(calib.batch, *(getattr(t, "batch", 1) for t in _trainings(self.config.method)), 1)
+        return samples if self.config.calibrates else min(samples, SAMPLES_TO_MEASURE)
+
+    def _quantize(self, model: Model, method: Any, store: BlockStore) -> PlannedStage:
+        samples = self._samples()
+        batch = max(self.config.calib.batch, *(getattr(t, "batch", 1) for t in _trainings(self.config.method)), 1)
         few, more = min(3 * batch, samples), min(6 * batch, samples)
         on_device = self._on_device(model, samples)
         # Libraries load and kernels are compiled, once. Where few and more are one, no line says what fewer take.

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from lsiq.evals.windows import STATES_BYTES
-from lsiq.experiment.calibrate import SAMPLES_TO_MEASURE
 from lsiq.experiment.estimate import READING, Estimate, ahead_of, stored_bytes
 from lsiq.experiment.narrow_model import Narrow, narrowed
 from lsiq.experiment.probe import architecture, probe_architecture
@@ -89,13 +88,6 @@ class NarrowEstimate(Estimate):
             return stored
         self.notes.append("the checkpoint holds two bytes per weight")
         return self.outside + self.depth * self.block_bytes
-
-    def _samples(self) -> int:
-        calib = self.config.calib
-        samples = (calib.samples if calib.corpus is not None else 0) + calib.written
-        if calib.written:
-            self.notes.append("the calibration text that the model writes is there; writing it is not estimated")
-        return samples if self.config.calibrates else min(samples, SAMPLES_TO_MEASURE)
 
     def _quantize_stages(self) -> Iterable[PlannedStage]:
         method, samples = self.config.method, self._samples()

