@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -45,9 +46,9 @@ def test_a_share_is_a_runs_excess_over_that_of_rounding_on_the_same_text(records
     of_pair = [run for run in records if reports(run) and (run.model, run.setting) == ("tiny-llama", "mxfp4")]
     (rtn,) = (run for run in of_pair if run.method == "rtn")
     lsi = [run for run in of_pair if run.method == "lsi"]
-    for text in ("file", "wikitext2"):
-        key = f"excess/{text}@512"
-        sample = runs.share("tiny-llama", "mxfp4", "lsi", text)
+    for text, measure in itertools.product(("file", "wikitext2"), ("excess", "kl")):
+        key = f"{measure}/{text}@512"
+        sample = runs.share("tiny-llama", "mxfp4", "lsi", text, measure)
         assert sample is not None
         assert sorted(sample.values) == pytest.approx(sorted(run.metrics[key] / rtn.metrics[key] for run in lsi))
 

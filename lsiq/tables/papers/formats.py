@@ -19,6 +19,7 @@ MODELS = (*BUNDLED, "llama-90m", "smollm2-135m")
 PLAIN, SLOWER = "best without rotation", "best without rotation, end at 4e-3 in bfloat16"
 LET = "best with scales where norms take no shifts"
 SLOWER_RATE = 4e-3
+WORDS = {"excess": "excess", "kl": "divergence"}
 METHODS = ("smoothquant", "awq", "gptq", "rotate+gptq", "omniquant", "autoround", "lsi", "best", LET, PLAIN, SLOWER)
 
 
@@ -34,16 +35,16 @@ class FormatRuns:
         self.runs = list({(run.model, run.setting, row(run), run.seed): run for run in ordered}.values())
         check_tokens((run.model, run) for run in self.runs)
 
-    def excess(self, model: str, setting: str, method: str, text: str) -> Sample | None:
-        """Return the excess that the seeds measured; rounding to nearest draws nothing."""
-        key = f"excess/{text}@512"
+    def measured(self, model: str, setting: str, method: str, text: str, measure: str = "excess") -> Sample | None:
+        """Return the excess loss or the divergence (`kl`) of all seeds; rounding to nearest draws nothing."""
+        key = f"{measure}/{text}@512"
         found = [run for run in self.runs if (run.model, run.setting, row(run)) == (model, setting, method)]
         return Sample(tuple(run.metrics[key] for run in found), method == "rtn") if found else None
 
-    def share(self, model: str, setting: str, method: str, text: str) -> Sample | None:
-        """Return the same over the excess of rounding to nearest."""
-        base = self.excess(model, setting, "rtn", text)
-        sample = self.excess(model, setting, method, text)
+    def share(self, model: str, setting: str, method: str, text: str, measure: str = "excess") -> Sample | None:
+        """Return the same over that of rounding to nearest."""
+        base = self.measured(model, setting, "rtn", text, measure)
+        sample = self.measured(model, setting, method, text, measure)
         if base is None or sample is None:
             return None
         return Sample(tuple(value / base.mean for value in sample.values), sample.exact)
@@ -65,18 +66,21 @@ def row(run: Run) -> str:
     return "best" if run.get("quant.activation.block") < WIDE else PLAIN
 
 
-def by_format(runs: FormatRuns, text: str) -> Table:
-    """Return a row per method and a column per format and model, on one text; the first row has excesses."""
+def by_format(runs: FormatRuns, text: str, measure: str = "excess") -> Table:
+    """Return a row per method and a column per format and model, on one text; the first row is in nats."""
+    word = WORDS[measure]
     columns = [(model, setting) for setting in SETTINGS for model in MODELS]
 
     def cells(samples: Iterable[Sample | None]) -> tuple[Cell, ...]:
         return tuple(Cell(text=DASH) if sample is None else Cell(sample) for sample in samples)
 
-    rows = [Row(("rtn, excess in nats",), cells(runs.excess(*column, "rtn", text) for column in columns))]
+    rounded = cells(runs.measured(*column, "rtn", text, measure) for column in columns)
+    rows = [Row((f"rtn, {word} in nats",), rounded)]
     for method in METHODS:
-        shares = [runs.share(*column, method, text) for column in columns]
+        shares = [runs.share(*column, method, text, measure) for column in columns]
         if any(shares):
             rows.append(Row((method,), cells(shares), number=decimals(2)))
-    caption = f"What is left of the excess of rounding to nearest, {TEXTS[text]}: mean ± standard deviation (seeds)"
+    caption = f"What is left of the {word} of rounding to nearest, {TEXTS[text]}: mean ± standard deviation (seeds)"
     heads = ("method", *(f"{setting}, {model}" for model, setting in columns))
-    return Table(f"formats-{text}", caption, heads, tuple(rows), number=decimals(4), counted=True)
+    name = f"formats-{text}" if measure == "excess" else f"formats-{measure}-{text}"
+    return Table(name, caption, heads, tuple(rows), number=decimals(4), counted=True)

@@ -112,7 +112,7 @@ def _published(group: Sequence[dict[str, str]], rounded: str) -> Row:
 
 
 def _ours(runs: FormatRuns, setting: str, model: str, text: str) -> Row:
-    rtn = runs.excess(model, setting, "rtn", text)
+    rtn = runs.measured(model, setting, "rtn", text)
     assert rtn is not None
     methods = [*(names[-1] for names in COLUMNS.values()), *OTHERS]
     samples = {method: runs.share(model, setting, method, text) for method in methods}
