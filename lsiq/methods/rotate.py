@@ -51,6 +51,8 @@ class Rotate(Wrapper):
     format's, MR-GPTQ (arXiv 2509.23202).
     Deviation: QuaRot's output rotation is across heads only; here `output` mixes all channels. Widths without a known
     Hadamard matrix get a random rotation for their odd factor. `norm` is for models whose stream cannot be rotated.
+    Nothing is clipped; QuaRot takes 0.9 of the range of activations and 0.95 of that of keys and values, and searches
+    clips of the weights.
     """
 
     places: list[Place] = Field(

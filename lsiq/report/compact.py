@@ -89,8 +89,12 @@ def _item(items: Sequence[Any], name: str) -> Any:
     """Return the item of a list at a position, or the part whose module is called `name`; else None."""
     if name.isdigit():
         return items[int(name)] if int(name) < len(items) else None
-    targets = ((item, str(item.get("_target_"))) for item in items if isinstance(item, Mapping))
-    return next((item for item, target in targets if target.split(".")[-2:-1] == [name]), None)
+    return next((item for item in items if isinstance(item, Mapping) and part_name(item) == name), None)
+
+
+def part_name(item: Mapping[str, Any]) -> str:
+    """Return what dotted names call a part of a method: the name of its module."""
+    return str(item.get("_target_")).rpartition(".")[0].rpartition(".")[2]
 
 
 def compact(record: Record, folder: Path | None = None) -> Run:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lsiq.experiment.composed import listed_parts, recipe_for
-from lsiq.report.compact import Run, without_nulls
+from lsiq.report.compact import Run, part_name, without_nulls
 from lsiq.runtime.hydra_entry import version_base
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -159,12 +159,28 @@ def _known(actual: list[Any], expected: list[Any]) -> list[Any]:
     ]
 
 
+def _by_position(varied: tuple[str, ...], key: str, items: list[Any]) -> tuple[str, ...]:
+    """Return the free settings with those of parts that are called by name called by position as well."""
+    positions = {
+        f"{key}.{part_name(item)}.": f"{key}.{index}." for index, item in enumerate(items) if isinstance(item, Mapping)
+    }
+    called = [
+        position + setting.removeprefix(name)
+        for setting in varied
+        for name, position in positions.items()
+        if setting.startswith(name)
+    ]
+    return (*varied, *called)
+
+
 def contradiction(actual: Any, expected: Any, key: str = "", varied: tuple[str, ...] = ()) -> str | None:
     """The first setting below `key` that makes another method of it, or None."""
     free = key in varied or key in _SAME or key.rpartition(".")[2] in _SAME
     if free or actual is None or expected in (None, "???"):
         return None
     inner: Iterable[tuple[Any, Any, Any]]
+    if isinstance(actual, list):
+        varied = _by_position(varied, key, actual)
     if isinstance(actual, Mapping) and isinstance(expected, Mapping):
         if expected.get("_target_") == _THROUGH_THE_MODEL and not _same_precision(actual, expected):
             return f"{key}.precision"

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from lsiq.errors import InputError
 from lsiq.experiment.run import run
-from lsiq.report.significance import Difference, block_means, bootstrap_interval, compare
+from lsiq.report.significance import BLOCK, Difference, block_means, bootstrap_interval, compare
 
 SmallRun = Callable[..., DictConfig]
 
@@ -58,6 +58,7 @@ def test_blocks_hold_every_pair_and_are_never_too_few() -> None:
     assert len(block_means(differences, 10)) == 10
     assert len(block_means(differences, 32)) == 8
     assert block_means(differences[:96], 12).mean() == pytest.approx(differences[:96].mean())
+    assert len(block_means(np.arange(400.0), BLOCK)) == 12, "32 windows each, and a few more"
 
 
 def test_the_verdict_follows_the_interval() -> None:

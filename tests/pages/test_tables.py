@@ -26,6 +26,7 @@ from lsiq.report.compact import Run, read_runs, without_nulls
 from lsiq.results.record import Record, write_record
 from lsiq.tables.agree import pairs
 from lsiq.tables.collect import collect, strangers
+from lsiq.tables.papers.ablations import AXES, METRICS, along, free
 from lsiq.tables.papers.comparison_plots import EXCESS, excess_by_method, quality_against_bits
 from lsiq.tables.papers.layout import study_jobs
 from lsiq.tables.papers.perplexity import bundled_perplexity
@@ -188,6 +189,18 @@ def test_a_part_for_shifts_alone_may_be_missing_from_a_run_that_is_older(committ
     learned = {(r.setting, r.seed) for r in found if r.model == "tiny-opt" and with_part[r.run_id]}
     older = {(r.setting, r.seed) for r in found if r.model == "tiny-opt" and not with_part[r.run_id]}
     assert older <= learned, "OPT's norms take shifts, so a run without the part would stand for today's recipe"
+
+
+def test_a_free_setting_of_a_part_is_free_by_the_parts_name(committed: tuple[Runs, Literature]) -> None:
+    """Parts are lists in records; a table that varied the band of SDE had three of four columns empty."""
+    width = "method.parts.expansion.width"
+    band = [run for run in committed[0].runs if run.study == "ablation-width"]
+    assert {run.get(width) for run in band} == {0, 2, 8}, "the study has 1"
+    assert {STUDY.contradiction(run) for run in band} == {"method.parts.0.width"}
+    assert {free(width).contradiction(run) for run in band} == {None}
+    assert {free("method.parts.expansion.corner").contradiction(run) for run in band} == {"method.parts.0.width"}
+    for axis in AXES:
+        assert [value for value, _ in along(committed[0], axis, METRICS[0])] == list(axis.values), axis.sweep
 
 
 def augmented(run: Run, **changes: Any) -> Run:

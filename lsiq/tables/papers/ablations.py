@@ -106,7 +106,7 @@ def free(key: str) -> Protocol:
 
 
 def batches(runs: Runs) -> Table:
-    """Return the excess loss of lsi by the size of a batch and the rate of the increments, in as many epochs."""
+    """Return the excess loss of lsi-corner by the size of a batch and the rate of the increments, in as many epochs."""
     batch, rate = "method.training.batch", "method.parts.singular.lr"
     protocol = replace(STUDY, varied=(batch, rate))
     rows, missing = list[Row](), list[int]()
@@ -121,7 +121,7 @@ def batches(runs: Runs) -> Table:
     listed = ",".join(str(size) for size in dict.fromkeys(missing))
     return Table(
         "ablation-batch",
-        f"Sequences in a batch, and the rate of the increments; lsi, {MODEL} {SETTING}: excess loss",
+        f"Sequences in a batch, and the rate of the increments; lsi-corner, {MODEL} {SETTING}: excess loss",
         ("batch", "text", *(f"{r:.1e}" for r in RATES)),
         tuple(rows),
         number=decimals(3),

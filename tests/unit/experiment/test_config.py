@@ -167,6 +167,15 @@ def test_windows_drawn_at_random_are_named_as_before_there_was_a_choice() -> Non
     assert run_id(parse(disjoint), plain_config(disjoint), {}) != name
 
 
+@pytest.mark.parametrize(
+    ("corpus", "windows"),
+    [("bundled", "disjoint"), ("augmented", "disjoint"), ("file", "disjoint"), ("mix", "disjoint"), ("c4", "random")],
+)
+def test_no_token_of_a_text_at_hand_is_drawn_twice_unless_asked_for(corpus: str, windows: str) -> None:
+    """Hub corpora are drawn as the papers draw them."""
+    assert plain_config(compose_run(f"calib={corpus}"))["calib"]["windows"] == windows
+
+
 def test_runs_from_before_templates_and_mixtures_keep_their_names(text_file: Path) -> None:
     cfg = compose_run("calib=file", f"calib.path={text_file}")
     plain = plain_config(cfg)
