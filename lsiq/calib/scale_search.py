@@ -145,14 +145,25 @@ def search_clip(w: Tensor, gram: Tensor, fmt: WeightFormat, steps: int, shrink: 
     return clamped(_least_error(w, gram, fmt, candidates, lambda bound: rounded_weight(clamped(bound), fmt)))
 
 
-def search_range(w: Tensor, gram: Tensor, fmt: WeightFormat, widest: float, steps: int, shrink: float) -> Tensor:
-    """Return the factor of each group's extremes, `(out, groups, 1)`, whose grid rounds with the least output error.
+def search_range(
+    w: Tensor, gram: Tensor, fmt: WeightFormat, widest: float, steps: int, shrink: float, apart: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of each group's least and largest, `(out, groups, 1)`, whose grid rounds with little error.
 
-    The factors tried are `(1 - shrink · k / steps) · widest` for `k = 0 … steps - 1`, the same at both ends.
+    The factors tried are `(1 - shrink · k / steps) · widest` for `k = 0 … steps - 1`, the same at both ends. With
+    `apart` the lower end is then tried alone, and the upper one after it: no group's output error rises by that.
     """
     lo, hi = fmt.extremes(w)
-    candidates = [torch.full_like(lo, widest * (1 - shrink * step / steps)) for step in range(steps)]
-    return _least_error(w, gram, fmt, candidates, lambda factor: fmt.fake(w, *fmt.fit(lo * factor, hi * factor)))
+    factors = [torch.full_like(lo, widest * (1 - shrink * step / steps)) for step in range(steps)]
+
+    def rounded(low: Tensor, high: Tensor) -> Tensor:
+        return fmt.fake(w, *fmt.fit(lo * low, hi * high))
+
+    both = _least_error(w, gram, fmt, factors, lambda factor: rounded(factor, factor))
+    if not apart:
+        return both, both
+    low = _least_error(w, gram, fmt, [both, *factors], lambda factor: rounded(factor, both))
+    return low, _least_error(w, gram, fmt, [both, *factors], lambda factor: rounded(low, factor))
 
 
 def _least_error(

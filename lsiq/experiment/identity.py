@@ -26,6 +26,7 @@ BEFORE = (
     ("unit", "value"),
     ("travel", 1.0),
     ("span", "present"),
+    ("ends", "together"),
     ("latents", False),
     ("trained", "auto"),
     ("window", None),

@@ -30,14 +30,16 @@ class Clip(PartTraits):
 
     With `form=sigmoid` the factors are `β = σ(l)`, `γ = σ(u)` and the logits are learned; with `form=linear` the
     factors themselves are, kept in 0 … 1. With `search` each group starts at the range whose rounding costs the least
-    output error of its linear, among those down to half of the widest.
+    output error of its linear, among those down to half of the widest; with `ends=apart` the least and the largest
+    weight are then scaled by factors of their own.
 
     With `span=present` the grid follows what other parts make of the weights; with `span=start` it is that of the
     weights that the part started on, so that only the factors move it.
 
     Source: OmniQuant (arXiv 2308.13137, equation 2) for the sigmoid; its code starts both logits at 4.0, which clips
     by 1.8 %, and learns them at rate 1e-2 (its text swaps the two rates). AutoRound (arXiv 2309.05516, equation 3) for
-    the linear form, with signed-gradient steps. AWQ (arXiv 2306.00978) for the search, which clips both ends alike.
+    the linear form, with signed-gradient steps. AWQ (arXiv 2306.00978) for the search, which clips both ends alike;
+    `ends=apart` is this package's own.
     """
 
     lr: float | None = Field(
@@ -51,6 +53,10 @@ class Clip(PartTraits):
     )
     form: Literal["sigmoid", "linear"] = Field("sigmoid", description="sigmoid or linear: what is learned")
     search: bool = Field(False, description="true starts each group at the range with the least output error")
+    ends: Literal["together", "apart"] = Field(
+        "together",
+        description="of the search: together (one factor for both ends of a range), or apart (each by its own)",
+    )
     span: Literal["present", "start"] = Field(
         "present",
         description="whose extremes the factors scale: present (the changed weights'), or start (as they were)",
@@ -59,6 +65,8 @@ class Clip(PartTraits):
     def __post_init__(self) -> None:
         if self.start_logit is None and self.form == "sigmoid":
             raise ValueError("start_logit=null: no logit stands for the full range; set form=linear or start_logit=4")
+        if self.ends == "apart" and not self.search:
+            raise ValueError("ends=apart: nothing is searched; set search=true, or ends=together")
 
     @property
     def name(self) -> str:
@@ -107,6 +115,9 @@ class Clip(PartTraits):
             for name in (f"{linear}.weight" for linear in stage):
                 if name in block.untouched or (fmt := quant.of(name)).bits == 16:
                     continue
-                factor = search_range(block.weights[name], gram, fmt, self._widest, SEARCH_STEPS, SEARCH_SHRINK)
-                ends |= {f"{name}:low": factor, f"{name}:high": factor.clone()}
+                apart = self.ends == "apart"
+                low, high = search_range(
+                    block.weights[name], gram, fmt, self._widest, SEARCH_STEPS, SEARCH_SHRINK, apart
+                )
+                ends |= {f"{name}:low": low, f"{name}:high": high.clone()}
         return ends
