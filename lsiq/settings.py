@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
@@ -23,6 +24,8 @@ from lsiq.errors import ConfigError
 T = TypeVar("T")
 _MAY_BE_NAMED = ("lsiq.", "lsiq_plugins.")
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+# What pydantic puts into a place beside names: which kind of several was tried, and that a mapping's own key is meant.
+_TAGS = re.compile(r"(literal|function-\w+)\[.*|constrained-\w+|float|int|str|bool|\[key\]")
 _STRICT = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
 
 
@@ -91,7 +94,7 @@ def fill(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
 def _explain(error: ValidationError, cls: type, key: str) -> str:
     errors = error.errors(include_url=False)
     first = next((one for one in errors if one["type"] in _UNKNOWN), errors[0])  # a misspelt key may leave one out
-    place = [str(part) for part in first["loc"] if part != "[key]"]  # a mapping's own key
+    place = [str(part) for part in first["loc"] if not _TAGS.fullmatch(str(part))]
     where = ".".join(part for part in [key, *place] if part)
     full = where or cls.__name__
     kind = first["type"]

@@ -173,6 +173,14 @@ CONFIG_ERRORS = {
         ["quant.allocate.bits=3", "quant.allocate.bytes=99"],
         ["error: quant.allocate.bits=3.0: and bytes=99 are two limits"],
     ),
+    "choices-without-limit": (
+        ["quant.allocate.choices=[w2g128,w4g128]"],
+        ["quant.allocate.choices=['w2g128', 'w4g128']: bits are shared out under a limit; set bits or bytes as well"],
+    ),
+    "scale-of-activations": (
+        ["quant=nvfp4", "quant.activation.above=foo"],
+        ["quant.activation.above=foo: input should be 'token' or 'tensor'", "the float32 scale itself"],
+    ),
     "allocate-without-text": (
         ["method=rtn", "quant.allocate.bits=3", "calib=none"],
         ["calib.corpus=null: quant.allocate needs calibration tokens", "calib=bundled"],
