@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform, get_args, get_origin
 
 import pydantic
 from pydantic import Field, TypeAdapter, ValidationError
@@ -22,6 +23,9 @@ from lsiq.errors import ConfigError
 
 T = TypeVar("T")
 _MAY_BE_NAMED = ("lsiq.", "lsiq_plugins.")
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+# What pydantic puts into a place beside names: which kind of several was tried, and that a mapping's own key is meant.
+_TAGS = re.compile(r"(literal|function-\w+)\[.*|constrained-\w+|float|int|str|bool|\[key\]")
 _STRICT = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
 
 
@@ -88,11 +92,13 @@ def fill(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
 
 
 def _explain(error: ValidationError, cls: type, key: str) -> str:
-    first = error.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"] if part != "[key]"]  # a mapping's own key
-    full = ".".join(part for part in [key, *place] if part) or cls.__name__
+    errors = error.errors(include_url=False)
+    first = next((one for one in errors if one["type"] in _UNKNOWN), errors[0])  # a misspelt key may leave one out
+    place = [str(part) for part in first["loc"] if not _TAGS.fullmatch(str(part))]
+    where = ".".join(part for part in [key, *place] if part)
+    full = where or cls.__name__
     kind = first["type"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+    if kind in _UNKNOWN:
         names = [field.name for field in dataclass_fields(_owner(cls, place))]  # type: ignore[arg-type]
         near = difflib.get_close_matches(place[-1], names, n=1)
         return f"{full}={first['input']}: no such setting; " + (
@@ -103,9 +109,15 @@ def _explain(error: ValidationError, cls: type, key: str) -> str:
     if kind == "is_instance_of":
         return f"{full}={_text(first['input'])}: cannot stand there; {_describe(cls, place)}"
     rule = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if kind == "value_error" and len(place) == 0:
-        return f"{key}.{rule}" if key else rule  # a rule across fields names its own field first
+    if kind == "value_error" and (not place or _names_a_key(rule, first["input"])):
+        return f"{where}.{rule}".removeprefix(".")  # a rule across fields names its own field first
     return f"{full}={_text(first['input'])}: {rule[0].lower()}{rule[1:]}; {_describe(cls, place)}"
+
+
+def _names_a_key(rule: str, value: Any) -> bool:
+    """Whether what a rule says begins with a key of the settings that it is about, as `bits=9: …` does."""
+    name, equals, _ = rule.partition("=")
+    return bool(equals) and isinstance(value, Mapping) and name in value
 
 
 def _text(value: Any) -> str:
@@ -114,17 +126,24 @@ def _text(value: Any) -> str:
 
 
 def _owner(cls: type, place: list[str]) -> type:
-    """The settings class that holds the last name of `place`, following fields that are settings classes themselves."""
-    for name in place[:-1]:
+    """The settings class that holds the last name of `place`, following fields that are settings, or lists of them."""
+    for name in _names(place)[:-1]:
         info = getattr(cls, "__pydantic_fields__", {}).get(name)
-        if info is None or not is_dataclass(info.annotation):
+        kind = None if info is None else info.annotation
+        kind = get_args(kind)[0] if get_origin(kind) is list else kind
+        if not is_dataclass(kind):
             break
-        cls = info.annotation  # type: ignore[assignment]
+        cls = kind  # type: ignore[assignment]
     return cls
 
 
+def _names(place: list[str]) -> list[str]:
+    """Return a place without the positions in lists."""
+    return [name for name in place if not name.isdigit()]
+
+
 def _describe(cls: type, place: list[str]) -> str:
-    owner, index = cls, 0
+    place, owner, index = _names(place), cls, 0
     while index < len(place) - 1 and _owner(owner, place[index : index + 2]) is not owner:
         owner, index = _owner(owner, place[index : index + 2]), index + 1
     info = getattr(owner, "__pydantic_fields__", {}).get(place[index]) if place else None

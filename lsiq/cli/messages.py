@@ -42,6 +42,13 @@ def explain_hydra(error: Exception, groups: dict[str, list[str]]) -> str:
         return f"{group}={choice}: no such choice; use one of {', '.join(groups.get(group, []))}"
     if match := re.search(r"Could not append to config\. An item is already at '([\w.]+)'", text):
         return f"+{match[1]}: the key exists already; leave out the + to change it"
+    if match := re.search(r"Error merging override ([\w.@/-]+)=(.).* Cannot merge DictConfig with ListConfig", text):
+        key = match[1]
+        return (
+            f"{key}: holds keys and no list; write {key}.KEY=value"
+            if match[2] == "["
+            else (f"{key}: is a list; write {key}=[…]")
+        )
     if "parsing override" in text or "mismatched input" in text or "no viable alternative" in text:
         return f"{text}; an override reads key=value, and a value with blanks or commas stands in quotes"
     return text

@@ -11,7 +11,6 @@ from lsiq.allocation.figure import draw_plan
 from lsiq.allocation.plan import FILE, Plan, read_plan, write_plan
 from lsiq.allocation.units import Shapes
 from lsiq.data.token_cache import token_cache
-from lsiq.errors import ConfigError
 from lsiq.experiment.calibrate import calibration_tokens
 from lsiq.experiment.checks import check_formats
 from lsiq.experiment.evaluate import open_cache
@@ -106,9 +105,5 @@ def _tokens(config: RunConfig, model: Model, record: Record, count: int | None) 
     cache = token_cache(config.paths.cache, record.versions, {"run": record.run_id, "created": record.created})
     references = open_cache(config, model, record)
     tokens = calibration_tokens(config.calib, model, config.seed, count, cache, references)
-    if tokens is None:
-        raise ConfigError(
-            "calib.corpus=null: quant.allocate measures sensitivities on calibration text; choose calib=bundled, "
-            "calib=written or calib=file"
-        )
+    assert tokens is not None  # the settings see to it
     return tokens

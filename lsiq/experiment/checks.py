@@ -11,17 +11,19 @@ from lsiq.formats.placed import check_widths
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import chain
 from lsiq.models.loading import Model
+from lsiq.models.outside import outside_modules
 from lsiq.runtime import processes
 from lsiq.runtime.precision import name_of
 from lsiq.runtime.terminal import warn
 
 
 def check_formats(model: Model, quant: QuantSettings) -> None:
-    """Raise ConfigError before anything long starts if a format does not fit the shape of a linear."""
+    """Raise ConfigError before anything long starts if a format does not fit the shape of a linear, or of the head."""
     block = model.skeleton.get_submodule(f"{model.spec.blocks}.0")
     head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
     quant.kv.check(head_dim)
     check_widths(quant, {name: block.get_submodule(name).in_features for name in model.spec.linears})  # type: ignore[misc]
+    outside_modules(model, quant.outside())
 
 
 def check_products(settings: EvalSettings, model: Model) -> None:

@@ -72,7 +72,8 @@ class RunConfig:
         if (rounded := list(self.quant.outside())) and (reason := self._why_outside_stays()):
             raise ValueError(f"quant.rules: {rounded[0]} cannot be rounded {reason}; leave that rule out")
         refuse_padded(self.quant.kv, self.eval.tasks)
-        if self.calib.corpus is None and not self.calib.written and (who := self._who_calibrates()):
+        who = "quant.allocate" if self.quant.allocate.active else self._who_calibrates()
+        if self.calib.corpus is None and not self.calib.written and who is not None:
             raise ValueError(
                 f"calib.corpus=null: {who} needs calibration tokens; choose calib=bundled, calib=written or calib=file"
             )

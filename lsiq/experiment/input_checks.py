@@ -67,6 +67,8 @@ def check_before_torch(config: RunConfig, folder: Path | None, calibrates: bool 
     if folder is not None and not is_gguf(folder) and config.model.weights == "checkpoint":
         shapes = _stored_shapes(folder, config.model.allow_pickle)
     check_groups(config.quant, shape, config.model.name)
+    if isinstance(head_dim := shape.get("head_dim"), int):  # where it is left out, each family has a rule of its own
+        config.quant.kv.check(head_dim)
     if config.quant.mixed:
         check_solver(config.quant)
         spec, depth = find_spec(shape["model_type"], str(folder)), shape["num_hidden_layers"]

@@ -59,13 +59,17 @@ def carry_out(request: Request, record: Record) -> None:
     if config.force:
         store.clear()
         BlockStore(folder / "start" / "blocks").clear()
-    config = with_formats(config, placed_formats(config, model, folder, record))
-    request = replace(request, config=config)
+    check_products(config.eval, model)
     exporter, source = config.export, None
     if exporter is not None:
         assert request.checkpoint is not None  # random weights are not exported
         tokenizer = find_tokenizer(config.model, request.checkpoint)
         source = Source(model, store, config.quant, request.checkpoint, tokenizer)
+        exporter.check_model(source)  # to share bits out takes long
+    config = with_formats(config, placed_formats(config, model, folder, record))
+    request = replace(request, config=config)
+    if exporter is not None and source is not None:
+        source = replace(source, quant=config.quant)
         exporter.check_model(source)
     if record.status != "finished":
         try:
@@ -92,7 +96,6 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
         if (choice := precision_of(config.method, model.device, model.dtype, cache)) is not None:
             record.training_precision = asdict(choice)
     check_formats(model, config.quant)
-    check_products(config.eval, model)
     config.check_lengths(model.limit)
     texts = read_texts(request, model, store, record)
     check_tasks(model, texts.tasks, config.eval.items)

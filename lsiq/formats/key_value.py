@@ -74,8 +74,14 @@ class KeyValue:
             raise ValueError(f"bits={self.bits}: nothing lies between 8 and 16; use 2 to 8, 16 for float, or null")
         if self.bits is not None and self.format is not None:
             raise ValueError(f"format={self.format}: says its own bits; set bits=null")
-        if self.format is not None and (self.per == "channel" or self.group is not None):
-            raise ValueError(f"format={self.format}: shares ranges in its own way; use per=token and group=null")
+        ranges = {"per": ("token", self.per), "group": (None, self.group), "symmetric": (False, self.symmetric)}
+        changed = [f"{name}={value}" for name, (default, value) in ranges.items() if value != default]
+        if self.format is not None and changed:
+            raise ValueError(
+                f"format={self.format}: shares ranges in its own way; use per=token, group=null and symmetric=false"
+            )
+        if self.bits is None and self.format is None and changed:
+            raise ValueError(f"{changed[0]}: keys and values are rounded as activations are; set bits or leave it out")
         if self.per == "channel" and self.group is None:
             raise ValueError("group=null: a channel's range is shared by a number of tokens; set group=32 or another")
         if self.format is not None and self.named.bits == 16:

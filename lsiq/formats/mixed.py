@@ -105,6 +105,10 @@ class Allocation:
     def __post_init__(self) -> None:
         if self.bits is not None and self.bytes is not None:
             raise ValueError(f"bits={self.bits}: and bytes={self.bytes} are two limits; set one of them to null")
+        if not self.active:
+            for name, info in type(self).__pydantic_fields__.items():  # type: ignore[attr-defined]
+                if (value := getattr(self, name)) != info.default:
+                    raise ValueError(f"{name}={value}: bits are shared out under a limit; set bits or bytes as well")
         if len(set(self.choices)) < len(self.choices):
             raise ValueError(f"choices={self.choices}: names a format twice; each may stand once")
         if self.measure == "fisher" and self.rounding == "method":

@@ -62,12 +62,14 @@ def quant_file(name: str) -> Path | None:
 
 
 def format_name(fmt: WeightFormat) -> str | dict[str, Any]:
-    """Return the name of a weight format, or where its name does not say all its settings, these as plain data."""
-    name = short_name(fmt)
-    try:
-        return name if named_format(name) == fmt else describe_settings(fmt)
-    except ValueError:
-        return describe_settings(fmt)
+    """Return the name of a weight format, or where its name does not say all its settings, these as plain data.
+
+    Short names come first, then that of a file of conf/quant/, such as `mxfp4`.
+    """
+    for name in (short_name(fmt), fmt.suffix):
+        if is_format_name(name) and named_format(name) == fmt:
+            return name
+    return describe_settings(fmt)
 
 
 def is_format_name(name: str) -> bool:

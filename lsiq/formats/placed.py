@@ -123,7 +123,7 @@ def check_widths(quant: QuantSettings, widths: Mapping[str, int]) -> None:
     if isinstance(quant, PlacedQuant):
         pairs = [(fmt, place.partition(".")[2]) for place, fmt in quant.layers.items() if place not in OUTSIDE]
     else:
-        pairs = [(fmt, name) for fmt in quant.formats for name in widths]
+        pairs = [(fmt, name) for fmt in quant.in_blocks for name in widths]
     by_format: dict[WeightFormat, dict[str, int]] = {}
     for fmt, name in pairs:
         if name in widths:

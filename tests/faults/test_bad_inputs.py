@@ -164,6 +164,29 @@ CONFIG_ERRORS = {
     "signed-part-unknown": (["method=lsi", "method.training.signed=[clap]"], ["training.signed", "has no clap"]),
     "window-weights": (["method=lsi", "method.training.ahead.weights=[1,1]"], ["training.ahead", "blocks=0 needs 1"]),
     "no-full-logit": (["method=lwc", "method.parts.0.start_logit=null"], ["start_logit=null", "form=linear"]),
+    "rules-in-no-list": (["quant.rules={match: lm_head, format: w8}"], ["quant.rules: is a list; write quant.rules=["]),
+    "keys-in-a-list": (["quant.kv=[8]"], ["quant.kv: holds keys and no list; write quant.kv.KEY=value"]),
+    "key-of-a-rule": (["quant.rules=[{match: lm_head, formt: w8}]"], ["quant.rules.0.formt=w8", "did you mean format"]),
+    "rule-without-format": (["quant.rules=[{match: lm_head}]"], ["quant.rules.0.format has no value", "w8g128"]),
+    "format-of-a-rule": (["quant.rules=[{format: w9g128}]"], ["quant.rules.0.format=w9g128", "w2 to w8"]),
+    "two-limits": (
+        ["quant.allocate.bits=3", "quant.allocate.bytes=99"],
+        ["error: quant.allocate.bits=3.0: and bytes=99 are two limits"],
+    ),
+    "choices-without-limit": (
+        ["quant.allocate.choices=[w2g128,w4g128]"],
+        ["quant.allocate.choices=['w2g128', 'w4g128']: bits are shared out under a limit; set bits or bytes as well"],
+    ),
+    "scale-of-activations": (
+        ["quant=nvfp4", "quant.activation.above=foo"],
+        ["quant.activation.above=foo: input should be 'token' or 'tensor'", "the float32 scale itself"],
+    ),
+    "allocate-without-text": (
+        ["method=rtn", "quant.allocate.bits=3", "calib=none"],
+        ["calib.corpus=null: quant.allocate needs calibration tokens", "calib=bundled"],
+    ),
+    "cache-bits": (["quant.kv.bits=9"], ["error: quant.kv.bits=9: nothing lies between 8 and 16; use 2 to 8"]),
+    "cache-in-gguf": (["quant.kv.bits=8", "export=gguf"], ["export=gguf says nothing of keys and values"]),
     "streams-on-tape": (["paths.streams=tape"], ["paths.streams=tape", "memory", "disk"]),
     "no-hub": (["model=opt-125m"], ["facebook/opt-125m", "model.path", "cache"]),
 }
@@ -254,6 +277,11 @@ def wrong_item(folder: Path) -> list[str]:
     return ["eval=zeroshot", "eval.tasks=[arc_easy]", "eval.tasks_local.arc_easy=items.jsonl"]
 
 
+def plan_of_one_linear(folder: Path) -> list[str]:
+    (folder / "plan.json").write_text(json.dumps({"layers": {"0.fc1": "w3g128"}}))
+    return ["quant.plan=plan.json"]
+
+
 INPUT_ERRORS: dict[str, tuple[Callable[..., list[str]], list[str]]] = {
     "empty-text": (empty_text, ["empty.txt", "empty"]),
     "short-text": (short_text, ["short.txt", "eval.seqlen=512"]),
@@ -272,6 +300,31 @@ INPUT_ERRORS: dict[str, tuple[Callable[..., list[str]], list[str]]] = {
     "block-that-does-not-divide": (
         lambda _: ["quant=w4a8-mxint", "quant.weight.block=24"],
         ["quant.weight.block=24", "1024", "16"],
+    ),
+    "group-of-a-cache": (
+        lambda _: ["quant.kv.bits=4", "quant.kv.group=48"],
+        ["quant.kv.group=48", "head_dim=64", "quant.kv.group=32"],
+    ),
+    "rule-that-matches-nothing": (
+        lambda _: ["quant.rules=[{match: self_attn.qkv, format: w8}]"],
+        ["quant.rules[0].match=self_attn.qkv: matches no linear of tiny-llama", "self_attn.q_proj", "lm_head"],
+    ),
+    "blocks-that-are-not-there": (
+        lambda _: ["quant.rules=[{blocks: '6:9', format: w8}]"],
+        ["quant.rules[0].blocks=6:9: tiny-llama has blocks 0 to 5"],
+    ),
+    "too-few-bits": (
+        lambda _: ["quant.allocate.bits=2.1"],
+        ["quant.allocate.bits=2.1", "takes 2.1406 bits", "give 2.1406 or more"],
+    ),
+    "too-few-bytes": (lambda _: ["quant.allocate.bytes=1000"], ["quant.allocate.bytes=1000", "give 2525184 or more"]),
+    "choice-that-does-not-divide": (
+        lambda _: ["quant.allocate.bits=3", "quant.allocate.choices=[w2g128,w4g100]"],
+        ["the group of w4g100 does not divide in_features=384", "w4g64"],
+    ),
+    "plan-of-another-model": (
+        plan_of_one_linear,
+        ["quant.plan=plan.json: names 0.fc1", "tiny-llama has 42 linears", "made for this model"],
     ),
     "rank-above-all": (lambda _: ["method=lqer", "method.rank=999"], ["method.rank=999", "384"]),
     "no-such-gpu": (lambda _: ["device=cuda:9"], ["device=cuda:9"]),

@@ -9,9 +9,12 @@ import pytest
 
 from lsiq.errors import ConfigError, InputError
 from lsiq.formats.activation import Activation
+from lsiq.formats.fp8 import FP8
 from lsiq.formats.integer import Integer
+from lsiq.formats.mxfp import MXFP
 from lsiq.formats.mxint import MXInt
 from lsiq.formats.names import format_name, named_format
+from lsiq.formats.nvfp4 import NVFP4
 from lsiq.formats.placed import PlacedQuant, place
 from lsiq.formats.quant import QuantSettings
 from lsiq.settings import fill
@@ -78,6 +81,10 @@ def test_a_format_by_name_takes_the_width_of_scales_from_the_weights() -> None:
         ("w8", Integer(bits=8)),
         ("float", Integer(bits=16)),
         ("w4-mxint", MXInt(bits=4)),
+        ("mxfp4", MXFP(element="e2m1")),
+        ("mxfp6", MXFP(element="e2m3")),
+        ("nvfp4", NVFP4()),
+        ("fp8", FP8()),
     ],
 )
 def test_names_of_formats_go_both_ways(name: str, fmt: object) -> None:
@@ -90,6 +97,12 @@ def test_a_file_of_settings_names_its_weight_format() -> None:
 
 
 def test_what_a_name_does_not_say_is_written_out() -> None:
+    assert format_name(MXFP(element="e2m1", block=16)) == {
+        "_target_": "lsiq.formats.mxfp.MXFP",
+        "element": "e2m1",
+        "block": 16,
+        "rule": "even",
+    }
     assert format_name(Integer(bits=3, scale="float16")) == {
         "_target_": "lsiq.formats.integer.Integer",
         "bits": 3,
