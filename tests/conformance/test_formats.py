@@ -19,7 +19,6 @@ from lsiq.errors import ConfigError
 from lsiq.formats.activation import Activation
 from lsiq.formats.base import ActivationFormat, WeightFormat
 from lsiq.formats.fit import check_format
-from lsiq.formats.fp8 import FP8, FP8Activation
 from lsiq.formats.integer import Integer
 from lsiq.formats.minifloat import ELEMENTS
 from lsiq.formats.mxfp import MXFP, MXFPActivation
@@ -44,8 +43,6 @@ WEIGHTS: dict[str, WeightFormat] = {name: quant.weight for name, quant in QUANTS
     "symmetric-half": Integer(bits=8, symmetric=True, scale="float16"),
     "narrow-exponent": MXInt(bits=4, exponent=4),
     "wide-blocks": MXInt(bits=8, block=64),
-    "fp8-e5m2": FP8(element="e5m2"),
-    "fp8-tensor": FP8(per="tensor"),
     "mxfp4-floor": MXFP(element="e2m1", rule="floor"),
     "mxfp6-e3m2": MXFP(element="e3m2", rule="ceil"),
     "mxfp8-e5m2": MXFP(element="e5m2", block=64),
@@ -59,8 +56,6 @@ ACTIVATIONS: dict[str, ActivationFormat] = {
     "symmetric-tensor": Activation(bits=6, per="tensor", symmetric=True),
     "narrow-exponent": MXActivation(bits=4, exponent=4),
     "wide-blocks": MXActivation(bits=8, block=64),
-    "fp8-e5m2": FP8Activation(element="e5m2"),
-    "fp8-tensor": FP8Activation(per="tensor"),
     "mxfp4-floor": MXFPActivation(element="e2m1", rule="floor"),
     "mxfp6-e3m2": MXFPActivation(element="e3m2", rule="ceil"),
     "mxfp8-e5m2": MXFPActivation(element="e5m2", block=64),
@@ -237,7 +232,9 @@ def test_gradients_pass_through_the_rounding_of_activations(fmt: ActivationForma
     (fmt.fake(x) * direction).sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
-    saturating = getattr(fmt, "rule", "") == "floor"  # every 16th value stands where it saturates: measured 0.93
+    # Every 16th value is 1.8 of a power of two: more than the largest number under `floor`, and of e3m2 (1.75) under
+    # `even` too, which turns to the next scale at 1.875. Measured: 0.93.
+    saturating = getattr(fmt, "rule", "") == "floor" or fmt.suffix == "mxfp6e3m2"
     least = 0.9 if saturating else 0.99  # measured: 0.9998 to 1
     assert torch.cosine_similarity(x.grad.flatten(), direction.flatten(), 0) > least
 
