@@ -36,6 +36,7 @@ class Protocol:
         after: what the command says last.
         varied: dotted names of settings that are free to differ, as in an ablation.
         stated: dotted names of settings that a run must know to belong.
+        recipe: composes the method, where its name in records is that of no file.
     """
 
     overrides: tuple[str, ...]
@@ -43,6 +44,7 @@ class Protocol:
     after: str = ""
     varied: tuple[str, ...] = ()
     stated: tuple[str, ...] = ()
+    recipe: tuple[str, ...] = ()
 
     def holds(self, run: Run) -> bool:
         """Whether the run belongs."""
@@ -50,7 +52,7 @@ class Protocol:
 
     def contradiction(self, run: Run) -> str | None:
         """Return what keeps the run out, the dotted name of a setting; None if it belongs."""
-        expected = composed((*self.overrides, *method_overrides(run.method)))
+        expected = composed((*self.overrides, *(self.recipe or method_overrides(run.method))))
         if expected is None:
             return "method"
         if not self.same_float(run):
@@ -66,7 +68,8 @@ class Protocol:
         assert expected is not None  # the study's own file
         if run.get("eval.windows") != expected["eval"].get("windows"):
             return False
-        return expected["model"]["dtype"] in ("auto", run.dtype) and not run.get("model.outliers")
+        dtype = "tf32" if expected["eval"].get("tf32") else expected["model"]["dtype"]
+        return dtype in ("auto", run.dtype) and not run.get("model.outliers")
 
     def commands(self, jobs: Iterable[Job]) -> list[str]:
         """Return commands that carry out just these jobs, as few as products of lists allow."""

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
+from scipy import stats
 
 from lsiq.tables.published import Published
 from lsiq.tables.study import Sample
 
 DASH = "–"
+# Rows with more bits than this share above the fewest of their setting are another trade, and do not compete.
+EQUAL_BITS = 1.02
+SIGNIFICANCE = 0.05
+BOLD = (
+    "Bold: best of its column and setting, and told apart from every other row there with as many bits (within "
+    f"{EQUAL_BITS - 1:.0%}) and as much text by Welch's t-test over seeds (two-sided, p < {SIGNIFICANCE}). Numbers "
+    "that do not depend on the seed count as constants; beside a single run nothing is bold."
+).replace("%", " %")
 
 
 def decimals(digits: int) -> Callable[[float], str]:
@@ -39,7 +49,7 @@ class Cell:
         sample: what this project measured.
         published: what a paper printed.
         wanted: whether a command exists that measures it.
-        bold: whether it is the best by more than the spread.
+        bold: whether it is the best, and told apart from the others.
         text: words in place of numbers.
     """
 
@@ -134,8 +144,9 @@ class Table:
     @property
     def notes(self) -> list[str]:
         """What must be said beside the numbers, once each."""
-        samples = (cell.sample for row in self.rows for cell in row.cells if cell.sample is not None)
-        return list(dict.fromkeys(note for sample in samples for note in sample.notes))
+        cells = [cell for row in self.rows for cell in row.cells if cell.sample is not None]
+        notes = dict.fromkeys(note for cell in cells if cell.sample for note in cell.sample.notes)
+        return [*notes, *[BOLD] * any(cell.bold for cell in cells)]
 
     def latex(self) -> str:
         """Return the table as a booktabs environment."""
@@ -159,30 +170,43 @@ class Table:
 
 
 def best_in_bold(rows: Sequence[Row], lower: bool = True) -> tuple[Row, ...]:
-    """Return the rows with the best cell of each column and group in bold, where it leads by more than the spread.
+    """Return the rows with the best cell of each column and group in bold, where it is told apart from every other.
 
-    The gap to every other must exceed the larger of the two standard deviations; that of a single seed is not known, so
-    nothing is in bold beside it. Rows that do not compete (more bits than the others) are left as they are.
+    Rows that do not compete (more bits or more text than the others) are left as they are.
     """
     marked = list(rows)
     for column in range(len(rows[0].cells) if rows else 0):
         for group in dict.fromkeys(row.group for row in rows):
             entries = [
-                (sample.mean if lower else -sample.mean, index, math.inf if sample.spread is None else sample.spread)
+                (index, sample)
                 for index, row in enumerate(rows)
                 if row.group == group and row.competes and (sample := row.cells[column].sample) is not None
             ]
-            entries.sort()
-            if len(entries) > 1 and _leads(entries):
-                cells = list(marked[entries[0][1]].cells)
+            entries.sort(key=lambda entry: entry[1].mean, reverse=not lower)
+            if len(entries) > 1 and all(told_apart(entries[0][1], other) for _, other in entries[1:]):
+                best = entries[0][0]
+                cells = list(marked[best].cells)
                 cells[column] = replace(cells[column], bold=True)
-                marked[entries[0][1]] = replace(marked[entries[0][1]], cells=tuple(cells))
+                marked[best] = replace(marked[best], cells=tuple(cells))
     return tuple(marked)
 
 
-def _leads(entries: Sequence[tuple[float, int, float]]) -> bool:
-    best, _, spread = entries[0]
-    return all(value - best > max(spread, other_spread) for value, _, other_spread in entries[1:])
+def told_apart(one: Sample, other: Sample) -> bool:
+    """Whether Welch's t-test, two-sided, tells the means of two samples apart; never if either is of a single run.
+
+    What does not depend on the seed is a constant that the other sample is tested against.
+    """
+    if one.spread is None or other.spread is None:
+        return False
+    if one.spread == other.spread == 0:
+        return one.mean != other.mean
+    if one.exact:
+        one, other = other, one
+    if other.exact:
+        test = stats.ttest_1samp(one.values, other.mean)
+    else:
+        test = stats.ttest_ind(one.values, other.values, equal_var=False)
+    return bool(np.asarray(test)[1] < SIGNIFICANCE)
 
 
 def _line(cells: Sequence[str]) -> str:

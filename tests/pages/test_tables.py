@@ -28,13 +28,13 @@ from lsiq.tables.agree import pairs
 from lsiq.tables.collect import collect, strangers
 from lsiq.tables.papers.ablations import AXES, METRICS, along, free
 from lsiq.tables.papers.comparison_plots import EXCESS, excess_by_method, quality_against_bits
-from lsiq.tables.papers.layout import study_jobs
+from lsiq.tables.papers.layout import BESIDE, study_jobs
 from lsiq.tables.papers.perplexity import bundled_perplexity
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
 from lsiq.tables.published import MARKS, Literature, Published
 from lsiq.tables.render import README_MARKS, execute, in_readme, notebooks, render
 from lsiq.tables.study import Runs, Sample, load
-from lsiq.tables.table import Cell, Row, Table, best_in_bold
+from lsiq.tables.table import Cell, Row, Table, best_in_bold, told_apart
 from lsiq.tables.traces import read_traces
 
 ROOT = CONF.parent
@@ -335,18 +335,68 @@ def bold(*samples: Sample | None, competes: tuple[bool, ...] = (), lower: bool =
     return [row.cells[0].bold for row in best_in_bold(rows, lower)]
 
 
-def test_bold_needs_a_gap_above_the_larger_spread() -> None:
-    narrow, wide = Sample((1.0, 1.1, 1.2)), Sample((1.0, 1.5, 2.0))
-    assert bold(narrow, Sample((1.3, 1.4, 1.5))) == [True, False]  # gap 0.3, deviations 0.1
-    assert bold(narrow, wide) == [False, False]  # gap 0.4, deviation 0.5
-    assert bold(narrow, Sample((1.3, 1.4, 1.5)), wide) == [False, False, False], "every other must be that far away"
-    assert bold(narrow, Sample((1.3, 1.4, 1.5)), lower=False) == [False, True]
+def test_bold_needs_a_t_test_over_seeds() -> None:
+    least, near, far = Sample((1.0, 1.1, 1.2)), Sample((1.2, 1.3, 1.4)), Sample((1.3, 1.4, 1.5))
+    # Deviations of 0.1, so that t = gap / 0.0816 with four degrees of freedom: p is 0.070 at 0.2 and 0.021 at 0.3.
+    assert not told_apart(least, near)
+    assert told_apart(least, far)
+    assert told_apart(far, least)
+    assert bold(least, far) == [True, False]
+    assert bold(least, near) == [False, False]
+    assert bold(near, least, far) == [False, False, False], "every other must be told apart"
+    assert bold(least, far, lower=False) == [False, True]
+
+
+def test_the_test_does_not_take_deviations_for_equal() -> None:
+    """Welch: t = 2.59 with 2.04 degrees of freedom, p = 0.120; with equal deviations and four, 0.061."""
+    narrow, wide = Sample((1.0, 1.01, 1.02)), Sample((1.06, 1.16, 1.26))
+    assert not told_apart(narrow, wide)
+    assert told_apart(narrow, Sample((1.30, 1.40, 1.50)))  # t = 6.7, p = 0.020
 
 
 def test_a_single_seed_neither_wins_nor_is_beaten() -> None:
     assert bold(Sample((1.0,)), Sample((5.0, 5.1))) == [False, False]
     assert bold(Sample((5.0,)), Sample((1.0, 1.1))) == [False, False]
-    assert bold(Sample((5.0,), exact=True), Sample((1.0, 1.1))) == [False, True], "rounding has no seed to vary"
+    assert bold(Sample((1.0, 1.1)), Sample((5.0, 5.1)), Sample((9.0,))) == [False, False, False]
+
+
+def test_what_has_no_seed_is_a_constant() -> None:
+    rounded = Sample((5.0,), exact=True)
+    assert bold(rounded, Sample((1.0, 1.1))) == [False, True]  # t = 79 with one degree of freedom, p = 0.008
+    assert bold(rounded, Sample((4.7, 4.9))) == [False, False]  # t = 2, p = 0.30
+    assert bold(Sample((1.0,), exact=True), Sample((4.7, 4.9, 5.1))) == [True, False]
+    assert bold(rounded, Sample((4.0,), exact=True)) == [False, True]
+    assert bold(rounded, rounded) == [False, False]
+    assert bold(Sample((1.0, 1.0)), Sample((2.0, 2.0))) == [True, False]
+
+
+def test_a_table_names_the_test_where_something_is_bold() -> None:
+    def table(*samples: Sample) -> Table:
+        rows = [Row((str(index),), (Cell(sample),)) for index, sample in enumerate(samples)]
+        return Table("t", "C", ("m", "a"), best_in_bold(rows))
+
+    told = table(Sample((1.0, 1.1, 1.2)), Sample((1.3, 1.4, 1.5)))
+    assert told.markdown().count("Welch's t-test over seeds (two-sided, p < 0.05)") == 1
+    assert "within 2 %" in told.markdown()
+    assert r"within 2 \%" in told.latex()
+    assert "Welch" not in table(Sample((1.0, 1.1, 1.2)), Sample((1.2, 1.3, 1.4))).markdown()
+
+
+def test_rows_beside_the_study_follow_its_protocol_in_all_but_the_recipe(committed: tuple[Runs, Literature]) -> None:
+    for row in BESIDE:
+        found = committed[0].find(row.protocol, "tiny-opt", row.setting, row.method)
+        assert [run.seed for run in found] == [0, 1, 2], row.label
+        assert STUDY.contradiction(found[0]) == "method", row.label
+        calib = {**found[0].config["calib"], "samples": 32}
+        assert row.protocol.contradiction(replace(found[0], config={**found[0].config, "calib": calib}))
+        plain = next(run for run in committed[0].runs if (run.method, run.setting) == ("sde", row.setting))
+        assert not row.protocol.holds(plain), "another recipe"
+    table = bundled_perplexity(committed[0], ["w4a4"], "t", "C", "excess", ["omniquant"])
+    assert [row.labels[1] for row in table.rows] == ["omniquant", *(row.label for row in BESIDE)]
+    assert not table.commands
+    assert [row.competes for row in table.rows] == [True, True, False, False], "rotations take bits"
+    other = bundled_perplexity(committed[0], ["w6a6"], "t", "C", "excess", ["omniquant"])
+    assert [row.labels[1] for row in other.rows] == ["omniquant"]
 
 
 def test_more_bits_do_not_compete() -> None:

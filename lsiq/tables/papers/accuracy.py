@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lsiq.tables.papers.layout import BUNDLED, METHODS, study_methods
-from lsiq.tables.papers.perplexity import EQUAL_BITS, average_bits
+from lsiq.tables.papers.perplexity import average_bits
 from lsiq.tables.protocol import FINE_TUNING, PAPERS, PTB_TUNING, STUDY, ZERO_SHOT, Job
 from lsiq.tables.published import Literature
 from lsiq.tables.study import LQER_TASKS, Runs
-from lsiq.tables.table import Cell, Row, Table, best_in_bold, percent
+from lsiq.tables.table import EQUAL_BITS, Cell, Row, Table, best_in_bold, percent
 
 LQER_MODELS = ("opt-6.7b", "opt-13b", "opt-30b", "llama-7b", "llama-13b", "llama-30b", "llama-2-7b", "llama-2-13b")
 LQER_MODELS += ("vicuna-7b", "vicuna-13b")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from lsiq.runtime.hydra_entry import version_base
-from lsiq.tables.protocol import ROOT, Job
+from lsiq.tables.protocol import ROOT, STUDY, Job, Protocol
 
 BUNDLED = ("tiny-llama", "tiny-opt")
 OPT = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b")
@@ -45,6 +46,60 @@ OTHERS = (
     *("quarot-gptq", "spinquant-gptq", "flatquant", "flatquant-gptq", "sliderquant-plus"),
 )
 CORPORA = {"bundled": "bundled", "wikitext2": "WikiText-2", "ptb": "PTB", "c4": "C4"}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A row of the study's tables from runs beside it: its protocol, another recipe.
+
+    Attributes:
+        setting: whose last rows it joins.
+        label: what the row is called.
+        method: the runs' label.
+    """
+
+    setting: str
+    label: str
+    method: str
+    protocol: Protocol
+
+
+_LONGER = "method.weight_activation.start.then.then"
+# As sweeps/hosts.yaml and docs/best.md have them.
+BESIDE = (
+    Beside(
+        "w4a4",
+        "sde + CL",
+        "sde-cl",
+        replace(STUDY, recipe=("method=sde", "method.label=sde-cl", "method.training.ahead.blocks=2")),
+    ),
+    Beside(
+        "w4a4",
+        "rotate, then sde + CL",
+        "rotate+sde-cl",
+        replace(
+            STUDY,
+            recipe=(
+                *("method=rotate", "method@method.then=sde"),
+                *("method.then.label=sde-cl", "method.then.training.ahead.blocks=2"),
+            ),
+        ),
+    ),
+    Beside(
+        "w4a4",
+        "best, longer blocks",
+        "best-longer",
+        replace(
+            STUDY,
+            overrides=(*STUDY.overrides, "eval.tf32=true"),
+            recipe=(
+                "method=best",
+                *(f"{_LONGER}.training.epochs=20", f"{_LONGER}.training.keep=best"),
+                f"{_LONGER}.parts.equivalent.lr=5e-3",
+            ),
+        ),
+    ),
+)
 
 
 def sweep_jobs(name: str) -> list[list[str]]:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from lsiq.tables.papers.layout import ALWAYS, BUNDLED, CORPORA, FAMILIES, METHODS, OTHERS, study_jobs, study_methods
+from lsiq.tables.papers.layout import (
+    ALWAYS,
+    BESIDE,
+    BUNDLED,
+    CORPORA,
+    FAMILIES,
+    METHODS,
+    OTHERS,
+    study_jobs,
+    study_methods,
+)
 from lsiq.tables.protocol import AUGMENTED, PAPERS, STUDY, Job, Protocol
 from lsiq.tables.published import Literature
 from lsiq.tables.study import Runs
-from lsiq.tables.table import Cell, Row, Table, best_in_bold, decimals
+from lsiq.tables.table import EQUAL_BITS, Cell, Row, Table, best_in_bold, decimals
 
-# Rows with more bits than this share above the fewest of their setting are another trade, and do not compete.
-EQUAL_BITS = 1.02
 # Behind the names of methods that calibrated on more than the others.
 MORE_TEXT = ", augmented"
 
@@ -29,6 +37,7 @@ def bundled_perplexity(
     """Return the study's table of the bundled models: a row per setting and method, a column per model and corpus.
 
     A method that was also calibrated on augmented text has a second row, as far as measured, which does not compete.
+    Runs beside the study (`BESIDE`) have the last rows of their setting.
 
     Args:
         measure: ppl, or excess: its logarithm over the float model's.
@@ -62,15 +71,23 @@ def _setting_rows(
     methods = [m for m in methods if any((model, setting, m) in study_jobs() for model in BUNDLED)]
     bits = {method: average_bits(runs, setting, method) for method in methods}
     fewest = min((value for value in bits.values() if value is not None), default=0.0)
+
+    def competes(spent: float | None) -> bool:
+        return spent is None or spent <= EQUAL_BITS * fewest
+
     rows = []
     for method, spent in bits.items():
         cells = _samples(runs, STUDY, columns, setting, method, measure)
-        competes = spent is None or spent <= EQUAL_BITS * fewest
-        rows.append(Row((setting, method, _bits_text(spent)), cells, setting, competes))
+        rows.append(Row((setting, method, _bits_text(spent)), cells, setting, competes(spent)))
         if had_more_text(runs, [setting], method):
             cells = _samples(runs, AUGMENTED, columns, setting, method, measure)
             spent = average_bits(runs, setting, method, AUGMENTED)
             rows.append(Row((setting, method + MORE_TEXT, _bits_text(spent)), cells, setting, competes=False))
+    for row in BESIDE:
+        cells = _samples(runs, row.protocol, columns, setting, row.method, measure, wanted=False)
+        if row.setting == setting and any(cell.sample for cell in cells):
+            spent = average_bits(runs, setting, row.method, row.protocol)
+            rows.append(Row((setting, row.label, _bits_text(spent)), cells, setting, competes(spent)))
     return rows
 
 
@@ -171,10 +188,16 @@ def _measured_columns(runs: Runs, measure: str) -> list[tuple[str, str]]:
 
 
 def _samples(
-    runs: Runs, protocol: Protocol, columns: Sequence[tuple[str, str]], setting: str, method: str, measure: str
+    runs: Runs,
+    protocol: Protocol,
+    columns: Sequence[tuple[str, str]],
+    setting: str,
+    method: str,
+    measure: str,
+    wanted: bool = True,
 ) -> tuple[Cell, ...]:
     samples = (runs.sample(protocol, model, setting, method, f"{measure}/{corpus}") for model, corpus in columns)
-    return tuple(Cell(sample, wanted=True) for sample in samples)
+    return tuple(Cell(sample, wanted=wanted) for sample in samples)
 
 
 def _bits_text(bits: float | None) -> str:
@@ -192,6 +215,6 @@ def _missing(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> list[Jo
         (model, row.labels[0], row.labels[1]): None
         for row in rows
         for (model, _), cell in zip(columns, row.cells, strict=True)
-        if cell.sample is None and row.labels[1] != "fp16"
+        if cell.wanted and cell.sample is None and row.labels[1] != "fp16"
     }
     return list(jobs)
