@@ -15,6 +15,7 @@ from lsiq.experiment.config import RunConfig, parse
 from lsiq.experiment.export_finished import export_finished
 from lsiq.experiment.input_checks import check_before_torch
 from lsiq.experiment.request import Request, prepare
+from lsiq.experiment.training_length import check_held
 from lsiq.models.gguf_file import weights_from
 from lsiq.report.terminal import show_record
 from lsiq.results.record import Record, command_line, read_record, source_state, versions, write_record
@@ -93,6 +94,7 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
 
 def estimate(config: RunConfig, plain: dict[str, Any]) -> Record:
     """Return a record of what the run would take, which is shown and not written."""
+    check_held(config)
     if processes.size() > 1:
         raise ConfigError("dry_run=true: one process estimates what one process takes; give it without torchrun")
     with uncollected_imports():
