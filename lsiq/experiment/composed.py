@@ -77,6 +77,12 @@ def recipe_for(method: Any, quant: Any) -> Any:
     return method if family is None else method[family]
 
 
+def method_key(cfg: DictConfig, quant: Any) -> str:
+    """Return where the method that is carried out stands in the configuration: `method`, or the recipe of a family."""
+    family = recipe_family(cfg.get("method"), quant)
+    return "method" if family is None else f"method.{family}"
+
+
 def recipe_family(method: Any, quant: Any) -> str | None:
     """Return which of a method's recipes is for this format; None where its file has but one.
 

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lsiq.errors import ConfigError, LsiqError
-from lsiq.experiment.composed import plain_config
+from lsiq.experiment.composed import method_key, plain_config
 from lsiq.experiment.config import RunConfig, parse
 from lsiq.experiment.export_finished import export_finished
 from lsiq.experiment.input_checks import check_before_torch
@@ -44,7 +44,9 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
         show_record(record)
         return record
     if cfg.get("dry_run"):
-        return estimate(parse(cfg), plain_config(cfg))
+        config, plain = parse(cfg), plain_config(cfg)
+        check_held(config, method_key(cfg, plain["quant"]))
+        return estimate(config, plain)
     request = prepare(cfg)
     if not processes.first():
         return follow(request)
@@ -94,7 +96,6 @@ def work(request: Request, overrides: Sequence[str]) -> Record:
 
 def estimate(config: RunConfig, plain: dict[str, Any]) -> Record:
     """Return a record of what the run would take, which is shown and not written."""
-    check_held(config)
     if processes.size() > 1:
         raise ConfigError("dry_run=true: one process estimates what one process takes; give it without torchrun")
     with uncollected_imports():

@@ -83,11 +83,15 @@ def _trained(training: Mapping[str, Any], samples: int, key: str) -> int:
         raise ConfigError(f"{key}.{error}") from error
 
 
-def check_held(config: RunConfig) -> None:
-    """Raise ConfigError where a training would hold no sequence back, or leave none to train on."""
+def check_held(config: RunConfig, method_key: str) -> None:
+    """Raise ConfigError where a training would hold no sequence back, or leave none to train on.
+
+    Args:
+        method_key: where the method stands in the configuration.
+    """
     if config.quant.name == "fp16" or not config.calib.sequences:
         return
-    for key, training in _trainings(config.method, "method"):
+    for key, training in _trainings(config.method, method_key):
         try:
             training.held_back(config.calib.sequences)
         except ValueError as error:

@@ -104,7 +104,7 @@ def test_runs_from_before_sequences_were_held_back_keep_their_names() -> None:
 def test_a_share_that_holds_nothing_back_or_all_is_refused(words: tuple[str, str], refusal: str) -> None:
     for method, training in (("lsi", "method.training"), ("best", "method.weight_only.start.training")):
         cfg = compose_run(f"method={method}", f"calib.{words[0]}", f"{training}.{words[1]}", f"{training}.keep=held")
-        with pytest.raises(ConfigError, match=refusal) as raised:
+        with pytest.raises(ConfigError, match=rf"^{training}\.{refusal}") as raised:
             prepare(cfg)
         assert "\n" not in str(raised.value)
 
