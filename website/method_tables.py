@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lsiq.cli.compose import compose
+from lsiq.experiment.training_length import TOKENS
 from lsiq.settings import find_target
 from lsiq.tables.papers.layout import BUNDLED
 from lsiq.tables.papers.model_sizes import TEXTS
@@ -82,7 +83,7 @@ def _settings(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, t
     for key, value in node.items():
         if key in ("_target_", "label"):
             continue
-        about = fields[key].description or "" if key in fields else ""
+        about = fields[key].description or "" if key in fields else TOKENS if key == "tokens" else ""
         if isinstance(value, Mapping) and key not in ("then", "start"):
             yield from _settings(value, f"{above}{key}.")
         else:

@@ -182,10 +182,12 @@ def quantize(
         LsiqError: settings that do not fit the model or each other.
     """
     source = model if isinstance(model, FloatModel) else load_model(model)
-    if isinstance(method, Recipe):
-        method = method.method(quant)
+    recipe = method.method(quant, (0, 0)) if isinstance(method, Recipe) else method  # so that it is checked at once
     check_formats(source.model, quant)
     tokens, batch = _calibration_tokens(source, calibration, batch)
+    if isinstance(method, Recipe):
+        recipe = method.method(quant, (0, 0) if tokens is None else (len(tokens), tokens.shape[1]))
+    method = recipe
     quant = _placed(quant, source, method, tokens, batch, seed)
     check_formats(source.model, quant)
     if tokens is None and method.needs and quant.name != "fp16":

@@ -13,6 +13,7 @@ from lsiq.data.settings import CalibSettings
 from lsiq.errors import ConfigError
 from lsiq.experiment.composed import plain_config, recipe_family
 from lsiq.experiment.config import parse
+from lsiq.experiment.training_length import gives_tokens, refuse_both, with_epochs
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.settings import describe_settings
@@ -47,11 +48,14 @@ class Recipe:
     overrides: tuple[str, ...] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
 
-    def method(self, quant: QuantSettings) -> Method | WholeMethod:
+    def method(self, quant: QuantSettings, shape: tuple[int, int] | None = None) -> Method | WholeMethod:
         """Return the method's settings for models quantised to `quant`.
 
+        Args:
+            shape: of the calibration tokens, `(N, T)`, from which epochs follow where `tokens` to train on are given.
+
         Raises:
-            ConfigError: as for `recipe`.
+            ConfigError: as for `recipe`, or tokens are given and no shape.
         """
         cfg = compose(f"method={self.name}", "eval=none", "tracker=none", *self.overrides)
         cfg.quant = {"weight": describe_settings(quant.weight), "activation": describe_settings(quant.activation)}
@@ -59,6 +63,18 @@ class Recipe:
         node = cfg.method if family is None else cfg.method[family]
         for name, value in self.values.items():
             _set(node, self.name, name, value)
+        plain = OmegaConf.to_container(node, resolve=True)
+        if gives_tokens(plain):
+            if shape is None:
+                raise ConfigError(
+                    "tokens: epochs follow from them and the calibration tokens; hand the recipe to lsiq.quantize, or "
+                    "give epochs"
+                )
+            trained = with_epochs(plain, *shape)
+            if family is None:
+                cfg.method = trained
+            else:
+                cfg.method[family] = trained
         return parse(cfg).method
 
 
@@ -73,6 +89,7 @@ def recipe(name: str, *overrides: str, **values: Any) -> Recipe:
         ConfigError: no such method or setting, or a value that it does not allow. Of methods whose recipe depends on
             the number formats, values are checked once these are known.
     """
+    refuse_both([*overrides, *(f"method.training.{key}={value}" for key, value in values.items())])
     compose(f"method={name}", *_ASIDE, *overrides)  # so that a wrong name is said at once
     return Recipe(name, overrides, values)
 

@@ -116,6 +116,11 @@ class CalibSettings:
         """The paths of a mixture, without those that are null."""
         return {name: path for name, path in self.paths.items() if path is not None}
 
+    @property
+    def sequences(self) -> int:
+        """How many sequences a method that trains on them gets."""
+        return (self.samples if self.corpus is not None else 0) + self.written
+
     def shares(self, limit: int | None = None) -> list[Share]:
         """Return what is drawn from each corpus, `limit` sequences in all at most; nothing for corpus=null."""
         if self.corpus is None:

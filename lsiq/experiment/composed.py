@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from lsiq.errors import ConfigError
+from lsiq.experiment.training_length import with_epochs
 
 INTEGERS = "lsiq.formats.activation.Activation"
 FAMILIES = {"weight_only", "weight_activation", "wide_blocks", "narrow_blocks"}
@@ -35,7 +36,7 @@ def named_config(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{error.full_key} has no value; give it as {error.full_key}=…") from error
     assert isinstance(plain, dict)
     plain.pop("from", None)  # says whose settings these are, and is none of them
-    plain["method"] = recipe_for(plain.get("method"), plain.get("quant"))
+    plain["method"] = recipe_for(method_in_epochs(plain), plain.get("quant"))
     model = plain.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         model.update(bundled=None, hub=None, published={})
@@ -45,6 +46,17 @@ def named_config(cfg: DictConfig) -> dict[str, Any]:
     if isinstance(model, dict) and isinstance(count := model.get("outliers"), int) and count > 0:
         model["name"] = f"{model.get('name')}+{count}outliersx{model.get('outlier_strength')}"
     return {str(key): value for key, value in plain.items()}
+
+
+def method_in_epochs(plain: Mapping[Any, Any]) -> Any:
+    """Return the method of a composed configuration, with epochs in place of tokens to train on."""
+    calib = plain.get("calib")
+    calib = calib if isinstance(calib, Mapping) else {}
+    drawn = calib.get("samples") if calib.get("corpus") is not None else 0
+    numbers = [drawn, calib.get("written", 0), calib.get("seqlen")]
+    if all(isinstance(number, int) and number >= 0 for number in numbers):
+        return with_epochs(plain.get("method"), numbers[0] + numbers[1], numbers[2])
+    return with_epochs(plain.get("method"), 0, 0)  # which is refused when calib is checked
 
 
 def listed_parts(node: Any) -> Any:
@@ -63,6 +75,12 @@ def recipe_for(method: Any, quant: Any) -> Any:
     """Return the recipe for this format, where a method's file has one for each family of formats."""
     family = recipe_family(method, quant)
     return method if family is None else method[family]
+
+
+def method_key(cfg: DictConfig, quant: Any) -> str:
+    """Return where the method that is carried out stands in the configuration: `method`, or the recipe of a family."""
+    family = recipe_family(cfg.get("method"), quant)
+    return "method" if family is None else f"method.{family}"
 
 
 def recipe_family(method: Any, quant: Any) -> str | None:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from lsiq.data.settings import CalibSettings
 from lsiq.errors import ConfigError
 from lsiq.evals.settings import EvalSettings
-from lsiq.experiment.composed import named_config, recipe_family
+from lsiq.experiment.composed import method_key, named_config
 from lsiq.experiment.rounded_choices import check_rounding
 from lsiq.export.base import Exporter, refuse_method
 from lsiq.formats.key_value import refuse_padded
@@ -138,10 +138,9 @@ def parse(cfg: DictConfig) -> RunConfig:
     """
     plain = named_config(cfg)
     values: dict[str, Any] = {}
-    family = recipe_family(cfg.get("method"), plain.get("quant"))
-    method_key = "method" if family is None else f"method.{family}"
+    place = method_key(cfg, plain.get("quant"))
     for key, node in plain.items():
-        built = build(node, method_key if key == "method" else key)
+        built = build(node, place if key == "method" else key)
         if key in _PARTS and not isinstance(built, dict):
             raise ConfigError(f"{key}={built}: a group of settings is expected; choose a file of conf/{key}/")
         values[key] = fill(_PARTS[key], built, key) if key in _PARTS else built
@@ -152,4 +151,4 @@ def parse(cfg: DictConfig) -> RunConfig:
     try:
         return fill(RunConfig, values)
     except ConfigError as error:  # of a recipe the keys are those of its family
-        raise ConfigError(str(error).replace("method.", f"{method_key}.")) from error
+        raise ConfigError(str(error).replace("method.", f"{place}.")) from error

@@ -142,7 +142,7 @@ class Estimate:
     def _samples(self) -> int:
         """How many sequences the run calibrates on."""
         calib = self.config.calib
-        samples = (calib.samples if calib.corpus is not None else 0) + calib.written
+        samples = calib.sequences
         if calib.written:
             self.notes.append("the calibration text that the model writes is there; writing it is not estimated")
         return samples if self.config.calibrates else min(samples, SAMPLES_TO_MEASURE)

@@ -31,6 +31,7 @@ BEFORE = (
     ("trained", "auto"),
     ("window", None),
     ("window_epochs", None),
+    ("held", None),
 )
 # Settings of methods that say where a run comes from, or how much room it has.
 NOT_METHOD = ("run", "memory")

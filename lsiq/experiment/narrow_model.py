@@ -121,7 +121,7 @@ class Narrow:
         step = self._line(low.epoch_seconds / 2, high.epoch_seconds / 2)
         trained = 0.0
         for training in trainings:
-            steps = training.epochs * -(-samples // training.batch)
+            steps = training.epochs * training.batches(samples)
             learning = steps * (step[0] * self.grown + step[1] * self._operations() * min(training.batch, samples))
             trained += learning if training.seconds is None else min(learning, training.seconds)
         rests = [cost.seconds - tried * cost.epoch_seconds for cost in (low, high)]

@@ -128,7 +128,9 @@ def shortened(method: Any, most: int = EPOCHS) -> Any:
     if (training := method.training) is not None:
         epochs = min(training.epochs, most)
         late = {"wait": min(training.wait, most - 1)} if hasattr(training, "wait") else {}
-        changes["training"] = replace(training, epochs=epochs, **late)
+        # Of the few sequences that are tried none may be left to hold back.
+        last = {"keep": "last", "held": None} if getattr(training, "keep", None) == "held" else {}
+        changes["training"] = replace(training, epochs=epochs, **late, **last)
     if isinstance(then := getattr(method, "then", None), Method):
         changes["then"] = shortened(then, most)
     return replace(method, **changes) if changes else method

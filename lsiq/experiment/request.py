@@ -9,10 +9,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lsiq.errors import InputError
-from lsiq.experiment.composed import plain_config
+from lsiq.experiment.composed import method_key, plain_config
 from lsiq.experiment.config import RunConfig, parse
 from lsiq.experiment.export_finished import exports_left
 from lsiq.experiment.identity import identify_inputs, run_id
+from lsiq.experiment.training_length import check_held
 from lsiq.methods.finetune import FineTune
 from lsiq.models.folder import find_folder
 from lsiq.models.widths import check_groups
@@ -45,6 +46,7 @@ def prepare(cfg: DictConfig) -> Request:
         LsiqError: a setting or an input cannot be used.
     """
     config, plain = find_parent(parse(cfg)), redacted(plain_config(cfg))
+    check_held(config, method_key(cfg, plain["quant"]))
     if config.model.path is None and config.model.bundled is None:
         check_groups(config.quant, config.model.architecture or {}, config.model.name)  # before anything is fetched
     checkpoint = find_folder(config.model)

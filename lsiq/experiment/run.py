@@ -10,11 +10,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lsiq.errors import ConfigError, LsiqError
-from lsiq.experiment.composed import plain_config
+from lsiq.experiment.composed import method_key, plain_config
 from lsiq.experiment.config import RunConfig, parse
 from lsiq.experiment.export_finished import export_finished
 from lsiq.experiment.input_checks import check_before_torch
 from lsiq.experiment.request import Request, prepare
+from lsiq.experiment.training_length import check_held
 from lsiq.models.gguf_file import weights_from
 from lsiq.report.terminal import show_record
 from lsiq.results.record import Record, command_line, read_record, source_state, versions, write_record
@@ -43,7 +44,9 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Record:
         show_record(record)
         return record
     if cfg.get("dry_run"):
-        return estimate(parse(cfg), plain_config(cfg))
+        config, plain = parse(cfg), plain_config(cfg)
+        check_held(config, method_key(cfg, plain["quant"]))
+        return estimate(config, plain)
     request = prepare(cfg)
     if not processes.first():
         return follow(request)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lsiq.errors import NumericalError
+from lsiq.errors import ConfigError, NumericalError
 from lsiq.learning.batches import BatchFeeder
 from lsiq.learning.look_ahead import LookAheadLoss, look_ahead
 from lsiq.learning.step import Stepper
@@ -38,6 +38,7 @@ class Epoch:
             weights from the parameters and in the gradients back to these.
         gradients: by parameter, the mean gradient norm of the epoch's steps.
         increments: the increments of singular values (corners and bands included) at its end, for trajectories.
+        held: the loss on the sequences held back, at its end; None where there are none.
     """
 
     index: int
@@ -46,11 +47,18 @@ class Epoch:
     weight_seconds: float
     gradients: dict[str, float]
     increments: dict[str, Tensor] = field(default_factory=dict)
+    held: float | None = None
 
 
 @dataclass
 class Trajectory:
-    """Trained parts of one block and how they got there."""
+    """Trained parts of one block and how they got there.
+
+    Attributes:
+        best_epoch: after which the parameters were best; -1: before the first.
+        held: the loss on the sequences held back before the first epoch, where it was least and after the last epoch,
+            and after how many epochs that was; empty where there are none.
+    """
 
     states: list[PartState]
     epochs: list[Epoch]
@@ -60,6 +68,7 @@ class Trajectory:
     retries: int
     best_epoch: int
     kernels: str = "plain"
+    held: Mapping[str, float] = field(default_factory=dict)
 
 
 def learn(
@@ -73,6 +82,7 @@ def learn(
 
     Raises:
         NumericalError: the loss is not finite after all retries; the message names the block and the rates.
+        ConfigError: keep=held would hold no sequence back, or leave none to train on.
     """
     with torch.no_grad():
         start = start_parts(parts, block, quant, context)
@@ -112,6 +122,15 @@ def _power(context: Context) -> Tensor:
     return processes.add(total).float() / context.samples
 
 
+def held_sequences(samples: int, count: int) -> Tensor:
+    """Return which `count` of the sequences are held back: they lie evenly among all.
+
+    They are the same for all blocks, since what enters a block has passed those before it. Which text they are the
+    seed decides that draws it.
+    """
+    return (2 * torch.arange(count) + 1) * samples // (2 * max(count, 1))
+
+
 class _NotFiniteError(Exception):
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -131,13 +150,29 @@ class Attempt:
         self.first_loss = math.inf
         self.device = next(iter(trained.block.weights.values())).device
         self.power = _power(context).clamp(min=1e-12).to(self.device)
+        self._divide()
         self.stepper = None
         if any(state.parameters for state in trained.states):
-            feed = BatchFeeder(
-                context.inputs, window.targets, training.batch, trained.block.dtype, self.device, context.samples
-            )
+            batch = training.batch if self.learned_from is None else min(training.batch, len(self.learned_from))
+            feed = BatchFeeder(context.inputs, window.targets, batch, trained.block.dtype, self.device, context.samples)
             self.stepper = Stepper(self.trained, training, feed, window, self.power, slow)
         self.steps = 0
+
+    def _divide(self) -> None:
+        """Say which sequences are trained on (None: all), and on which of this process the best epoch is chosen."""
+        assert self.context.inputs is not None
+        samples = self.context.samples
+        try:
+            count = self.training.held_back(samples)
+        except ValueError as error:
+            raise ConfigError(f"method.training.{error}") from error
+        self.learned_from, self.judging, self.judges = None, torch.arange(len(self.context.inputs)), samples
+        if count:
+            held, own = held_sequences(samples, count), processes.share(samples)
+            trained = torch.ones(samples, dtype=torch.bool)
+            trained[held] = False
+            self.learned_from, self.judges = trained.nonzero().flatten(), count
+            self.judging = held[(held >= own.start) & (held < own.stop)] - own.start
 
     def run(self, epochs: list[Epoch], retry: int) -> Trajectory:
         """Train the epochs that `epochs` does not hold yet, adding to it."""
@@ -145,7 +180,8 @@ class Attempt:
         spent, spent_on_weights = (epochs[-1].seconds, epochs[-1].weight_seconds) if epochs else (0.0, 0.0)
         start = time.perf_counter() - spent
         self.good_epochs = self.first_epoch = len(epochs)
-        best, best_epoch = (self._loss_of_stream(), self.trained.snapshot()), -1
+        best, best_epoch = (self._loss_to_choose_by(), self.trained.snapshot()), len(epochs) - 1
+        held = {} if self.learned_from is None else {"held_start": best[0], "held_last": best[0]}
         total = self.training.steps(self.context.samples)
         self.steps = total // max(self.training.epochs, 1) * len(epochs)
         for index in range(len(epochs), self.training.epochs if self.stepper is not None else 0):
@@ -161,18 +197,27 @@ class Attempt:
             weight_seconds = spent_on_weights + self.stepper.weight_path.seconds()
             epochs.append(Epoch(index, loss, elapsed, weight_seconds, gradients, self._increments()))
             self.context.log({"learn/epoch": index, "learn/loss": loss, "learn/block": self.trained.block.index})
-            if self._keeps_best and (stream_loss := self._loss_of_stream()) < best[0]:
-                best, best_epoch = (stream_loss, self.trained.snapshot()), index
+            if self._chooses:
+                chosen_by = self._loss_to_choose_by()
+                if held:
+                    epochs[-1].held = held["held_last"] = chosen_by
+                    self.context.log({"learn/held": chosen_by})
+                if chosen_by < best[0]:
+                    best, best_epoch = (chosen_by, self.trained.snapshot()), index
             if self.training.seconds is not None and processes.from_first(elapsed) > self.training.seconds:
                 break
-        final = best[1] if self._keeps_best else self.trained.snapshot()
+        if held:
+            held |= {"held_least": best[0], "kept_epochs": float(best_epoch + 1)}
+        final = best[1] if self._chooses else self.trained.snapshot()
         seconds = time.perf_counter() - start
         weight_seconds = epochs[-1].weight_seconds if epochs else 0.0
-        return Trajectory(final, epochs, self.steps, seconds, weight_seconds, retry, best_epoch, self.trained.path)
+        path = self.trained.path
+        return Trajectory(final, epochs, self.steps, seconds, weight_seconds, retry, best_epoch, path, held)
 
     @property
-    def _keeps_best(self) -> bool:
-        return self.training.keep == "best"
+    def _chooses(self) -> bool:
+        """Whether the best of all epochs is kept."""
+        return self.training.keep != "last"
 
     def _remember(self, before: list[PartState], loss: float, index: int) -> None:
         """Keep the state before an epoch as the one to go back to, if its own loss had not run away by then."""
@@ -182,7 +227,10 @@ class Attempt:
 
     def _epoch(self, stepper: Stepper, total: int) -> tuple[Tensor, dict[str, float]]:
         """Take one pass over the stream; return the steps' losses and the parameters' mean gradient norms."""
-        order = torch.randperm(self.context.samples, generator=self.context.generator)
+        learned_from = self.learned_from
+        count = self.context.samples if learned_from is None else len(learned_from)
+        order = torch.randperm(count, generator=self.context.generator)
+        order = order if learned_from is None else learned_from[order]
         batches = order.to(stepper.feed.place).split(self.training.batch)
         for samples in batches:
             stepper.step(samples, self.steps / total)
@@ -191,18 +239,22 @@ class Attempt:
         return stepper.read(len(batches))
 
     @torch.no_grad()
-    def _loss_of_stream(self) -> float:
-        """The loss over the whole stream at the present parameters, in order; infinite where nobody asks for it."""
-        if not self._keeps_best:
+    def _loss_to_choose_by(self) -> float:
+        """The loss at the present parameters over the whole stream, or over what of it is held back, in order.
+
+        Infinite where nobody asks for it.
+        """
+        if not self._chooses:
             return math.inf
         function = self.trained.function()
         total = torch.zeros((), device=self.device)
         assert self.context.inputs is not None
         streams = [self.context.inputs, *self.window.targets]
-        for x, *targets in zip(*(stream.split(self.context.batch) for stream in streams), strict=True):
-            out = function(x.to(self.device, self.trained.block.dtype))
-            total += self.window.loss(out, [target.to(self.device) for target in targets], self.power) * len(x)
-        return (processes.add(total) / self.context.samples).item()
+        for rows in self.judging.split(self.context.batch) if len(self.judging) else ():
+            x, *targets = (stream[rows.to(stream.device)].to(self.device) for stream in streams)
+            out = function(x.to(self.trained.block.dtype))
+            total += self.window.loss(out, targets, self.power) * len(x)
+        return (processes.add(total) / self.judges).item()
 
     def _choose_trained(self, epoch: int) -> None:
         """In a staged schedule the parts named late stand still for the first epochs."""

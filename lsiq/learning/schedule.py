@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from lsiq.models.block import Block
 
 
+# The share of the sequences that keep=held holds back where nobody says how many.
+HELD = 0.125
+
+
 @settings
 class TrainingSchedule:
     """How long and how fast something is trained."""
@@ -31,9 +35,22 @@ class TrainingSchedule:
     )
     graphs: bool = Field(True, description="true records a step on a GPU as a CUDA graph and replays it")
 
+    def held_back(self, samples: int) -> int:
+        """Return how many of the sequences are never trained on.
+
+        Raises:
+            ValueError: there would be none of them, or none to train on.
+        """
+        del samples
+        return 0
+
+    def batches(self, samples: int) -> int:
+        """Optimizer steps in one epoch."""
+        return math.ceil((samples - self.held_back(samples)) / self.batch)
+
     def steps(self, samples: int) -> int:
         """Optimizer steps per block."""
-        return max(1, self.epochs * math.ceil(samples / self.batch))
+        return max(1, self.epochs * self.batches(samples))
 
     def rate_factor(self, progress: float) -> float:
         """What the learning rates are multiplied by when `progress` (0 … 1) of the steps are behind."""
@@ -103,8 +120,12 @@ class Training(TrainingSchedule):
         LookAhead(blocks=0, weights=None, later="float"), description="how far the loss looks past the block"
     )
     aug_loss: bool = Field(False, description="true adds the loss against the float block on the quantised stream")
-    keep: Literal["last", "best"] = Field(
-        description="last iterate, or best by calibration loss after an epoch, start included"
+    keep: Literal["last", "best", "held"] = Field(
+        description="last iterate, or the best after an epoch, start included: best by calibration loss, held by the "
+        "loss on sequences that are never trained on"
+    )
+    held: float | None = Field(
+        None, gt=0, lt=1, description="share of the sequences that keep=held holds back; null: an eighth"
     )
     retries: int = Field(3, ge=0, description="tries at half the rates after a loss that is not finite")
     seconds: float | None = Field(
@@ -119,9 +140,31 @@ class Training(TrainingSchedule):
     def __post_init__(self) -> None:
         if self.precision == "tf32":
             raise ValueError("precision=tf32: is for fine-tuning through the whole model; use float32 or bfloat16")
+        if self.held is not None and self.keep != "held":
+            raise ValueError(f"held={self.held}: keep={self.keep} holds no sequences back; set keep=held or held=null")
         if self.schedule == "joint" and self.wait:
             raise ValueError(f"wait={self.wait}: nothing waits in a joint schedule; set schedule=staged or wait=0")
         if self.schedule == "staged" and not 0 < self.wait < max(self.epochs, 1):
             raise ValueError(
                 f"wait={self.wait}: a staged schedule needs 1 to epochs-1={self.epochs - 1} epochs to wait"
             )
+
+    def held_back(self, samples: int) -> int:
+        if self.keep != "held":
+            return 0
+        return held_count(samples, self.held)
+
+
+def held_count(samples: int, share: float | None) -> int:
+    """Return how many of the sequences keep=held holds back: the share, or an eighth, to the nearest whole number.
+
+    Raises:
+        ValueError: there would be none of them, or none to train on.
+    """
+    share = HELD if share is None else share
+    count = round(share * samples)
+    if count < 1:
+        raise ValueError(f"held={share}: is less than one of {samples} sequences; raise it or calib.samples")
+    if count >= samples:
+        raise ValueError(f"held={share}: leaves none of {samples} sequences to train on; lower it")
+    return count

@@ -149,7 +149,7 @@ def measured(learned: Trajectory) -> dict[str, float]:
             # The median: the first epoch also pays for what is set up once.
             "epoch_seconds": statistics.median(end - begin for begin, end in itertools.pairwise(ends)),
         }
-    return metrics
+    return {**metrics, **learned.held}
 
 
 def refuse_rounded_ahead(then: Method) -> None:

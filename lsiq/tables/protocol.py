@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lsiq.experiment.composed import listed_parts, recipe_for
+from lsiq.experiment.composed import listed_parts, method_in_epochs, recipe_for
 from lsiq.report.compact import Run, part_name, without_nulls
 from lsiq.runtime.hydra_entry import version_base
 
@@ -133,7 +133,8 @@ def composed(overrides: tuple[str, ...]) -> Mapping[str, Any] | None:
             config = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
     except (ConfigCompositionException, MissingConfigException):
         return None
-    return without_nulls(listed_parts(config))
+    assert isinstance(config, dict)
+    return without_nulls(listed_parts({**config, "method": method_in_epochs(config)}))
 
 
 def _same_precision(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:

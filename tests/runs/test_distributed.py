@@ -36,6 +36,7 @@ METHODS = {
     "duquant": ["quant=w8a8", "method.steps=8"],
     "l2qer": ["method.rank=8"],
     "omniquant": ["method.training.epochs=1", "method.training.ahead.blocks=1", "method.training.keep=best", FLOAT32],
+    "lwc": ["method.training.epochs=2", "method.training.keep=held", FLOAT32],  # one process holds back nothing
     "lsi-corner": ["method.training.epochs=2", "method.training.batch=3", FLOAT32],
     "best": [
         *(f"method.weight_only.{at}training.epochs=1" for at in ("start.", "")),
@@ -45,8 +46,8 @@ METHODS = {
 QUICK = ("gptq", "lsi-corner")  # start of two processes takes as long as all of them
 # Measured: 0 for what gathers statistics; 2.8e-8 for omniquant, 4.6e-7 for best. In lsi a weight half way between two
 # codes takes the other one, and what is learned after that differs: 1.1e-2 of the weights, 1.8e-3 of the perplexity.
-WEIGHTS = {"omniquant": 1e-6, "best": 5e-6, "lsi-corner": 0.03}
-PERPLEXITY = {"omniquant": 1e-6, "best": 1e-6, "lsi-corner": 5e-3}
+WEIGHTS = {"omniquant": 1e-6, "lwc": 1e-6, "best": 5e-6, "lsi-corner": 0.03}
+PERPLEXITY = {"omniquant": 1e-6, "lwc": 1e-6, "best": 1e-6, "lsi-corner": 5e-3}
 
 
 def overrides(method: str, model: Path, text: Path, runs: Path) -> list[str]:

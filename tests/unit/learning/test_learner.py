@@ -10,11 +10,13 @@ import torch
 from helpers.configuration import compose_run
 from helpers.learned import PARTS, W2, W4A4, fresh, schedule_of, setting
 
-from lsiq.errors import InputError, NumericalError
+from lsiq.errors import ConfigError, InputError, NumericalError
 from lsiq.experiment.config import parse
-from lsiq.learning.learner import learn
+from lsiq.learning.batches import BatchFeeder
+from lsiq.learning.learner import Attempt, held_sequences, learn
 from lsiq.parts.base import PartState
 from lsiq.parts.clip import Clip
+from lsiq.parts.dense import Dense
 from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.singular import Singular
 
@@ -67,6 +69,81 @@ def test_best_is_never_worse_than_the_start(checkpoint: Path) -> None:
     learned = learn(wild, schedule_of(epochs=2, batch=4, keep="best"), block, W2, context)
     assert learned.best_epoch == -1
     assert all(p.abs().max() == 0 for p in learned.states[0].parameters.values())
+
+
+def test_sequences_held_back_are_in_no_batch(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, context = setting(checkpoint, samples=16)
+    seen: list[int] = []
+    load = BatchFeeder.load
+
+    def noting(self: BatchFeeder, samples: torch.Tensor) -> tuple[int, float]:
+        seen.extend(samples.tolist())
+        return load(self, samples)
+
+    monkeypatch.setattr(BatchFeeder, "load", noting)
+    learned = learn((Clip(lr=1e-2),), schedule_of(epochs=3, batch=4, keep="held", held=0.25), block, W2, context)
+    held = held_sequences(16, 4).tolist()
+    assert held == [2, 6, 10, 14]
+    assert sorted(seen) == sorted(3 * [index for index in range(16) if index not in held])
+    assert learned.steps == 3 * 3
+    assert len(learned.epochs) == 3
+
+
+def test_what_is_held_back_moves_no_parameter(checkpoint: Path) -> None:
+    block, context = setting(checkpoint, samples=16)
+    assert context.inputs is not None
+    training = schedule_of(epochs=2, batch=4, keep="held")
+    noisy = context.inputs.clone()
+    noisy[held_sequences(16, 2)] += 0.3
+    one, other = (
+        learn((Clip(lr=1e-2),), training, block, W2, replace(context, inputs=inputs, generator=fresh()))
+        for inputs in (context.inputs, noisy)
+    )
+    assert [epoch.loss for epoch in one.epochs] == [epoch.loss for epoch in other.epochs]
+    assert [epoch.held for epoch in one.epochs] != [epoch.held for epoch in other.epochs]
+
+
+def test_the_epoch_kept_is_that_of_the_least_loss_on_what_is_held_back(checkpoint: Path) -> None:
+    """Of the sequences held back the targets are as they are; of the others they are those of other weights."""
+    block, context = setting(checkpoint, samples=16)
+    assert context.targets is not None
+    wrong = 3 * context.targets
+    held = held_sequences(16, 4)
+    wrong[held] = context.targets[held]
+    context = replace(context, targets=wrong)
+    parts = (Dense(lr=1e-2),)
+    training = schedule_of(epochs=6, batch=4, keep="held", held=0.25)
+    learned = learn(parts, training, block, W2, context)
+    losses = [epoch.held for epoch in learned.epochs]
+    everything = [learned.held["held_start"], *losses]
+    assert everything.index(min(everything)) == learned.best_epoch + 1 == learned.held["kept_epochs"] < 6
+    assert learned.held["held_least"] == min(everything)
+    assert learned.held["held_last"] == losses[-1]
+    assert learned.epochs[-1].loss < learned.epochs[0].loss  # training itself went on
+    shorter = schedule_of(epochs=learned.best_epoch + 1, batch=4, keep="held", held=0.25)
+    again = learn(parts, shorter, block, W2, replace(context, generator=fresh()))
+    assert all(torch.equal(p, again.states[0].parameters[n]) for n, p in learned.states[0].parameters.items())
+
+
+def test_held_is_last_where_the_last_epoch_is_best(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, context = setting(checkpoint, samples=16)
+    held = learn((Clip(lr=1e-2),), schedule_of(epochs=4, batch=4, keep="held"), block, W2, context)
+    assert held.best_epoch == 3
+    monkeypatch.setattr(Attempt, "_chooses", False)
+    last = learn(
+        (Clip(lr=1e-2),),
+        schedule_of(epochs=4, batch=4, keep="held"),
+        block,
+        W2,
+        replace(context, generator=fresh()),
+    )
+    assert all(torch.equal(p, last.states[0].parameters[name]) for name, p in held.states[0].parameters.items())
+
+
+def test_too_few_sequences_to_hold_any_back_are_refused(checkpoint: Path) -> None:
+    block, context = setting(checkpoint, samples=3)
+    with pytest.raises(ConfigError, match=r"method\.training\.held=0\.125: is less than one of 3 sequences"):
+        learn((Clip(lr=1e-2),), schedule_of(keep="held"), block, W2, context)
 
 
 def test_a_staged_schedule_lets_late_parts_wait(checkpoint: Path) -> None:
