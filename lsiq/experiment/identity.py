@@ -79,7 +79,7 @@ def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, An
     if isinstance(activation := settings.get("activation"), Mapping):  # ranges were kept whole
         settings["activation"] = {key: value for key, value in activation.items() if (key, value) != ("clip", 1)}
     if "kv" in settings:  # caches had no fixed scale, and nothing was clipped
-        before = [("scale", None), ("clip", None)]
+        before: list[tuple[str, Any]] = [("scale", None), ("clip", None)]
         if config.quant.kv.bits is not None:  # else all of a range stands against a share in `activation`
             before.append(("clip", 1))
         settings["kv"] = {key: value for key, value in settings["kv"].items() if (key, value) not in before}

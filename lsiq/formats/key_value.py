@@ -119,13 +119,13 @@ class KeyValue:
         """
         if self.clip is None or self.bits is not None:
             return self
-        rounds = isinstance(activation, Activation) and activation.active and activation.attention
-        if not rounds or activation.per != "token":
-            raise ValueError(
-                f"kv.clip={self.clip:g}: quant.activation rounds keys and values to no integers per token; set "
-                "quant.kv.bits=4 or another, or quant.kv.clip=null"
-            )
-        return replace(self, bits=activation.bits, symmetric=activation.symmetric)
+        rounds = activation.active and activation.attention
+        if rounds and isinstance(activation, Activation) and activation.per == "token":
+            return replace(self, bits=activation.bits, symmetric=activation.symmetric)
+        raise ValueError(
+            f"kv.clip={self.clip:g}: quant.activation rounds keys and values to no integers per token; set "
+            "quant.kv.bits=4 or another, or quant.kv.clip=null"
+        )
 
     @property
     def rounds(self) -> bool:
