@@ -78,8 +78,13 @@ def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, An
     if not config.quant.allocate.active:
         ignored.add("allocate")
     settings = {key: value for key, value in quant.items() if key not in ignored}
-    if "kv" in settings:  # caches had no fixed scale
-        settings["kv"] = {key: value for key, value in settings["kv"].items() if (key, value) != ("scale", None)}
+    if isinstance(activation := settings.get("activation"), Mapping):  # ranges were kept whole
+        settings["activation"] = {key: value for key, value in activation.items() if (key, value) != ("clip", 1)}
+    if "kv" in settings:  # caches had no fixed scale, and nothing was clipped
+        whole: list[tuple[str, Any]] = [("scale", None), ("clip", None)]
+        if config.quant.kv.bits is not None:  # else all of a range stands against a share in `activation`
+            whole.append(("clip", 1))
+        settings["kv"] = {key: value for key, value in settings["kv"].items() if (key, value) not in whole}
     if "allocate" in settings:  # what came later stands for what was done before
         before = {"rounds": 0, "rounding": "nearest"}
         allocate = settings["allocate"].items()

@@ -97,6 +97,11 @@ class CompressedTensors(Destination):
                 "export=compressed-tensors: its loaders round symmetric activations with another step and a whole "
                 "tensor over another batch; quantise with quant.activation.per=token quant.activation.symmetric=false"
             )
+        if activation.clip < 1:
+            raise ValueError(
+                f"quant.activation.clip={activation.clip:g}: loaders of export=compressed-tensors take each token's "
+                "full range; quantise with quant.activation.clip=1"
+            )
 
     def check_model(self, source: Source) -> None:
         from lsiq.models.outside import is_tied

@@ -48,9 +48,12 @@ class KeyValue:
     `calibrated` is one for keys and one for values in each block, under which the largest of the calibration tokens is
     the largest number: see `lsiq.calib.cache_range`.
 
-    With neither `bits` nor `format` keys and values are rounded as queries are, as `quant.activation` says.
+    With neither `bits` nor `format` keys and values are rounded as queries are, as `quant.activation` says. `clip` is
+    the share of each range that is kept, as there; given alone, it stands in place of that of `quant.activation`, and
+    all else is as that says.
 
-    Source: KIVI (arXiv 2402.02750, section 3) for keys per channel and the float residual.
+    Source: KIVI (arXiv 2402.02750, section 3) for keys per channel and the float residual; QuaRot (arXiv 2404.00456,
+    section 5, `k_clip_ratio` and `v_clip_ratio` in its code) for `clip`.
     Deviation: values per channel too where `per=channel`; KIVI keeps them per token. No other tokens stay in float.
     """
 
@@ -67,6 +70,13 @@ class KeyValue:
     symmetric: bool = Field(False, description="true or false")
     scale: Annotated[Literal["calibrated"] | float | None, BeforeValidator(_checked)] = Field(
         None, description="a fixed scale of FP8 numbers (format=fp8), a number above 0 or calibrated; or null"
+    )
+    clip: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of each range that is kept, 1 clips nothing; or null: all, or as quant.activation where "
+        "bits is null too",
     )
 
     def __post_init__(self) -> None:
@@ -88,11 +98,40 @@ class KeyValue:
             raise ValueError(f"format={self.format}: leaves activations in float; name another file, or use bits")
         if self.scale is not None and self.fixed is None:
             raise ValueError(f"scale={self._scale}: only FP8 numbers have a fixed scale; use format=fp8, or scale=null")
+        if self.clip is not None:
+            self._check_clip(f"clip={self.clip:g}")
+
+    def _check_clip(self, said: str) -> None:
+        if self.format is not None:
+            raise ValueError(f"{said}: format={self.format} says its own ranges; use bits, or clip=null")
+        if self.bits == 16:
+            raise ValueError(f"{said}: bits=16 leaves keys and values in float; use 2 to 8 bits, or clip=null")
+        if self.bits is None and (self.per == "channel" or self.group is not None or self.symmetric):
+            raise ValueError(
+                f"{said}: without bits all else is as quant.activation says; set bits=4 or another beside per, group "
+                "and symmetric, or leave these out"
+            )
 
     @property
     def active(self) -> bool:
-        """Whether keys and values have a format of their own, be it float."""
-        return self.bits is not None or self.format is not None
+        """Whether keys and values have a format of their own, be it float or another share of their ranges."""
+        return self.bits is not None or self.format is not None or self.clip is not None
+
+    def beside(self, activation: ActivationFormat) -> KeyValue:
+        """Return the format beside one of activations, whose bits it takes where it says `clip` alone.
+
+        Raises:
+            ValueError: keys and values are not rounded to integers per token there.
+        """
+        if self.clip is None or self.bits is not None:
+            return self
+        rounds = activation.active and activation.attention
+        if rounds and isinstance(activation, Activation) and activation.per == "token":
+            return replace(self, bits=activation.bits, symmetric=activation.symmetric)
+        raise ValueError(
+            f"kv.clip={self.clip:g}: quant.activation rounds keys and values to no integers per token; set "
+            "quant.kv.bits=4 or another, or quant.kv.clip=null"
+        )
 
     @property
     def rounds(self) -> bool:
@@ -127,8 +166,11 @@ class KeyValue:
         if self.format is not None:
             scale = "" if self.scale is None else "-calibrated" if self.calibrated else f"s{self._scale}"
             return f"-kv-{self.format}{scale}"
+        if self.bits is None:
+            return f"-kv-clip{self.clip:g}"
         shared = "" if self.group is None else f"{'t' if self.per == 'channel' else 'g'}{self.group}"
-        return f"-kv{self.bits}{shared}{'-sym' if self.symmetric else ''}"
+        clip = "" if self.clip in (None, 1) else f"-clip{self.clip:g}"
+        return f"-kv{self.bits}{shared}{'-sym' if self.symmetric else ''}{clip}"
 
     @property
     def words(self) -> str:
@@ -140,9 +182,12 @@ class KeyValue:
             return f"{number} under a fixed scale of {self._scale}"
         if self.format is not None:
             return self.named.words
+        if self.bits is None:
+            return f"as activations, {self.clip:g} of each range kept"
         shared = {"token": "channels of a head", "channel": "tokens of a channel"}[self.per]
         count = "all" if self.group is None else f"{self.group}"
-        return f"{self.bits} bits, {'' if self.symmetric else 'a'}symmetric, a range for {count} {shared}"
+        kept = "" if self.clip in (None, 1) else f", {self.clip:g} of it kept"
+        return f"{self.bits} bits, {'' if self.symmetric else 'a'}symmetric, a range for {count} {shared}{kept}"
 
     def check(self, head_dim: int) -> None:
         """Raise ConfigError unless groups of channels divide a head's."""
@@ -187,7 +232,7 @@ class KeyValue:
 
     def _rounded(self, x: Tensor, dim: int) -> Tensor:
         assert self.bits is not None
-        return rounded(x, (dim,), self.bits, self.symmetric)
+        return rounded(x, (dim,), self.bits, self.symmetric, 1.0 if self.clip is None else self.clip)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class QuantSettings:
     )
     kv: KeyValue = Field(
         default_factory=lambda: fill(KeyValue, {}),
-        description="the format of keys and values in the cache: bits, per, group",
+        description="the format of keys and values in the cache: bits, per, group, clip",
     )
     rules: list[Rule] = Field(
         [], description="a list of rules, {match: name of linears, blocks: numbers or null, format: name}"
@@ -41,6 +41,7 @@ class QuantSettings:
                 f"weight.bits=16: float weights with activations of {self.activation.bits} bits are no setting here; "
                 "use quant.weight.bits=8 or less, or quant=fp16"
             )
+        self.kv.beside(self.activation)
         if self.plan is not None and self.allocate.active:
             raise ValueError(f"plan={self.plan}: the formats are chosen already; leave plan or allocate out")
 
@@ -78,7 +79,7 @@ class QuantSettings:
     @property
     def running(self) -> ActivationFormat:
         """What is rounded while a block runs: activations, and what is kept of keys and values."""
-        return Running(self.activation, self.kv) if self.kv.active else self.activation
+        return Running(self.activation, self.kv.beside(self.activation)) if self.kv.active else self.activation
 
     @property
     def mixed(self) -> bool:

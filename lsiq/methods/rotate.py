@@ -51,8 +51,9 @@ class Rotate(Wrapper):
     format's, MR-GPTQ (arXiv 2509.23202).
     Deviation: QuaRot's output rotation is across heads only; here `output` mixes all channels. Widths without a known
     Hadamard matrix get a random rotation for their odd factor. `norm` is for models whose stream cannot be rotated.
-    Nothing is clipped; QuaRot takes 0.9 of the range of activations and 0.95 of that of keys and values, and searches
-    clips of the weights.
+    QuaRot takes 0.9 of the range of activations, which are symmetric there, and 0.95 of that of keys and values; here
+    the format says so (`quant.activation.clip=0.9`, `quant.kv.clip=0.95`, 1 by default). It searches clips of the
+    weights, which `then` may do.
     """
 
     places: list[Place] = Field(

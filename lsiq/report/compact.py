@@ -102,6 +102,8 @@ def compact(record: Record, folder: Path | None = None) -> Run:
     model, setting, method, *_ = record.run_id.rsplit("_", 4)
     groups = {group: {key: record.config[group].get(key) for key in keys} for group, keys in _KEPT.items()}
     groups["eval"]["tf32"] = record.config["eval"].get("tf32") or None
+    if groups["quant"]["activation"].get("clip") == 1:  # runs of before had no such setting
+        groups["quant"]["activation"] = {**groups["quant"]["activation"], "clip": None}
     config = without_nulls({**groups, "method": _with_precision(record.config["method"], record.training_precision)})
     metrics = {
         key: float(f"{value:.6g}")

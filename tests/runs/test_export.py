@@ -364,6 +364,16 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         ["export=compressed-tensors", *W8A8, "quant.activation.per=tensor"],
         r"quant\.activation\.per=token",
     ),
+    "clipped-activations": (
+        "llama",
+        ["export=compressed-tensors", *W8A8, "quant.activation.clip=0.9"],
+        r"quant\.activation\.clip=0\.9: loaders of .* quantise with quant\.activation\.clip=1",
+    ),
+    "clipped-cache": (
+        "llama",
+        ["export=compressed-tensors", "quant.kv.bits=8", "quant.kv.clip=0.9"],
+        r"kv8-clip0\.9, whose ranges no loader finds",
+    ),
     "float": ("llama", ["export=plain", "quant=fp16"], r"quantises none; choose another quant"),
 }
 

@@ -39,8 +39,9 @@ class DuQuant(Wrapper):
     Source: DuQuant (arXiv 2406.01721, section 3.2 and 3.3).
     Deviation: the search sees, of each channel, the token at which it is largest, not all tokens. A width that `block`
     does not divide takes the largest divisor below it. The random matrix of a step is shared by all blocks, and made
-    of one for the whole search by shuffling its rows and their signs. Nothing is clipped; the paper's code clips
-    activations to 0.9 of their range and weights to 0.8 of theirs (`--lac 0.9 --swc 0.8`).
+    of one for the whole search by shuffling its rows and their signs. The paper's code clips
+    activations to 0.9 of their range and weights to 0.8 of theirs (`--lac 0.9 --swc 0.8`); here the format says the
+    former (`quant.activation.clip=0.9`, 1 by default), and the latter is left out.
     """
 
     block: int = Field(128, ge=2, description="channels rotated together: the largest divisor of a width up to this")

@@ -200,6 +200,22 @@ def test_runs_of_gptq_from_before_its_kernels_keep_their_names(overrides: list[s
     assert run_id(parse(cfg), plain, {}) != name
 
 
+def test_runs_from_before_ranges_were_clipped_keep_their_names() -> None:
+    def name(*overrides: str, before: bool = False) -> str:
+        cfg = compose_run("quant=w4a4", *overrides)
+        plain = plain_config(cfg)
+        if before:
+            del plain["quant"]["activation"]["clip"], plain["quant"]["kv"]["clip"]
+        return run_id(parse(cfg), plain, {})
+
+    base, cached = name(), name("quant.kv.bits=4")
+    assert name(before=True) == name("quant.activation.clip=1") == base
+    assert name("quant.kv.bits=4", before=True) == name("quant.kv.bits=4", "quant.kv.clip=1") == cached
+    others = [["quant.activation.clip=0.9"], ["quant.kv.clip=0.9"], ["quant.activation.clip=0.9", "quant.kv.clip=1"]]
+    others += [["quant.kv.bits=4", "quant.kv.clip=0.9"]]
+    assert len({base, cached, *(name(*other) for other in others)}) == 6
+
+
 def test_the_kernels_of_learned_methods_are_part_of_the_name_as_ever() -> None:
     cfg = compose_run("method=lsi")
     plain = plain_config(cfg)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from helpers.configuration import compose_run
 from helpers.models import load_small
 from torch import Tensor
 
-from lsiq.formats.activation import Activation
+from lsiq.errors import ConfigError
+from lsiq.experiment.config import parse
+from lsiq.formats.activation import Activation, rounded
 from lsiq.models.attention import _attend_step_by_step
 from lsiq.models.block import Block
 
@@ -40,6 +44,76 @@ def test_per_tensor_has_one_range_and_loses_quiet_tokens() -> None:
     x = torch.tensor([[100.0, -100.0], [0.01, -0.01]])
     assert Activation(bits=4, per="tensor").fake(x)[1].abs().max() == 0
     assert Activation(bits=4, per="token").fake(x)[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("per", ["token", "tensor"])
+@pytest.mark.parametrize("clip", [0.9, 0.5])
+def test_a_clipped_range_is_the_share_of_both_its_ends(clip: float, per: Literal["token", "tensor"]) -> None:
+    """Against QuaRot's formula: both ends times the ratio, zero included, then scale and zero point."""
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 1, -1, 5, -5])[:, None]
+    dims = (-1,) if per == "token" else (0, 1, 2)
+    low, high = x.amin(dims, keepdim=True).clamp(max=0) * clip, x.amax(dims, keepdim=True).clamp(min=0) * clip
+    step = (high - low) / 15
+    zero = (-low / step).round()
+    expected = ((x / step).round() + zero).clamp(0, 15).sub(zero) * step
+    assert torch.equal(Activation(bits=4, clip=clip, per=per).fake(x), expected)
+    step = torch.maximum(-low, high) / 7
+    expected = (x / step).round().clamp(-8, 7) * step
+    assert torch.equal(Activation(bits=4, clip=clip, per=per, symmetric=True).fake(x), expected)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_all_of_a_range_is_what_there_was_before_clipping(symmetric: bool) -> None:
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Activation(bits=4, symmetric=symmetric, clip=1).fake(x), rounded(x, (-1,), 4, symmetric))
+
+
+def test_clipped_values_pass_no_gradient_but_through_the_scale() -> None:
+    token = torch.tensor([[-2.0, -0.5, 0.25, 1.8, 1.9, 3.0]], requires_grad=True)
+    upstream = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
+    Activation(bits=4, clip=0.5).fake(token).backward(upstream)
+    low, high = -1.0, 1.5  # the share that is kept; 1.8 and what lies beyond are clipped
+    step, inside = (high - low) / 15, torch.tensor([[False, True, True, False, False, False]])
+    codes, zero = (token.detach() / step).round(), round(-low / step)
+    clamped = (codes + zero).clamp(0, 15) - zero
+    # d(scale · code) / d(scale), with the codes of kept values following scale and value straight through, and the zero
+    # point, low / scale, doing so where a value is clipped.
+    of_zero = torch.where(inside, 0.0, 1.0)
+    to_step = (upstream * (clamped - torch.where(inside, token.detach() / step, 0.0))).sum()
+    to_step = to_step + (upstream * of_zero * (-1) * (low / step)).sum()
+    to_low = (upstream * of_zero).sum() - to_step / 15
+    to_high = to_step / 15
+    expected = torch.where(inside, upstream, 0.0)
+    expected[0, 0] += 0.5 * to_low
+    expected[0, 5] += 0.5 * to_high
+    assert token.grad is not None
+    assert relative_error(token.grad, expected) < 1e-6
+    assert (token.grad[0, 3:5] == 0).all()
+
+
+def test_names_and_words_say_what_is_clipped() -> None:
+    assert Activation(bits=4).suffix == ""
+    assert Activation(bits=4, clip=0.9).suffix == "clip0.9"
+    assert Activation(bits=4, clip=0.9).words.endswith("ranges found while it runs, 0.9 of each kept")
+    for override, name in (("0.9", "w4a4-aclip0.9"), ("1", "w4a4")):
+        assert parse(compose_run("quant=w4a4", f"quant.activation.clip={override}")).quant.name == name
+    mixed = parse(compose_run("quant=w4a4", "quant.activation.clip=0.9", "quant.allocate.bits=3", "method=gptq"))
+    assert mixed.quant.name == "mixed3a4-aclip0.9"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["quant=w4a4", "quant.activation.clip=0"], r"quant.activation.clip=0: .*greater than 0; expected: share of"),
+        (["quant=w4a4", "quant.activation.clip=1.1"], r"clip=1.1: .*less than or equal to 1; expected: share of each"),
+        (["quant=w4a4", "quant.activation.clip=null"], "quant.activation.clip=null: .*expected: share of each range"),
+        (["quant=w4a16", "quant.activation.clip=0.9"], "quant.activation.clip=0.9: float activations have no range"),
+    ],
+)
+def test_shares_that_mean_nothing_are_one_line(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        parse(compose_run(*overrides))
+    assert "\n" not in str(caught.value)
 
 
 def test_dead_tokens_stay_zero_and_gradients_pass() -> None:

@@ -93,6 +93,33 @@ def test_a_cache_of_a_prefix_stays_in_float_before_groups_of_tokens() -> None:
     assert torch.allclose(found[:, -1], (scores.softmax(-1) @ kept[1])[:, :, 0], atol=1e-6)
 
 
+def test_keys_and_values_are_clipped_to_a_share_of_their_own_ranges() -> None:
+    x = torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(KeyValue(bits=4, clip=0.95).fake(x), Activation(bits=4, clip=0.95).fake(x))
+    assert torch.equal(KeyValue(bits=4, clip=1).fake(x), KeyValue(bits=4).fake(x))
+    turned = KeyValue(bits=4, per="channel", group=8, clip=0.95).fake(x)
+    assert torch.equal(turned, Activation(bits=4, clip=0.95).fake(x.mT).mT)
+    assert KeyValue(bits=4, group=4, clip=0.95).suffix == "-kv4g4-clip0.95"
+    assert KeyValue(bits=4, clip=1).suffix == "-kv4"
+    assert KeyValue(bits=4, clip=0.95).words.endswith("a range for all channels of a head, 0.95 of it kept")
+
+
+def test_a_share_alone_stands_in_place_of_that_of_activations(model: Model) -> None:
+    whole, clipped = Activation(bits=6), Activation(bits=6, clip=0.8)
+    own = block_output(model, KeyValue(clip=0.8), whole)
+    assert torch.equal(own, block_output(model, KeyValue(bits=6, clip=0.8), whole))
+    assert not torch.equal(own, block_output(model, None, whole))
+    assert torch.equal(block_output(model, KeyValue(clip=0.8), clipped), block_output(model, None, clipped))
+    assert torch.equal(block_output(model, KeyValue(clip=1), clipped), block_output(model, KeyValue(bits=6), clipped))
+    symmetric = Activation(bits=6, symmetric=True)
+    assert torch.equal(
+        block_output(model, KeyValue(clip=0.8), symmetric),
+        block_output(model, KeyValue(bits=6, symmetric=True, clip=0.8), symmetric),
+    )
+    assert KeyValue(clip=0.95).suffix == "-kv-clip0.95"
+    assert KeyValue(clip=0.95).words == "as activations, 0.95 of each range kept"
+
+
 def test_a_named_format_of_activations_serves_keys_and_values() -> None:
     x = torch.randn(1, 2, 3, 16)
     kv = KeyValue(format="w4a8-mxint")
@@ -175,6 +202,15 @@ def test_calibrated_scales_are_those_of_the_block_that_runs(model: Model) -> Non
         (["quant.kv.format=fp8", "quant.kv.symmetric=true"], "format=fp8: shares ranges in its own way"),
         (["quant.kv.group=32"], r"quant\.kv\.group=32: keys and values are rounded as activations are; set bits"),
         (["quant.kv.symmetric=true"], r"quant\.kv\.symmetric=True: keys and values are rounded as activations are"),
+        (["quant.kv.bits=4", "quant.kv.clip=0"], "quant.kv.clip=0: .*expected: share of each range that is kept"),
+        (["quant.kv.bits=4", "quant.kv.clip=1.5"], "quant.kv.clip=1.5: .*expected: share of each range that is kept"),
+        (["quant.kv.bits=16", "quant.kv.clip=0.9"], "clip=0.9: bits=16 leaves keys and values in float"),
+        (["quant.kv.format=fp8", "quant.kv.clip=0.9"], "clip=0.9: format=fp8 says its own ranges"),
+        (["quant=w4a4", "quant.kv.clip=0.9", "quant.kv.group=4"], "clip=0.9: without bits all else is as"),
+        (["quant.kv.clip=0.9"], "quant.kv.clip=0.9: quant.activation rounds keys and values to no integers per token"),
+        (["quant=w4a4", "quant.kv.clip=0.9", "quant.activation.attention=false"], "rounds keys and values to no"),
+        (["quant=w4a4", "quant.kv.clip=0.9", "quant.activation.per=tensor"], "to no integers per token; set quant"),
+        (["quant=w4a8-mxint", "quant.kv.clip=0.9"], "quant.kv.clip=0.9: quant.activation rounds keys and values to no"),
         (["quant.kv.bits=12"], "quant.kv.*bits=12: nothing lies between 8 and 16"),
         (["quant.kv.per=channel"], r"quant\.kv\.per=channel: keys and values are rounded as activations are; set bits"),
         (["quant.kv.bits=4", "quant.kv.per=channel"], "group=null: a channel's range is shared by a number of tokens"),

@@ -256,10 +256,11 @@ def test_dead_groups_and_ties_have_the_plain_gradients_and_nan_stays(small: dict
     assert FusedWeights(parts, states, block, W2).weights()[name][0, 0].isnan()
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.9])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_activations_and_their_gradients_equal_the_plain_ones(dtype: torch.dtype, symmetric: bool) -> None:
-    plain = Activation(bits=4, symmetric=symmetric)
+def test_activations_and_their_gradients_equal_the_plain_ones(dtype: torch.dtype, symmetric: bool, clip: float) -> None:
+    plain = Activation(bits=4, symmetric=symmetric, clip=clip)
     x = torch.randn(3, 5, 48, generator=fresh()).to(device(), dtype)
     x[0, 0], x[0, 1, ::2], x[0, 2] = 0, 1.5, x[0, 2].abs()
     upstream = torch.randn(x.shape, generator=fresh()).to(device(), dtype)
