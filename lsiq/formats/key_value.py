@@ -106,11 +106,6 @@ class KeyValue:
             raise ValueError(f"{said}: format={self.format} says its own ranges; use bits, or clip=null")
         if self.bits == 16:
             raise ValueError(f"{said}: bits=16 leaves keys and values in float; use 2 to 8 bits, or clip=null")
-        if self.bits is None and (self.per == "channel" or self.group is not None or self.symmetric):
-            raise ValueError(
-                f"{said}: without bits all else is as quant.activation says; set bits=4 or another beside per, group "
-                "and symmetric, or leave these out"
-            )
 
     @property
     def active(self) -> bool:

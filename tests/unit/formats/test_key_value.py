@@ -206,7 +206,7 @@ def test_calibrated_scales_are_those_of_the_block_that_runs(model: Model) -> Non
         (["quant.kv.bits=4", "quant.kv.clip=1.5"], "quant.kv.clip=1.5: .*expected: share of each range that is kept"),
         (["quant.kv.bits=16", "quant.kv.clip=0.9"], "clip=0.9: bits=16 leaves keys and values in float"),
         (["quant.kv.format=fp8", "quant.kv.clip=0.9"], "clip=0.9: format=fp8 says its own ranges"),
-        (["quant=w4a4", "quant.kv.clip=0.9", "quant.kv.group=4"], "clip=0.9: without bits all else is as"),
+        (["quant=w4a4", "quant.kv.clip=0.9", "quant.kv.group=4"], r"quant\.kv\.group=4: keys and values are rounded"),
         (["quant.kv.clip=0.9"], "quant.kv.clip=0.9: quant.activation rounds keys and values to no integers per token"),
         (["quant=w4a4", "quant.kv.clip=0.9", "quant.activation.attention=false"], "rounds keys and values to no"),
         (["quant=w4a4", "quant.kv.clip=0.9", "quant.activation.per=tensor"], "to no integers per token; set quant"),
