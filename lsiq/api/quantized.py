@@ -182,12 +182,12 @@ def quantize(
         LsiqError: settings that do not fit the model or each other.
     """
     source = model if isinstance(model, FloatModel) else load_model(model)
-    recipe = method.method(quant, (0, 0)) if isinstance(method, Recipe) else method  # so that it is checked at once
+    if isinstance(method, Recipe):
+        method.method(quant, (0, 0))  # so that it is checked before texts are read
     check_formats(source.model, quant)
     tokens, batch = _calibration_tokens(source, calibration, batch)
     if isinstance(method, Recipe):
-        recipe = method.method(quant, (0, 0) if tokens is None else (len(tokens), tokens.shape[1]))
-    method = recipe
+        method = method.method(quant, (0, 0) if tokens is None else (len(tokens), tokens.shape[1]))
     quant = _placed(quant, source, method, tokens, batch, seed)
     check_formats(source.model, quant)
     if tokens is None and method.needs and quant.name != "fp16":

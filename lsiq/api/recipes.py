@@ -13,7 +13,7 @@ from lsiq.data.settings import CalibSettings
 from lsiq.errors import ConfigError
 from lsiq.experiment.composed import plain_config, recipe_family
 from lsiq.experiment.config import parse
-from lsiq.experiment.training_length import gives_tokens, refuse_both, with_epochs
+from lsiq.experiment.training_length import gives_tokens, refuse_epochs_with_tokens, with_epochs
 from lsiq.formats.quant import QuantSettings
 from lsiq.methods.base import Method, WholeMethod
 from lsiq.settings import describe_settings
@@ -61,6 +61,8 @@ class Recipe:
         cfg.quant = {"weight": describe_settings(quant.weight), "activation": describe_settings(quant.activation)}
         family = recipe_family(cfg.get("method"), plain_config(cfg)["quant"])
         node = cfg.method if family is None else cfg.method[family]
+        key = "method" if family is None else f"method.{family}"
+        refuse_epochs_with_tokens([*self.overrides, *_as_words(self.values, key)])
         for name, value in self.values.items():
             _set(node, self.name, name, value)
         plain = OmegaConf.to_container(node, resolve=True)
@@ -89,9 +91,14 @@ def recipe(name: str, *overrides: str, **values: Any) -> Recipe:
         ConfigError: no such method or setting, or a value that it does not allow. Of methods whose recipe depends on
             the number formats, values are checked once these are known.
     """
-    refuse_both([*overrides, *(f"method.training.{key}={value}" for key, value in values.items())])
+    refuse_epochs_with_tokens([*overrides, *_as_words(values, "method")])
     compose(f"method={name}", *_ASIDE, *overrides)  # so that a wrong name is said at once
     return Recipe(name, overrides, values)
+
+
+def _as_words(values: Mapping[str, Any], key: str) -> list[str]:
+    """Return settings of the training of the method at `key` as the command line would have them."""
+    return [f"{key}.training.{name}={value}" for name, value in values.items()]
 
 
 def _set(node: DictConfig, method: str, name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lsiq.cli.positions import is_positional, with_parts_named
 from lsiq.errors import ConfigError
-from lsiq.experiment.training_length import refuse_both
+from lsiq.experiment.training_length import refuse_epochs_with_tokens
 
 _LOGGING = ("hydra.hydra_logging", "hydra.job_logging")
 # Settings whose keys are the user's own names; hydra takes new keys with a + only.
@@ -83,7 +83,7 @@ def guarded() -> Iterator[None]:
             with open_dict(config):
                 config.hydra.overrides.task.extend(by_position)
         else:
-            refuse_both(overrides)
+            refuse_epochs_with_tokens(overrides)
             config = compose(with_parts_named(overrides, compose))
         check_hydra(config)
         return config

@@ -52,6 +52,7 @@ def method_in_epochs(plain: Mapping[Any, Any]) -> Any:
     """Return the method of a composed configuration, with epochs in place of tokens to train on."""
     calib = plain.get("calib")
     calib = calib if isinstance(calib, Mapping) else {}
+    # As CalibSettings.sequences counts them: plain data have not been checked yet.
     drawn = calib.get("samples") if calib.get("corpus") is not None else 0
     numbers = [drawn, calib.get("written", 0), calib.get("seqlen")]
     if all(isinstance(number, int) and number >= 0 for number in numbers):

@@ -68,8 +68,8 @@ def carry_out(request: Request, record: Record) -> None:
         exporter.check_model(source)  # to share bits out takes long
     config = with_formats(config, placed_formats(config, model, folder, record))
     request = replace(request, config=config)
-    if exporter is not None and source is not None:
-        source = replace(source, quant=config.quant)
+    if source is not None and exporter is not None:
+        source = replace(source, quant=config.quant)  # with a format for each linear
         exporter.check_model(source)
     if record.status != "finished":
         try:

@@ -20,13 +20,13 @@ _KEYS = {"_target_", "epochs", "tokens", "batch"}
 _WORD = re.compile(r"^\+{0,2}(?P<training>[\w.]+\.training)\.(?P<name>epochs|tokens)=")
 
 
-def refuse_both(words: Sequence[str]) -> None:
+def refuse_epochs_with_tokens(words: Sequence[str]) -> None:
     """Raise ConfigError where overrides give epochs and tokens of one training."""
     given: dict[str, dict[str, str]] = {}
     for word in words:
         if match := _WORD.match(word):
             value = word.partition("=")[2]
-            if value != "null":
+            if value not in ("null", "None"):
                 given.setdefault(match["training"], {})[match["name"]] = value
     for training, values in given.items():
         if len(values) == 2:
@@ -51,7 +51,7 @@ def with_epochs(method: Any, samples: int, seqlen: int, key: str = "method") -> 
     So a run is named and recorded by its epochs, however they were given.
 
     Args:
-        samples: sequences that the method calibrates on; with 0 epochs stay as they are.
+        samples: sequences that the method calibrates on; where there are none, epochs stay as they are.
         seqlen: tokens of each.
 
     Raises:

@@ -85,17 +85,27 @@ class KeyValue:
         if self.bits is not None and self.format is not None:
             raise ValueError(f"format={self.format}: says its own bits; set bits=null")
         ranges = {"per": ("token", self.per), "group": (None, self.group), "symmetric": (False, self.symmetric)}
-        changed = [f"{name}={value}" for name, (default, value) in ranges.items() if value != default]
+        changed = [f"{name}={str(value).lower()}" for name, (default, value) in ranges.items() if value != default]
         if self.format is not None and changed:
             raise ValueError(
                 f"format={self.format}: shares ranges in its own way; use per=token, group=null and symmetric=false"
             )
         if self.bits is None and self.format is None and changed:
-            raise ValueError(f"{changed[0]}: keys and values are rounded as activations are; set bits or leave it out")
+            raise ValueError(
+                f"{changed[0]}: applies to keys and values with bits of their own; set quant.kv.bits=4 or another, or "
+                "leave it out"
+            )
+        if self.bits == 16 and changed:
+            raise ValueError(f"{changed[0]}: bits=16 leaves keys and values in float; leave it out, or use 2 to 8 bits")
         if self.per == "channel" and self.group is None:
             raise ValueError("group=null: a channel's range is shared by a number of tokens; set group=32 or another")
         if self.format is not None and self.named.bits == 16:
             raise ValueError(f"format={self.format}: leaves activations in float; name another file, or use bits")
+        if self.format is not None and getattr(self.named, "per", "token") == "tensor":
+            raise ValueError(
+                f"format={self.format}: one scale for all tokens would depend on tokens that come later; name a "
+                "format with a scale per token, such as fp8"
+            )
         if self.scale is not None and self.fixed is None:
             raise ValueError(f"scale={self._scale}: only FP8 numbers have a fixed scale; use format=fp8, or scale=null")
         if self.clip is not None:

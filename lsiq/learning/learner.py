@@ -56,8 +56,8 @@ class Trajectory:
 
     Attributes:
         best_epoch: after which the parameters were best; -1: before the first.
-        held: the loss on the sequences held back before the first epoch, where it was least and after the last epoch,
-            and after how many epochs that was; empty where there are none.
+        held: the loss on the sequences held back before the first epoch (after a retry: where it went on from), where
+            it was least and after the last epoch, and after how many epochs that was; empty where there are none.
     """
 
     states: list[PartState]

@@ -9,6 +9,7 @@ from helpers.marks import slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lsiq
+from lsiq.errors import ConfigError
 
 SMALL = {"samples": 4, "seqlen": 64}
 
@@ -128,3 +129,11 @@ def test_records_are_a_table(tmp_path, checkpoints):
     table = lsiq.records(tmp_path)
     assert list(table["method"]) == ["rtn"]
     assert table["ppl/bundled@64"].notna().all()
+
+
+def test_epochs_and_tokens_of_a_recipe_are_not_given_together() -> None:
+    fmt = lsiq.format("w2a16g128")
+    twice = lsiq.recipe("best", "method.weight_only.training.tokens=4096", epochs=3)
+    with pytest.raises(ConfigError, match=r"method\.weight_only\.training\.tokens=4096: epochs=3 is given as well"):
+        twice.method(fmt, (8, 64))
+    assert lsiq.recipe("lsi", epochs=5, tokens=None).method(fmt, (8, 64)).training.epochs == 5
