@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from lsiq.cli.compose import compose
 from lsiq.data.settings import CalibSettings
 from lsiq.errors import ConfigError
-from lsiq.experiment.composed import plain_config, recipe_family
+from lsiq.experiment.composed import method_key, plain_config
 from lsiq.experiment.config import parse
 from lsiq.experiment.training_length import gives_tokens, refuse_epochs_with_tokens, with_epochs
 from lsiq.formats.quant import QuantSettings
@@ -59,9 +59,8 @@ class Recipe:
         """
         cfg = compose(f"method={self.name}", "eval=none", "tracker=none", *self.overrides)
         cfg.quant = {"weight": describe_settings(quant.weight), "activation": describe_settings(quant.activation)}
-        family = recipe_family(cfg.get("method"), plain_config(cfg)["quant"])
-        node = cfg.method if family is None else cfg.method[family]
-        key = "method" if family is None else f"method.{family}"
+        key = method_key(cfg, plain_config(cfg)["quant"])
+        node = OmegaConf.select(cfg, key)
         refuse_epochs_with_tokens([*self.overrides, *_as_words(self.values, key)])
         for name, value in self.values.items():
             _set(node, self.name, name, value)
@@ -72,11 +71,7 @@ class Recipe:
                     "tokens: epochs follow from them and the calibration tokens; hand the recipe to lsiq.quantize, or "
                     "give epochs"
                 )
-            trained = with_epochs(plain, *shape)
-            if family is None:
-                cfg.method = trained
-            else:
-                cfg.method[family] = trained
+            OmegaConf.update(cfg, key, with_epochs(plain, *shape), merge=False)
         return parse(cfg).method
 
 

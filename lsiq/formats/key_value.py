@@ -108,14 +108,12 @@ class KeyValue:
             )
         if self.scale is not None and self.fixed is None:
             raise ValueError(f"scale={self._scale}: only FP8 numbers have a fixed scale; use format=fp8, or scale=null")
-        if self.clip is not None:
-            self._check_clip(f"clip={self.clip:g}")
-
-    def _check_clip(self, said: str) -> None:
-        if self.format is not None:
-            raise ValueError(f"{said}: format={self.format} says its own ranges; use bits, or clip=null")
-        if self.bits == 16:
-            raise ValueError(f"{said}: bits=16 leaves keys and values in float; use 2 to 8 bits, or clip=null")
+        if self.clip is not None and self.format is not None:
+            raise ValueError(f"clip={self.clip:g}: format={self.format} says its own ranges; use bits, or clip=null")
+        if self.clip is not None and self.bits == 16:
+            raise ValueError(
+                f"clip={self.clip:g}: bits=16 leaves keys and values in float; use 2 to 8 bits, or clip=null"
+            )
 
     @property
     def active(self) -> bool:

@@ -128,7 +128,7 @@ def held_sequences(samples: int, count: int) -> Tensor:
     They are the same for all blocks, since what enters a block has passed those before it. Which text they are the
     seed decides that draws it.
     """
-    return (2 * torch.arange(count) + 1) * samples // (2 * max(count, 1))
+    return (2 * torch.arange(count) + 1) * samples // (2 * count)
 
 
 class _NotFiniteError(Exception):

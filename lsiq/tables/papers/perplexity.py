@@ -83,9 +83,9 @@ def _setting_rows(
             cells = _samples(runs, AUGMENTED, columns, setting, method, measure)
             spent = average_bits(runs, setting, method, AUGMENTED)
             rows.append(Row((setting, method + MORE_TEXT, _bits_text(spent)), cells, setting, competes=False))
-    for row in BESIDE:
+    for row in (row for row in BESIDE if row.setting == setting):
         cells = _samples(runs, row.protocol, columns, setting, row.method, measure, wanted=False)
-        if row.setting == setting and any(cell.sample for cell in cells):
+        if any(cell.sample for cell in cells):
             spent = average_bits(runs, setting, row.method, row.protocol)
             rows.append(Row((setting, row.label, _bits_text(spent)), cells, setting, competes(spent)))
     return rows
