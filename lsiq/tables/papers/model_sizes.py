@@ -88,9 +88,14 @@ def _rungs(*rungs: str) -> list[Size]:
 
 SMOLLM2 = "smollm2-135m"
 SIZES = (
-    *_rungs(*(rung for rung in LADDER if rung != "300m")),
+    *_rungs(*LADDER),
     Size("SmolLM2", ("smol", SMOLLM2), "SmolLM2\n135 M", 64, 1024, 160, ("float32",), own=False),
     Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, ("tf32",), own=False),
-    *_rungs("300m"),
+)
+# The bundled LLaMA's shape, trained on the text and tokens of the other rungs, on fewer, and from another seed.
+TRAININGS = (
+    Size("11 M, 40 M tokens", ("llama-11m-40M",)),
+    Size("11 M, 100 M tokens", ("llama-11m-100M",)),
+    Size("11 M, 100 M tokens, other seed", ("llama-11m-100M-s1",)),
 )
 BEFORE = frozenset(model for size in SIZES for model in size.before)

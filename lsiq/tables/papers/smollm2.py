@@ -21,10 +21,15 @@ ACTIVATIONS = ("w4a8", "w4a4")
 BEFORE = ROOT / "analysis" / "records" / "smollm2.jsonl"
 TODAY = ROOT / "analysis" / "records" / "smollm2-activations.jsonl"
 AGAIN = ROOT / "analysis" / "repeats" / "smollm2-weights.jsonl"
+PACKAGE_LONGER = f"{PACKAGE}, 1000 iterations"
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", "sde", "lsi-diagonal", "autoround", PACKAGE,
-           "lsi", "best", "best-float32", "best-let", "l2qer")  # fmt: skip
-# The package's checkpoints were evaluated as models of their own: by name, the setting.
-PACKAGES = {f"ar-w{bits}-200": f"w{bits}a16g64" for bits in (2, 3, 4)}
+           PACKAGE_LONGER, "lsi", "best", "best-10", "best-float32", "best-let", "l2qer")  # fmt: skip
+# The package's checkpoints were evaluated as models of their own: by name, the setting and the row.
+PACKAGES = {
+    f"ar-w{bits}-{iterations}": (f"w{bits}a16g64", row)
+    for bits in (2, 3, 4)
+    for iterations, row in ((200, PACKAGE), (1000, PACKAGE_LONGER))
+}
 ACCURACY = "acc/mean6"
 COLUMNS = {
     "excess/file@2048": "excess, C4",
@@ -94,8 +99,8 @@ def by_setting(runs: ProtocolRuns, name: str, settings: Sequence[str]) -> Table:
 
 
 def _setting(run: Run) -> str:
-    return PACKAGES.get(run.model, run.setting)
+    return PACKAGES[run.model][0] if run.model in PACKAGES else run.setting
 
 
 def _method(run: Run) -> str:
-    return PACKAGE if run.model in PACKAGES else run.method
+    return PACKAGES[run.model][1] if run.model in PACKAGES else run.method

@@ -1,0 +1,62 @@
+"""What one method leaves of another's loss by size of model and by the tokens that it was trained on, apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lsiq.tables.papers.model_sizes import SIZES, TEXTS, TRAININGS
+from lsiq.tables.papers.size_runs import SizeRuns, load_sizes
+from lsiq.tables.protocol import ROOT
+from lsiq.tables.table import DASH, Cell, Row, Table, decimals
+
+RATIOS = (("lsi-diagonal", "omniquant"), ("lsi", "omniquant"), ("lsi", "gptq"), ("best", "autoround"))
+# Of each part of the table the models, and what their rows are called.
+PARTS = {
+    "100 M tokens": {
+        "3 M": "3 M",
+        "11 M, 100 M tokens": "11 M",
+        "11 M, 100 M tokens, other seed": "11 M, another seed",
+        "30 M": "30 M",
+        "90 M": "90 M",
+        "300 M": "300 M",
+    },
+    "11 M": {
+        "11 M, 40 M tokens": "40 M tokens",
+        "11 M, 100 M tokens": "100 M tokens",
+        "11 M": "420 M tokens, other text",
+    },
+}
+
+
+def load_trainings(folder: Path = ROOT / "analysis" / "records") -> SizeRuns:
+    """Return the committed runs at all sizes, those of one training each, and of the bundled shape trained otherwise."""
+    return load_sizes(folder, (*SIZES, *TRAININGS)).of_one_training()
+
+
+def ratios(
+    runs: SizeRuns, metric: str, widths: Sequence[str] = ("w2", "w3"), folded: bool = False
+) -> Table:
+    """Return what rounding to nearest costs and ratios of means, a row per width and model; `metric` is excess or kl."""
+    rows = []
+    for width in widths:
+        for part, models in PARTS.items():
+            for size, words in models.items():
+                cells = [cell for text in TEXTS for cell in _cells(runs, size, width, f"{metric}/{text}")]
+                rows.append(Row((width, part, words), tuple(cells)))
+    words = {"excess": "Excess", "kl": "Divergence"}[metric]
+    caption = f"{words} of rounding to nearest in nats, and what is left of one method's by another (ratio of means)"
+    columns = ("rtn", *(" / ".join(pair) for pair in RATIOS))
+    heads = [f"{column}, {TEXTS[text]}" for text in TEXTS for column in columns]
+    heads = ("setting", "alike", "model", *heads)
+    return Table(f"trainings-{metric}", caption, heads, tuple(rows), number=decimals(3), folded=folded)
+
+
+def _cells(runs: SizeRuns, size: str, width: str, metric: str) -> list[Cell]:
+    rounding = runs.sample(size, width, "rtn", metric)
+    cells = [Cell(text=DASH) if rounding is None else Cell(rounding)]
+    for method, other in RATIOS:
+        samples = [runs.sample(size, width, entry, metric) for entry in (method, other)]
+        means = [sample.mean for sample in samples if sample is not None]
+        cells.append(Cell(text=f"{means[0] / means[1]:.2f}" if len(means) == len(samples) else DASH))
+    return cells
