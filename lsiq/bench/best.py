@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -124,7 +125,9 @@ class Bench:
             if len(seconds) == min(count, self.model.depth):
                 break
         loop.close()
+        before = time.perf_counter()
         self._round(store, len(seconds))
+        say(f"the other blocks rounded in {time.perf_counter() - before:.1f} s")
         later = sorted(seconds[1:] or seconds)
         return seconds[0] + (self.model.depth - 1) * later[len(later) // 2]
 
@@ -151,7 +154,8 @@ class Bench:
         store.open()
         reset_peak()
         before = time.perf_counter()
-        loop = quantize(self.model, part, self.config.quant, self.tokens, self.config.calib.batch, 0, store, _quiet)
+        told = partial(_tell_epoch, before)
+        loop = quantize(self.model, part, self.config.quant, self.tokens, self.config.calib.batch, 0, store, told)
         reports = list(loop)
         seconds = time.perf_counter() - before
         say(f"end stage: {seconds:.1f} s; {_peaks()}")
@@ -177,6 +181,12 @@ def _peaks() -> str:
     if not torch.cuda.is_initialized():
         return f"peak {peaks}"
     return f"peak {peaks} ({torch.cuda.max_memory_reserved() / GIB:.2f} reserved)"
+
+
+def _tell_epoch(start: float, values: Mapping[str, Any]) -> None:
+    """Say when an epoch of the end stage ended, so that a bench that is cut off has told its times."""
+    if "finetune/loss" in values:
+        say(f"{time.perf_counter() - start:.1f} s: an epoch ended, loss {values['finetune/loss']:.4g}")
 
 
 def _quiet(values: object) -> None:

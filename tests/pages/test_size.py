@@ -13,9 +13,10 @@ from helpers.configuration import CONF
 from lsiq.errors import InputError
 from lsiq.report.compact import Run, read_runs
 from lsiq.tables.papers.size import by_size, excess_by_size
-from lsiq.tables.papers.size_runs import ENTRIES, LABELS, PEERS, SizeRuns
+from lsiq.tables.papers.size_runs import ENTRIES, LABELS, PEERS, SizeRuns, load_sizes
+from lsiq.tables.papers.trainings import PARTS, load_trainings, ratios
 from lsiq.tables.study import Sample
-from lsiq.tables.table import Cell, Row, Table
+from lsiq.tables.table import DASH, Cell, Row, Table
 
 RECORDS = CONF.parent / "analysis" / "records"
 Change = Callable[[Run], Run | None]
@@ -183,3 +184,18 @@ def test_a_mean_that_is_not_above_zero_stands_on_the_edge(records: dict[str, lis
 def test_peers_are_those_of_the_records(records: dict[str, list[Run]]) -> None:
     of_files = [*records.values(), read_runs(RECORDS / "peers-90m.jsonl")]
     assert {run.model for runs in of_files for run in runs if run.model.startswith("ar")} == set(PEERS)
+
+
+def test_ratios_are_those_of_the_means_and_a_dash_stands_where_one_method_was_not_run() -> None:
+    runs = load_trainings()
+    table = ratios(runs, "kl", ("w2",))
+    rows = {row.labels: row.write(table) for row in table.rows}
+    assert list(rows) == [("w2", part, words) for part, models in PARTS.items() for words in models.values()]
+    means = {m: runs.sample("30 M", "w2", m, "kl/file") for m in ("rtn", "lsi", "omniquant")}
+    assert all(means.values())
+    rounding, lsi, host = (sample.mean for sample in means.values() if sample is not None)
+    row = rows["w2", "100 M tokens", "30 M"]
+    assert row[0] == f"{rounding:.3f}"
+    assert row[table.heads[3:].index("lsi / omniquant, C4")] == f"{lsi / host:.2f}"
+    assert rows["w2", "11 M", "40 M tokens"][table.heads[3:].index("lsi-diagonal / omniquant, C4")] == DASH
+    assert not any(size.name.startswith("11 M, ") and "tokens" in size.name for size in load_sizes().sizes)

@@ -30,14 +30,12 @@ PARTS = {
 
 
 def load_trainings(folder: Path = ROOT / "analysis" / "records") -> SizeRuns:
-    """Return the committed runs at all sizes, those of one training each, and of the bundled shape trained otherwise."""
+    """Return the committed runs at all sizes, of one training each, and of the bundled shape trained otherwise."""
     return load_sizes(folder, (*SIZES, *TRAININGS)).of_one_training()
 
 
-def ratios(
-    runs: SizeRuns, metric: str, widths: Sequence[str] = ("w2", "w3"), folded: bool = False
-) -> Table:
-    """Return what rounding to nearest costs and ratios of means, a row per width and model; `metric` is excess or kl."""
+def ratios(runs: SizeRuns, metric: str, widths: Sequence[str] = ("w2", "w3"), folded: bool = False) -> Table:
+    """Return what rounding to nearest costs, and ratios of means: a row per width and model; `metric`: excess, kl."""
     rows = []
     for width in widths:
         for part, models in PARTS.items():

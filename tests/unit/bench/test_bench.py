@@ -73,6 +73,7 @@ def test_the_best_recipe_runs_in_part_and_the_rest_is_projected(
     monkeypatch.setattr(sys, "argv", ["best", "--small", *size, *form, short])
     best.main()
     told = capsys.readouterr().out
+    assert told.count("s: an epoch ended, loss ") == 4, "two windows of two epochs each"
     assert all(
         word in told for word in ("block 1: ", "window of 2 blocks", "2 of 10 epochs", "s a step", "projected: ")
     )
