@@ -11,6 +11,8 @@ from lsiq.tables.protocol import ROOT
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
 
 RATIOS = (("lsi-diagonal", "omniquant"), ("lsi", "omniquant"), ("lsi", "gptq"), ("best", "autoround"))
+# In nats: where rounding itself costs less, what methods leave of each other is chance.
+NOISE = 0.01
 # Of each part of the table the models, and what their rows are called.
 PARTS = {
     "100 M tokens": {
@@ -35,26 +37,31 @@ def load_trainings(folder: Path = ROOT / "analysis" / "records") -> SizeRuns:
 
 
 def ratios(runs: SizeRuns, metric: str, widths: Sequence[str] = ("w2", "w3"), folded: bool = False) -> Table:
-    """Return what rounding to nearest costs, and ratios of means: a row per width and model; `metric`: excess, kl."""
+    """Return what rounding to nearest costs, and ratios of means: a row per width and model; `metric`: excess, kl.
+
+    Where rounding costs less than `NOISE`, ratios are left out.
+    """
     rows = []
     for width in widths:
-        for part, models in PARTS.items():
-            for size, words in models.items():
+        for alike, models in PARTS.items():
+            for size, name in models.items():
                 cells = [cell for text in TEXTS for cell in _cells(runs, size, width, f"{metric}/{text}")]
-                rows.append(Row((width, part, words), tuple(cells)))
+                rows.append(Row((width, alike, name), tuple(cells)))
     words = {"excess": "Excess", "kl": "Divergence"}[metric]
     caption = f"{words} of rounding to nearest in nats, and what is left of one method's by another (ratio of means)"
     columns = ("rtn", *(" / ".join(pair) for pair in RATIOS))
-    heads = [f"{column}, {TEXTS[text]}" for text in TEXTS for column in columns]
-    heads = ("setting", "alike", "model", *heads)
+    heads = ("setting", "held equal", "model", *(f"{column}, {TEXTS[text]}" for text in TEXTS for column in columns))
     return Table(f"trainings-{metric}", caption, heads, tuple(rows), number=decimals(3), folded=folded)
 
 
 def _cells(runs: SizeRuns, size: str, width: str, metric: str) -> list[Cell]:
     rounding = runs.sample(size, width, "rtn", metric)
     cells = [Cell(text=DASH) if rounding is None else Cell(rounding)]
-    for method, other in RATIOS:
-        samples = [runs.sample(size, width, entry, metric) for entry in (method, other)]
-        means = [sample.mean for sample in samples if sample is not None]
-        cells.append(Cell(text=f"{means[0] / means[1]:.2f}" if len(means) == len(samples) else DASH))
+    told = rounding is not None and rounding.mean >= NOISE
+    for pair in RATIOS:
+        method, other = (runs.sample(size, width, entry, metric) for entry in pair)
+        if told and method is not None and other is not None:
+            cells.append(Cell(text=f"{method.mean / other.mean:.2f}"))
+        else:
+            cells.append(Cell(text=DASH))
     return cells
