@@ -35,8 +35,8 @@ BEFORE = (
 )
 # Settings of methods that say where a run comes from, or how much room it has.
 NOT_METHOD = ("run", "memory")
-# The same of GPTQ alone: learned methods had the key from the start, so that it is part of their names.
-GPTQ, BEFORE_OF_GPTQ = "lsiq.methods.gptq.", (("kernels", "auto"),)
+# The same of some classes alone: others had the key from the start, so that it is part of their names.
+BEFORE_OF = {"lsiq.methods.gptq.": ("kernels", "auto"), "lsiq.parts.dense.": ("hardening", 0.0)}
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -95,7 +95,8 @@ def _quant_identity(quant: Mapping[str, Any], config: RunConfig) -> dict[str, An
 def _as_before(node: Any) -> Any:
     """Return a method's settings without those that change nothing about what was done before they came."""
     if isinstance(node, Mapping):
-        before = BEFORE + (BEFORE_OF_GPTQ if str(node.get("_target_")).startswith(GPTQ) else ())
+        target = str(node.get("_target_"))
+        before = BEFORE + tuple(setting for module, setting in BEFORE_OF.items() if target.startswith(module))
         if node.get("trained") == "window":  # windows had a share of the epochs before they had epochs of their own
             before = tuple(setting for setting in before if setting[0] != "window_epochs")
         return {key: _as_before(value) for key, value in node.items() if (key, value) not in before}

@@ -36,6 +36,8 @@ class Draft:
             of its grid there; the grid itself is fitted without it.
         softness: how much of the rounding is still left out, a scalar from 1 (all) to 0; None for 0. What is stored is
             rounded whatever it says.
+        reach: how far from its rounded value a weight counts while rounding is left out, in steps of its grid there;
+            None for as far as it lies.
     """
 
     weights: Tensors
@@ -43,6 +45,7 @@ class Draft:
     extremes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     offsets: Tensors = field(default_factory=dict)
     softness: Tensor | None = None
+    reach: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,5 +150,9 @@ def rounded(draft: Draft, linears: tuple[str, ...], quant: QuantSettings) -> dic
         weight, scale, zero = rounded_target(draft, name, quant)
         weights[name] = fmt.fake(weight, scale, zero)
         if draft.softness is not None:
-            weights[name] = weights[name] + draft.softness * (weight - weights[name])
+            left_out = weight - weights[name]
+            if draft.reach is not None:
+                bound = draft.reach * fmt.spacing(fmt.grouped(weight.detach()), scale.detach())
+                left_out = fmt.grouped(left_out).clamp(-bound, bound).reshape(weight.shape)
+            weights[name] = weights[name] + draft.softness * left_out
     return {**draft.weights, **weights}

@@ -27,6 +27,9 @@ class Dense(PartTraits):
     inference. With `unit=step` the entries of `D` count in steps of the float weights' grid, so that one rate suits
     every width of weights and every scale of them.
 
+    With `hardening` the rounding sets in slowly, as that of `Rounding` does, but beyond the ends of its grid a weight
+    counts half a step at most.
+
     Source: the block-wise stage of EfficientQAT (arXiv 2407.11062, section 3.2).
     Deviation: step sizes follow the weights' range times learned factors; there they are parameters of their own.
     """
@@ -43,6 +46,8 @@ class Dense(PartTraits):
     tensors: Literal["linears", "all"] = Field(
         "linears", description="linears, or all: with the norms and the biases of the block"
     )
+
+    hardening: float = Field(0.0, ge=0, le=1, description="share of the steps in which rounding sets in; 0 for none")
 
     def __post_init__(self) -> None:
         if self.unit == "step" and self.tensors == "all":
@@ -62,13 +67,18 @@ class Dense(PartTraits):
         if self.unit == "step":
             for name in names:
                 constants[f"{name}:step"] = quant.of(name).mean_steps(block.weights[name])
+        if self.hardening:
+            constants["done"] = next(iter(parameters.values())).new_ones(())
         return PartState(parameters, constants, bulky=frozenset(parameters))
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
         del block
         names = [key.removesuffix(":change") for key in state.parameters]
         changed = {name: draft.weights[name] + self.change(state, name) for name in names}
-        return replace(draft, weights={**draft.weights, **changed})
+        draft = replace(draft, weights={**draft.weights, **changed})
+        if not self.hardening:
+            return draft
+        return replace(draft, softness=(1 - state.constants["done"] / self.hardening).clamp(min=0), reach=0.5)
 
     def change(self, state: PartState, name: str) -> Tensor:
         """Return what is added to a tensor."""

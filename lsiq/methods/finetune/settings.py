@@ -101,6 +101,11 @@ class FineTune(Traits):
             raise ValueError(
                 f"part={type(self.part).__name__}: grids stay as they are here; use singular, expansion or dense"
             )
+        if isinstance(self.part, Dense) and self.part.hardening:
+            raise ValueError(
+                f"part.hardening={self.part.hardening}: weights are rounded from the first step on here; set it to 0, "
+                "or harden the blocks"
+            )
         if self.latents and self.part is None:
             raise ValueError("latents=true: there are no increments of weights that could start there; give a part")
         if self.latents and self.start is not None and not any(_keeps_latents(m) for m in chain(self.start)):

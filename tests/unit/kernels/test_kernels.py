@@ -325,6 +325,7 @@ def test_what_the_kernels_do_not_cover_is_refused_with_the_reason(
     for parts, quant, reason in (
         ((Clip(lr=1e-2),), mx, "integers of 2 to 8 bits"),
         ((Rounding(hardening=0.5), Clip(lr=1e-2)), W2, "hardening=0"),
+        ((Dense(lr=1e-3, hardening=0.5), Clip(lr=1e-2)), W2, "hardening=0"),
         ((Dense(lr=1e-3), Singular(lr=1e-3, corner=0)), W2, "not both"),
         ((Equivalent(weight_only_families=None), Singular(lr=1e-3, corner=0)), W2, "in this order"),
     ):

@@ -145,6 +145,10 @@ def test_wrong_settings_of_fine_tuning_name_the_way_out() -> None:
             ["method.run=x", "method.part={_target_: lsiq.parts.clip.Clip, lr: 0.01}"],
             "part=Clip: .* use singular, expansion or dense",
         ),
+        (
+            ["method.run=x", "method.part={_target_: lsiq.parts.dense.Dense, lr: 0.01, hardening: 0.5}"],
+            "part.hardening=0.5: .* set it to 0",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             parse(compose_run("method=e2e", *overrides))

@@ -162,6 +162,33 @@ def test_hardening_starts_unrounded_and_ends_on_the_grid(checkpoint: Path) -> No
     assert torch.equal(merge(apply_parts(parts, learned.states, block), block, W2).weights[name].decode(), final)
 
 
+def test_dense_hardening_counts_half_a_step_beyond_the_ends_of_the_grid(checkpoint: Path) -> None:
+    block, context = setting(checkpoint)
+    parts = (Dense(lr=1e-3, hardening=0.5), Clip(form="linear", lr=1e-2))
+    states = start_parts(parts, block, W2, context)
+    for parameter in states[1].parameters.values():
+        parameter.fill_(0.6)  # of the range: many weights lie beyond the grid
+    trained = Trained(parts, states, block, W2)
+    name = block.linears[0]
+    hard, weight = trained.weights()[name], block.weights[name]
+    scale, _ = quantized_ranges(apply_parts(parts, states, block), name, W2)
+    half = (scale / 2).expand_as(W2.of(name).grouped(weight)).reshape(weight.shape)
+    trained.tell(0.0)
+    soft = trained.weights()[name]
+    inside = (weight - hard).abs() <= half * (1 - 1e-4)
+    assert 0.1 < inside.float().mean() < 0.95
+    assert torch.allclose(soft[inside], weight[inside], atol=1e-6)
+    beyond = (weight - hard).abs() >= half * (1 + 1e-4)
+    assert torch.allclose((soft - hard)[beyond], half[beyond] * (weight - hard)[beyond].sign(), atol=1e-6)
+    trained.tell(0.25)
+    assert torch.allclose(trained.weights()[name], (hard + soft) / 2, atol=1e-6)
+    trained.tell(0.5)
+    assert torch.equal(trained.weights()[name], hard)
+    learned = learn(parts, schedule_of(epochs=3), block, W2, context)
+    final = Trained(parts, learned.states, block, W2).weights()[name]
+    assert torch.equal(merge(apply_parts(parts, learned.states, block), block, W2).weights[name].decode(), final)
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_signed_steps_run_in_every_precision(checkpoint: Path, precision: str) -> None:
     block, context = setting(checkpoint)
