@@ -152,7 +152,7 @@ def rounded(draft: Draft, linears: tuple[str, ...], quant: QuantSettings) -> dic
         if draft.softness is not None:
             left_out = weight - weights[name]
             if draft.reach is not None:
-                bound = draft.reach * fmt.spacing(fmt.grouped(weight.detach()), scale.detach())
+                bound = draft.reach * fmt.spacing(fmt.grouped(weight), scale)
                 left_out = fmt.grouped(left_out).clamp(-bound, bound).reshape(weight.shape)
             weights[name] = weights[name] + draft.softness * left_out
     return {**draft.weights, **weights}

@@ -167,19 +167,24 @@ def test_dense_hardening_counts_half_a_step_beyond_the_ends_of_the_grid(checkpoi
     parts = (Dense(lr=1e-3, hardening=0.5), Clip(form="linear", lr=1e-2))
     states = start_parts(parts, block, W2, context)
     for parameter in states[1].parameters.values():
-        parameter.fill_(0.6)  # of the range: many weights lie beyond the grid
+        parameter.fill_(0.6).requires_grad_()  # of the range: many weights lie beyond the grid
     trained = Trained(parts, states, block, W2)
     name = block.linears[0]
-    hard, weight = trained.weights()[name], block.weights[name]
-    scale, _ = quantized_ranges(apply_parts(parts, states, block), name, W2)
-    half = (scale / 2).expand_as(W2.of(name).grouped(weight)).reshape(weight.shape)
+    ends = [states[1].parameters[f"{name}:{end}"] for end in ("low", "high")]
+    hard = trained.weights()[name]
     trained.tell(0.0)
     soft = trained.weights()[name]
-    inside = (weight - hard).abs() <= half * (1 - 1e-4)
-    assert 0.1 < inside.float().mean() < 0.95
-    assert torch.allclose(soft[inside], weight[inside], atol=1e-6)
-    beyond = (weight - hard).abs() >= half * (1 + 1e-4)
-    assert torch.allclose((soft - hard)[beyond], half[beyond] * (weight - hard)[beyond].sign(), atol=1e-6)
+    scale, zero = quantized_ranges(apply_parts(parts, states, block), name, W2)
+    steps = W2.of(name).grouped(block.weights[name]) / scale + zero
+    expected = ((steps.clamp(-0.5, 3.5) - zero) * scale).reshape(soft.shape)
+    assert torch.allclose(soft, expected, atol=1e-6)
+    assert 0.05 < ((steps < -0.5) | (steps > 3.5)).float().mean() < 0.5
+    for found, wanted in zip(
+        torch.autograd.grad(soft.square().sum(), ends),
+        torch.autograd.grad(expected.square().sum(), ends),
+        strict=True,
+    ):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
     trained.tell(0.25)
     assert torch.allclose(trained.weights()[name], (hard + soft) / 2, atol=1e-6)
     trained.tell(0.5)
