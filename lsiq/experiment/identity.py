@@ -36,7 +36,7 @@ BEFORE = (
 # Settings of methods that say where a run comes from, or how much room it has.
 NOT_METHOD = ("run", "memory")
 # The same of some classes alone: others had the key from the start, so that it is part of their names.
-BEFORE_OF = {"lsiq.methods.gptq.": ("kernels", "auto"), "lsiq.parts.dense.": ("hardening", 0.0)}
+BEFORE_OF = {"lsiq.methods.gptq.": [("kernels", "auto")], "lsiq.parts.dense.": [("hardening", 0.0)]}
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -96,7 +96,8 @@ def _as_before(node: Any) -> Any:
     """Return a method's settings without those that change nothing about what was done before they came."""
     if isinstance(node, Mapping):
         target = str(node.get("_target_"))
-        before = BEFORE + tuple(setting for module, setting in BEFORE_OF.items() if target.startswith(module))
+        own = (settings for module, settings in BEFORE_OF.items() if target.startswith(module))
+        before = BEFORE + tuple(setting for settings in own for setting in settings)
         if node.get("trained") == "window":  # windows had a share of the epochs before they had epochs of their own
             before = tuple(setting for setting in before if setting[0] != "window_epochs")
         return {key: _as_before(value) for key, value in node.items() if (key, value) not in before}

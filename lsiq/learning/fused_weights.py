@@ -308,7 +308,7 @@ def uncovered(parts: Sequence[Part], states: Sequence[PartState], block: Block, 
         return "they add increments of weights or of singular values, not both"
     if any(isinstance(part, Dense) and part.tensors == "all" for part in parts):
         return "they change linears alone, so dense.tensors=linears"
-    if any(isinstance(part, Rounding | Dense) and part.hardening for part in parts):
+    if any(part.hardening for part in parts):
         return "they round from the first step on, so hardening=0 of rounding and dense"
     corners = [p for state in states for name, p in state.parameters.items() if name.endswith(":corner")]
     if any(corner.shape[0] != corner.shape[1] for corner in corners):

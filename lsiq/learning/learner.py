@@ -148,6 +148,7 @@ class Attempt:
         self.trained = trained.trainable()
         self.good, self.good_epochs, self.first_epoch = self.trained.snapshot(), 0, 0
         self.first_loss = math.inf
+        self.hardening = max((part.hardening for part in self.trained.parts), default=0.0)
         self.device = next(iter(trained.block.weights.values())).device
         self.power = _power(context).clamp(min=1e-12).to(self.device)
         self._divide()
@@ -187,9 +188,9 @@ class Attempt:
         for index in range(len(epochs), self.training.epochs if self.stepper is not None else 0):
             assert self.stepper is not None
             self._choose_trained(index)
-            before = self.trained.snapshot()
+            before, soft = self.trained.snapshot(), self.steps < self.hardening * total
             losses, gradients = self._epoch(self.stepper, total)
-            self._remember(before, float(losses[0]), index)
+            self._remember(before, float(losses[0]), index, soft)
             loss = float(losses.mean())
             if not math.isfinite(loss):
                 raise _NotFiniteError(index)
@@ -219,10 +220,14 @@ class Attempt:
         """Whether the best of all epochs is kept."""
         return self.training.keep != "last"
 
-    def _remember(self, before: list[PartState], loss: float, index: int) -> None:
-        """Keep the state before an epoch as the one to go back to, if its own loss had not run away by then."""
-        self.first_loss = min(self.first_loss, loss)
-        if loss <= 2 * self.first_loss:
+    def _remember(self, before: list[PartState], loss: float, index: int, soft: bool) -> None:
+        """Keep the state before an epoch as the one to go back to, if its own loss had not run away by then.
+
+        While rounding sets in the loss grows by that alone, so that a finite one is enough.
+        """
+        if not soft:
+            self.first_loss = min(self.first_loss, loss)
+        if math.isfinite(loss) if soft else loss <= 2 * self.first_loss:
             self.good, self.good_epochs = before, index
 
     def _epoch(self, stepper: Stepper, total: int) -> tuple[Tensor, dict[str, float]]:
@@ -235,7 +240,8 @@ class Attempt:
         for samples in batches:
             stepper.step(samples, self.steps / total)
             self.steps += 1
-        self.trained.tell(1.0)
+        for trained in (self.trained, *self.window.companions):
+            trained.tell(1.0)
         return stepper.read(len(batches))
 
     @torch.no_grad()

@@ -66,6 +66,10 @@ class Learned(Traits):
         names = [part.name for part in self.parts]
         if len(set(names)) < len(names):
             raise ValueError(f"parts: {', '.join(names)} names one part twice; each may stand once")
+        if len(hardened := [part.name for part in self.parts if part.hardening]) > 1:
+            raise ValueError(
+                f"parts: {' and '.join(hardened)} both have hardening; rounding sets in once, so leave it at 0 in one"
+            )
         if self.training.schedule == "staged" and not set(names) & set(self.training.late):
             raise ValueError(f"training.late={self.training.late}: the method has only {', '.join(names)}")
         if unknown := set(self.training.signed) - set(names):
@@ -135,7 +139,10 @@ class Learned(Traits):
 
 
 def measured(learned: Trajectory) -> dict[str, float]:
-    """Return the numbers of a block's training that its record keeps."""
+    """Return the numbers of a block's training that its record keeps.
+
+    With hardening the first loss is that of weights of which little is rounded yet.
+    """
     metrics = {
         "steps": float(learned.steps),
         "retries": float(learned.retries),

@@ -36,8 +36,8 @@ class Draft:
             of its grid there; the grid itself is fitted without it.
         softness: how much of the rounding is still left out, a scalar from 1 (all) to 0; None for 0. What is stored is
             rounded whatever it says.
-        reach: how far from its rounded value a weight counts while rounding is left out, in steps of its grid there;
-            None for as far as it lies.
+        reach: how far from its rounded value a weight may stand while rounding is left out, in distances of the grid's
+            points there; None for as far as it lies.
     """
 
     weights: Tensors
@@ -72,10 +72,12 @@ class PartTraits:
     Attributes:
         keeps_function: whether the float block computes the same with the part as without.
         chooses_codes: whether the part decides which code a weight gets, and not only which weight is rounded.
+        hardening: share of the steps in which rounding sets in; 0 where it is there from the first step on.
     """
 
     keeps_function: bool = False
     chooses_codes: bool = False
+    hardening: float = 0.0
 
 
 @runtime_checkable
@@ -90,6 +92,9 @@ class Part(Protocol):
 
     @property
     def chooses_codes(self) -> bool: ...
+
+    @property
+    def hardening(self) -> float: ...
 
     @property
     def name(self) -> str: ...

@@ -27,8 +27,8 @@ class Dense(PartTraits):
     inference. With `unit=step` the entries of `D` count in steps of the float weights' grid, so that one rate suits
     every width of weights and every scale of them.
 
-    With `hardening` the rounding sets in slowly, as that of `Rounding` does, but beyond the ends of its grid a weight
-    counts half a step at most.
+    With `hardening` the rounding sets in slowly, as that of `Rounding` does, but a weight beyond the ends of its grid
+    is taken as half a step beyond them.
 
     Source: the block-wise stage of EfficientQAT (arXiv 2407.11062, section 3.2).
     Deviation: step sizes follow the weights' range times learned factors; there they are parameters of their own.
@@ -47,7 +47,12 @@ class Dense(PartTraits):
         "linears", description="linears, or all: with the norms and the biases of the block"
     )
 
-    hardening: float = Field(0.0, ge=0, le=1, description="share of the steps in which rounding sets in; 0 for none")
+    hardening: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the steps in which rounding sets in, 0 to 1; above 0 there are no Triton kernels",
+    )
 
     def __post_init__(self) -> None:
         if self.unit == "step" and self.tensors == "all":

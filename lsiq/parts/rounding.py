@@ -39,7 +39,12 @@ class Rounding(PartTraits):
     )
     bound: float = Field(0.5, gt=0, le=8, description="how far an offset may go, in steps of the grid, above 0 to 8")
 
-    hardening: float = Field(0.0, ge=0, le=1, description="share of the steps in which rounding sets in; 0 for none")
+    hardening: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the steps in which rounding sets in, 0 to 1; above 0 there are no Triton kernels",
+    )
 
     @property
     def name(self) -> str:
@@ -57,5 +62,7 @@ class Rounding(PartTraits):
         return PartState(parameters, constants, bounds, frozenset(parameters))
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
-        softness = (1 - state.constants["done"] / self.hardening).clamp(min=0) if self.hardening else None
-        return replace(draft, offsets=state.parameters, softness=softness)
+        draft = replace(draft, offsets=state.parameters)
+        if not self.hardening:
+            return draft
+        return replace(draft, softness=(1 - state.constants["done"] / self.hardening).clamp(min=0))

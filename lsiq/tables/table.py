@@ -29,7 +29,8 @@ def decimals(digits: int) -> Callable[[float], str]:
     def write(value: float) -> str:
         if abs(value) >= 1e5:
             return f"{value:.1e}"
-        return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.0f}"
+        text = f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.0f}"
+        return text if float(text) else text.removeprefix("-")  # no minus before a zero
 
     return write
 

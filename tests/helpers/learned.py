@@ -34,6 +34,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "all": (Singular(corner=8, lr=1e-3), Equivalent(weight_only_families=None), Clip(lr=1e-2)),
     "band": (Expansion(width=3, corner=8, lr=1e-3), Clip(lr=1e-2)),
     "hardened": (Rounding(hardening=0.5), Clip(form="linear", lr=1e-2)),
+    "hardened-dense": (Dense(tensors="all", hardening=0.5, lr=1e-3), Clip(search=True, lr=1e-2)),
     "rounding": (Rounding(), Clip(form="linear", lr=1e-2)),
     "dense": (Dense(tensors="all", lr=1e-3), Clip(search=True, lr=1e-2)),
     "dense-steps": (Dense(unit="step", lr=1e-3), Clip(lr=1e-2)),

@@ -101,7 +101,7 @@ class FineTune(Traits):
             raise ValueError(
                 f"part={type(self.part).__name__}: grids stay as they are here; use singular, expansion or dense"
             )
-        if isinstance(self.part, Dense) and self.part.hardening:
+        if self.part is not None and self.part.hardening:
             raise ValueError(
                 f"part.hardening={self.part.hardening}: weights are rounded from the first step on here; set it to 0, "
                 "or harden the blocks"

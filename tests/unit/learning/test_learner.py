@@ -14,6 +14,8 @@ from lsiq.errors import ConfigError, InputError, NumericalError
 from lsiq.experiment.config import parse
 from lsiq.learning.batches import BatchFeeder
 from lsiq.learning.learner import Attempt, held_sequences, learn
+from lsiq.learning.look_ahead import look_ahead
+from lsiq.learning.trained import Trained, start_parts
 from lsiq.parts.base import PartState
 from lsiq.parts.clip import Clip
 from lsiq.parts.dense import Dense
@@ -185,6 +187,21 @@ def test_a_loss_that_is_not_finite_is_retried_and_then_stops_with_block_and_knob
     with pytest.raises(NumericalError, match=r"block 0: .*clip\.lr"):
         learn((Clip(lr=1e-2),), schedule_of(epochs=2, batch=4, retries=2), block, W2, spoiled)
     assert "try 1 of 2" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("hardening", [0.0, 0.5, 1.0])
+def test_a_loss_that_grows_as_rounding_sets_in_has_not_run_away(checkpoint: Path, hardening: float) -> None:
+    block, context = setting(checkpoint)
+    parts = (Dense(lr=1e-3, hardening=hardening), Clip(form="linear", lr=1e-2))
+    training = schedule_of(epochs=8)
+    window = look_ahead(parts, training, block, W2, context)
+    attempt = Attempt(
+        Trained(parts, start_parts(parts, block, W2, context), block, W2), training, window, context, slow=1.0
+    )
+    learned = attempt.run([], retry=0)
+    if hardening:
+        assert learned.epochs[-1].loss > 2 * learned.epochs[0].loss
+    assert attempt.good_epochs == 7, "a loss that is not finite in the last epoch costs that epoch alone"
 
 
 def test_a_rate_that_blows_up_recovers_at_a_lower_one(checkpoint: Path) -> None:

@@ -13,13 +13,15 @@ from helpers.models import load_small
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
-from lsiq.learning.learner import learn
+from lsiq.learning.learner import Attempt, learn
 from lsiq.learning.look_ahead import look_ahead
 from lsiq.learning.schedule import LookAhead, Training
+from lsiq.learning.trained import Trained, start_parts
 from lsiq.models.block import Block, FloatStream, run_stream
 from lsiq.models.context import Ahead, Context
 from lsiq.models.rounding import round_to_nearest
 from lsiq.parts.clip import Clip
+from lsiq.parts.dense import Dense
 from lsiq.parts.equivalent import Equivalent
 from lsiq.parts.singular import Singular
 
@@ -105,6 +107,19 @@ def test_later_blocks_can_be_trained_along(checkpoint: Path) -> None:
     fixed = schedule_of(epochs=8, ahead=LookAhead(blocks=1, later="rtn"))
     against = learn(parts, fixed, block, W2, replace(context, generator=fresh()))
     assert learned.epochs[-1].loss < against.epochs[-1].loss
+
+
+def test_rounding_has_set_in_everywhere_when_an_epoch_is_judged(checkpoint: Path) -> None:
+    block, _, context = first_block(checkpoint)
+    parts = (Dense(lr=1e-3, hardening=1.0), Clip(lr=1e-2))
+    training = schedule_of(epochs=2, keep="best", ahead=LookAhead(blocks=1, later="learned"))
+    window = look_ahead(parts, training, block, W2, context)
+    attempt = Attempt(
+        Trained(parts, start_parts(parts, block, W2, context), block, W2), training, window, context, slow=1.0
+    )
+    attempt.run([], retry=0)
+    for trained in (attempt.trained, *window.companions):
+        assert trained.states[0].constants["done"] == 1
 
 
 @pytest.mark.parametrize("later", ["rtn", "learned"])

@@ -194,6 +194,26 @@ def test_dense_hardening_counts_half_a_step_beyond_the_ends_of_the_grid(checkpoi
     assert torch.equal(merge(apply_parts(parts, learned.states, block), block, W2).weights[name].decode(), final)
 
 
+@pytest.mark.parametrize("rounding_first", [True, False])
+def test_a_part_without_hardening_leaves_that_of_another_alone(checkpoint: Path, rounding_first: bool) -> None:
+    block, context = setting(checkpoint)
+    parts = (Dense(lr=1e-3, hardening=0.5), Rounding())[:: -1 if rounding_first else 1]
+    trained = Trained(parts, start_parts(parts, block, W2, context), block, W2)
+    name = block.linears[0]
+    hard = trained.weights()[name]
+    trained.tell(0.0)
+    assert not torch.allclose(trained.weights()[name], hard, atol=1e-4)
+    with pytest.raises(ConfigError, match="dense and rounding both have hardening"):
+        parse(
+            compose_run(
+                "method=best-blocks",
+                "+method/part@method.parts.rounding=rounding",
+                "method.parts.dense.hardening=0.5",
+                "method.parts.rounding.hardening=0.5",
+            )
+        )
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_signed_steps_run_in_every_precision(checkpoint: Path, precision: str) -> None:
     block, context = setting(checkpoint)
