@@ -80,6 +80,11 @@ class PartTraits:
     hardening: float = 0.0
 
 
+def left_out(state: PartState, hardening: float) -> Tensor:
+    """Return how much of the rounding is left out while it sets in over the share `hardening` of the steps: 1 to 0."""
+    return (1 - state.constants["done"] / hardening).clamp(min=0)
+
+
 @runtime_checkable
 class Part(Protocol):
     """Settings of one part; `apply` is pure, so what is trained is what is stored.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.parts.base import Draft, PartState, PartTraits
+from lsiq.parts.base import Draft, PartState, PartTraits, left_out
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Dense(PartTraits):
         draft = replace(draft, weights={**draft.weights, **changed})
         if not self.hardening:
             return draft
-        return replace(draft, softness=(1 - state.constants["done"] / self.hardening).clamp(min=0), reach=0.5)
+        return replace(draft, softness=left_out(state, self.hardening), reach=0.5)
 
     def change(self, state: PartState, name: str) -> Tensor:
         """Return what is added to a tensor."""

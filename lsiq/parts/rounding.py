@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from lsiq.parts.base import Draft, PartState, PartTraits
+from lsiq.parts.base import Draft, PartState, PartTraits, left_out
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -65,4 +65,4 @@ class Rounding(PartTraits):
         draft = replace(draft, offsets=state.parameters)
         if not self.hardening:
             return draft
-        return replace(draft, softness=(1 - state.constants["done"] / self.hardening).clamp(min=0))
+        return replace(draft, softness=left_out(state, self.hardening))

@@ -14,7 +14,7 @@ from lsiq.errors import InputError
 from lsiq.report.compact import Run, read_runs
 from lsiq.tables.papers.size import by_size, excess_by_size
 from lsiq.tables.papers.size_runs import ENTRIES, LABELS, PEERS, SizeRuns, load_sizes
-from lsiq.tables.papers.trainings import PARTS, load_trainings, ratios
+from lsiq.tables.papers.trainings import PARTS, ratios
 from lsiq.tables.study import Sample
 from lsiq.tables.table import DASH, Cell, Row, Table
 
@@ -187,7 +187,7 @@ def test_peers_are_those_of_the_records(records: dict[str, list[Run]]) -> None:
 
 
 def test_ratios_are_those_of_the_means_and_a_dash_stands_where_one_method_was_not_run() -> None:
-    runs = load_trainings()
+    runs = load_sizes()
     table = ratios(runs, "kl", ("w2",))
     rows = {row.labels: row.write(table) for row in table.rows}
     assert list(rows) == [("w2", part, words) for part, models in PARTS.items() for words in models.values()]
@@ -198,4 +198,4 @@ def test_ratios_are_those_of_the_means_and_a_dash_stands_where_one_method_was_no
     assert row[0] == f"{rounding:.3f}"
     assert row[table.heads[3:].index("lsi / omniquant, C4")] == f"{lsi / host:.2f}"
     assert rows["w2", "11 M", "40 M tokens"][table.heads[3:].index("lsi-diagonal / omniquant, C4")] == DASH
-    assert not any(size.name.startswith("11 M, ") and "tokens" in size.name for size in load_sizes().sizes)
+    assert not any(size.name.startswith("11 M, ") and "tokens" in size.name for size in runs.sizes)

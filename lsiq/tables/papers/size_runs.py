@@ -15,13 +15,14 @@ from lsiq.experiment.composed import recipe_for
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
 from lsiq.tables.papers.layout import sweep_jobs
-from lsiq.tables.papers.model_sizes import BEFORE, SIZES, SMOLLM2, TEXTS, TRAININGS, Size, width
+from lsiq.tables.papers.model_sizes import BEFORE, SIZES, SMOLLM2, TEXTS, TRAININGS, width
 from lsiq.tables.protocol import ROOT, composed, contradiction, method_overrides
 from lsiq.tables.study import Sample
 
 # Runs that report: the study's other runs measured WikiText-2's validation alone, on which settings were chosen.
 REPORTED = set(TEXTS)
 SWEEP = "study-recipes"
+MEASURED = (*SIZES, *TRAININGS)
 VARIED = ("model=", "quant=", "seed=")  # what its jobs say beside the method
 
 
@@ -133,7 +134,7 @@ class Point:
 
 
 class SizeRuns:
-    """The reported runs at all sizes, or those given; of two runs of one model, setting, row and seed the later counts.
+    """The reported runs at all sizes; of two runs of one model, setting, row and seed the later one counts.
 
     Files that `LABELS` knows have names of their day. Of other files those runs count whose calibration and method are
     what `sweeps/study-recipes.yaml` says today.
@@ -143,7 +144,7 @@ class SizeRuns:
             different tokens.
     """
 
-    def __init__(self, runs: Mapping[str, Iterable[Run]], sizes: Sequence[Size] = SIZES) -> None:
+    def __init__(self, runs: Mapping[str, Iterable[Run]]) -> None:
         latest: dict[tuple[Any, ...], tuple[Point, Run]] = {}
         peers: list[Run] = []
         of_files = [(run.created, file, run) for file, of_file in runs.items() for run in of_file]
@@ -152,7 +153,7 @@ class SizeRuns:
                 continue
             if run.model in PEERS:
                 peers.append(run)
-            elif (point := _point(file, run, sizes)) is not None:
+            elif (point := _point(file, run)) is not None:
                 latest[point.size, point.model, run.setting, point.entry, run.seed] = (point, run)
         bases = {point.size: run for point, run in latest.values() if PEERS_OF.get(point.size) == run.model}
         of_peers = [(_peer(run, bases), run) for run in peers]
@@ -160,7 +161,7 @@ class SizeRuns:
             *_of_first_models([point for point, _ in latest.values()]),
             *(point for point, _ in of_peers),
         ]
-        self.sizes = tuple(size for size in sizes if any(point.size == size.name for point in self.points))
+        self.sizes = tuple(size for size in SIZES if any(point.size == size.name for point in self.points))
         self.notes = _notes(latest.values())
         check_tokens((f"{point.size} {point.width}", run) for point, run in [*latest.values(), *of_peers])
 
@@ -194,9 +195,9 @@ class SizeRuns:
         ]
 
 
-def load_sizes(folder: Path = ROOT / "analysis" / "records", sizes: Sequence[Size] = SIZES) -> SizeRuns:
+def load_sizes(folder: Path = ROOT / "analysis" / "records") -> SizeRuns:
     """Return the committed runs of all files that report by size."""
-    return SizeRuns({file.stem: read_runs(file) for file in sorted(folder.glob("*.jsonl"))}, sizes)
+    return SizeRuns({file.stem: read_runs(file) for file in sorted(folder.glob("*.jsonl"))})
 
 
 @cache
@@ -216,8 +217,7 @@ def contradiction_by_size(run: Run) -> str | None:
 
     Calibration and method must be what the sweep composes to today for a method of that name.
     """
-    known = (*SIZES, *TRAININGS)
-    otherwise = [size.contradiction(run) for size in known if run.model in size.names] or ["model"]
+    otherwise = [size.contradiction(run) for size in MEASURED if run.model in size.names] or ["model"]
     if None not in otherwise:
         return otherwise[0]
     expected = composed((f"sweep={SWEEP}", *_recipes().get(run.method, method_overrides(run.method))))
@@ -227,9 +227,9 @@ def contradiction_by_size(run: Run) -> str | None:
     return contradiction(run.config, stated)
 
 
-def _point(file: str, run: Run, sizes: Sequence[Size]) -> Point | None:
+def _point(file: str, run: Run) -> Point | None:
     """Return where the run stands; None if it is another file's and measured, calibrated or made otherwise."""
-    size = next((size.name for size in sizes if size.contradiction(run) is None), None)
+    size = next((size.name for size in MEASURED if size.contradiction(run) is None), None)
     entry = LABELS[file].get(run.method) if file in LABELS else run.method
     if file in LABELS and (size is None or entry is None):
         raise InputError(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from lsiq.tables.papers.model_sizes import SIZES, TEXTS, TRAININGS
-from lsiq.tables.papers.size_runs import SizeRuns, load_sizes
-from lsiq.tables.protocol import ROOT
+from lsiq.tables.papers.model_sizes import TEXTS
+from lsiq.tables.papers.size_runs import SizeRuns
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
 
 RATIOS = (("lsi-diagonal", "omniquant"), ("lsi", "omniquant"), ("lsi", "gptq"), ("best", "autoround"))
@@ -31,17 +29,12 @@ PARTS = {
 }
 
 
-def load_trainings(folder: Path = ROOT / "analysis" / "records") -> SizeRuns:
-    """Return the committed runs at all sizes, of one training each, and of the bundled shape trained otherwise."""
-    return load_sizes(folder, (*SIZES, *TRAININGS)).of_one_training()
-
-
 def ratios(runs: SizeRuns, metric: str, widths: Sequence[str] = ("w2", "w3"), folded: bool = False) -> Table:
     """Return what rounding to nearest costs, and ratios of means: a row per width and model; `metric`: excess, kl.
 
     Where rounding costs less than `NOISE`, ratios are left out.
     """
-    rows = []
+    runs, rows = runs.of_one_training(), []
     for width in widths:
         for alike, models in PARTS.items():
             for size, name in models.items():
