@@ -184,7 +184,7 @@ def moved(found: Sequence[Line], knob: Knob) -> Figure:
         axis.set_title(_setting(bits))
         axis.set_xlabel(knob.words)
     axes[0].set_ylabel("divergence over the least")
-    legend_below(canvas, axes)
+    legend_below(canvas, axes, columns=4)
     caption = (
         f"Divergence from the float model against the {knob.words}, over the least of each line; today's value is "
     )
