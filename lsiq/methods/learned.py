@@ -70,6 +70,11 @@ class Learned(Traits):
             raise ValueError(
                 f"parts: {' and '.join(hardened)} both have hardening; rounding sets in once, so leave it at 0 in one"
             )
+        if hardened and self.training.seconds is not None:
+            raise ValueError(
+                f"training.seconds={self.training.seconds}: may end a block before the rounding of {hardened[0]} has "
+                "set in; use training.epochs, or hardening=0"
+            )
         if self.training.schedule == "staged" and not set(names) & set(self.training.late):
             raise ValueError(f"training.late={self.training.late}: the method has only {', '.join(names)}")
         if unknown := set(self.training.signed) - set(names):

@@ -25,7 +25,8 @@ def input_widths(shape: Mapping[str, Any]) -> dict[str, int]:
 def check_groups(quant: QuantSettings, shape: Mapping[str, Any], model: str) -> None:
     """Raise ConfigError where groups of weights do not divide every width of the model, with a group that does.
 
-    Where linears have formats of their own, they are checked one by one instead, once they are known.
+    Where linears have formats of their own, they are checked one by one instead, once they are known. Embeddings and
+    head are as wide as the model, or as OPT's projection to and from it.
 
     Args:
         shape: the transformers configuration as plain data.
@@ -34,3 +35,7 @@ def check_groups(quant: QuantSettings, shape: Mapping[str, Any], model: str) -> 
     if not quant.mixed:
         places = {f"{key}={width} of {model}": width for key, width in input_widths(shape).items()}
         check_format(quant.weight, places, quant)
+    key = "word_embed_proj_dim" if "word_embed_proj_dim" in shape else "hidden_size"
+    if isinstance(width := shape.get(key), int):
+        for name, fmt in quant.outside().items():
+            check_format(fmt, {f"{key}={width} of {model} ({name})": width})

@@ -214,6 +214,12 @@ def test_a_part_without_hardening_leaves_that_of_another_alone(checkpoint: Path,
         )
 
 
+def test_hardening_is_not_ended_by_the_clock() -> None:
+    asked = ("method=best-blocks", "method.parts.dense.hardening=0.5", "method.training.seconds=10")
+    with pytest.raises(ConfigError, match=r"seconds=10.* may end a block before the rounding of dense has set in"):
+        parse(compose_run(*asked))
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_signed_steps_run_in_every_precision(checkpoint: Path, precision: str) -> None:
     block, context = setting(checkpoint)
