@@ -15,16 +15,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of workers side by side would
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hypothesis  # noqa: F401  # asks the collector who holds a generator of trio's, before that is frozen
 import pytest
-import torch
+from helpers.parsed import parse_once
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, for the tests of its kernels
-from helpers.configuration import compose_run
-from helpers.models import SHAPES, save_model
-from omegaconf import DictConfig, OmegaConf
+# Torch and transformers are imported by what needs them: a process that only hands tests to others starts at once.
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # Whole files about what an extra brings are left out where it is not installed.
 NEEDED = {
@@ -35,6 +33,9 @@ collect_ignore = [file for package, files in NEEDED.items() if find_spec(package
 
 # Workers beyond this number mostly wait for memory: each holds torch and transformers.
 MOST_WORKERS = 8
+
+
+parse_once()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -56,6 +57,18 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "loadfile"  # what the tests of a file share is made in one process
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Get ready for tests to be imported, in each process that does so."""
+    if session.config.getoption("numprocesses", None):
+        return
+    import hypothesis  # noqa: F401  # asks the collector who holds a generator of trio's, before that is frozen
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, for the tests of its kernels
+
+
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from what was imported, which it would look through ever again."""
     gc.freeze()
@@ -66,6 +79,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint folder per family."""
+    from helpers.models import SHAPES, save_model
+
     root = tmp_path_factory.mktemp("checkpoints")
     return {family: save_model(shape, root / family) for family, shape in SHAPES.items()}
 
@@ -87,6 +102,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_run(text_file: Path, tmp_path: Path) -> Callable[..., DictConfig]:
     """Compose a run on a small checkpoint and a short text, rounding to nearest unless the overrides say otherwise."""
+    from helpers.configuration import compose_run
+    from omegaconf import OmegaConf
 
     def make(checkpoint: Path, *overrides: str) -> DictConfig:
         method = [] if any(override.startswith("method=") for override in overrides) else ["method=rtn"]

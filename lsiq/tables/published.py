@@ -35,6 +35,10 @@ class Literature:
 
     def __init__(self, folder: Path) -> None:
         self.perplexities = _rows(folder, "perplexity.csv")
+        self._perplexities: dict[tuple[str, ...], list[dict[str, str]]] = {}
+        for row in self.perplexities:
+            key = (row["model"], row["setting"], row["method"], row["dataset"], row["seqlen"])
+            self._perplexities.setdefault(key, []).append(row)
         self.accuracies = _rows(folder, "zero_shot.csv")
         self.areas = _rows(folder, "hardware_area.csv")
         self.costs = _rows(folder, "cost.csv")
@@ -51,10 +55,8 @@ class Literature:
         name = ALIASES.get(f"{method}@mxint" if setting.endswith("-mxint") else method, method)
         rows = [
             row
-            for row in self.perplexities
-            if (row["model"], row["setting"], row["method"], row["dataset"]) == (model, setting, name, dataset)
-            and row["seqlen"] == str(seqlen)
-            and (rank is None or row["rank"] == str(rank))
+            for row in self._perplexities.get((model, setting, name, dataset, str(seqlen)), ())
+            if rank is None or row["rank"] == str(rank)
         ]
         return _best(rows, "value")
 

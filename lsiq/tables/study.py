@@ -48,6 +48,9 @@ class Runs:
 
     def __init__(self, runs: Iterable[Run]) -> None:
         self.runs = sorted(runs, key=lambda run: (run.created, run.run_id or ""))
+        self._jobs: dict[tuple[str, str, str], list[Run]] = {}
+        for run in self.runs:
+            self._jobs.setdefault((run.model, run.setting, run.method), []).append(run)
         self._holds: dict[tuple[int, Protocol], bool] = {}
 
     def find(
@@ -67,9 +70,8 @@ class Runs:
         """
         by_seed = {
             run.seed: run
-            for run in self.runs
-            if (run.model, run.setting, run.method) == (model, setting, method)
-            and all(run.get(key) == value for key, value in (where or {}).items())
+            for run in self._jobs.get((model, setting, method), ())
+            if all(run.get(key) == value for key, value in (where or {}).items())
             and (metric is None or measured(run, metric) is not None)
             and self.follows(run, protocol)
         }

@@ -126,23 +126,28 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("rules", MIXED)
-@pytest.mark.parametrize("name", EXPORTERS)
-def test_linears_with_formats_of_their_own_read_back(
-    name: str, rules: str, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    given, held = MIXED[rules]
+@functools.cache
+def mixed_source(rules: str, checkpoint: Path) -> Source:
+    """Of each of `MIXED`, made once for all exporters, which only read it."""
     quant = fill(
         QuantSettings,
         {
             "weight": Integer(bits=2, group=32, scale="float16"),
             "activation": FLOAT,
-            "rules": [{"match": match, "blocks": blocks, "format": fmt} for match, blocks, fmt in given],
+            "rules": [{"match": match, "blocks": blocks, "format": fmt} for match, blocks, fmt in MIXED[rules][0]],
         },
     )
-    model = load_small(checkpoints["llama"])
-    placed = place(quant, model.depth, model.spec.linears, "llama")
-    exporter, source = exporter_of(name), source_of(placed, checkpoints["llama"])
+    model = load_small(checkpoint)
+    return source_of(place(quant, model.depth, model.spec.linears, "llama"), checkpoint)
+
+
+@pytest.mark.parametrize("rules", MIXED)
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_linears_with_formats_of_their_own_read_back(
+    name: str, rules: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    held = MIXED[rules][-1]
+    exporter, source = exporter_of(name), mixed_source(rules, checkpoints["llama"])
     refused = refusal(exporter, source)
     assert (refused is None) == (name in {*held, "plain"})
     if refused is not None:

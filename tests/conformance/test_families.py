@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -44,6 +45,12 @@ def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
     return folders[request.param]
 
 
+@functools.cache
+def loaded(folder: Path) -> Model:
+    """Of each family, read once: a model changes nothing in itself, and reads its blocks anew each time."""
+    return load_small(folder)
+
+
 def some_tokens(count: int = 2, length: int = 48) -> Tensor:
     return torch.randint(3, 4096, (count, length), generator=torch.Generator().manual_seed(0))
 
@@ -64,13 +71,13 @@ def plain_logits(folder: Path, tokens: Tensor) -> Tensor:
 
 def test_blocks_in_turn_are_the_plain_model(folder: Path) -> None:
     tokens = some_tokens()
-    found = logits(load_small(folder), tokens)
+    found = logits(loaded(folder), tokens)
     assert torch.allclose(found, plain_logits(folder, tokens), atol=1e-5, rtol=1e-5)  # measured: at most 2.5e-6
 
 
 def test_streamed_perplexity_is_that_of_the_plain_model(folder: Path) -> None:
     tokens = some_tokens(4)
-    model = load_small(folder)
+    model = loaded(folder)
     found = perplexity(model, tokens, 2, lambda block: block.with_weights({}), lambda: None)
     scores = plain_logits(folder, tokens)[:, :-1].log_softmax(-1)
     expected = -scores.gather(2, tokens[:, 1:, None]).double().mean().item()
@@ -79,7 +86,7 @@ def test_streamed_perplexity_is_that_of_the_plain_model(folder: Path) -> None:
 
 def test_a_window_hides_what_is_far(folders: dict[str, Path]) -> None:
     for name, window in (("gemma2", 16), ("phi3", 20)):
-        block, hidden = block_and_stream(load_small(folders[name]), 0)
+        block, hidden = block_and_stream(loaded(folders[name]), 0)
         changed = hidden.clone()
         changed[:, 0] = 0
         moved = (block.with_weights({})(changed) - block.with_weights({})(hidden)).abs().amax((0, 2))
@@ -89,10 +96,10 @@ def test_a_window_hides_what_is_far(folders: dict[str, Path]) -> None:
 
 def test_blocks_of_other_kinds_are_other_functions(folders: dict[str, Path]) -> None:
     for name in ("smollm3", "gemma2", "gemma3", "qwen3-windows"):
-        model = load_small(folders[name])
+        model = loaded(folders[name])
         identities = [model.block(index, {}).identity for index in range(model.depth)]
         assert identities[0] != identities[-1], name
-    alike = load_small(folders["llama-3.2"])
+    alike = loaded(folders["llama-3.2"])
     assert alike.block(0, {}).identity == alike.block(1, {}).identity
 
 
@@ -102,7 +109,7 @@ def block_and_stream(model: Model, index: int) -> tuple[Block, Tensor]:
 
 
 def test_folds_keep_the_function_of_a_block(folder: Path) -> None:
-    model = load_small(folder)
+    model = loaded(folder)
     for index in range(model.depth):
         block, hidden = block_and_stream(model, index)
         expected = block.with_weights({})(hidden)
@@ -114,7 +121,7 @@ def test_folds_keep_the_function_of_a_block(folder: Path) -> None:
 
 
 def test_a_fold_changes_the_rows_of_the_group_alone(folders: dict[str, Path]) -> None:
-    block, _ = block_and_stream(load_small(folders[PHI]), 0)
+    block, _ = block_and_stream(loaded(folders[PHI]), 0)
     value, up = (group for group in block.groups if group.fused)
     assert channels_of(block.weights, value) == 2 * 16
     assert channels_of(block.weights, up) == 96
@@ -127,7 +134,7 @@ def test_a_fold_changes_the_rows_of_the_group_alone(folders: dict[str, Path]) ->
 
 
 def test_planted_outliers_leave_the_model_as_it_was(folder: Path) -> None:
-    model, tokens = load_small(folder), some_tokens()
+    model, tokens = loaded(folder), some_tokens()
     planted = replace(model, planting=PlantedOutliers(2, 30.0))
     assert torch.allclose(logits(planted, tokens), logits(model, tokens), atol=1e-4)  # measured: at most 5e-6
 
@@ -137,7 +144,7 @@ def rotated(model: Model, places: list[str]) -> Model:
 
 
 def test_a_turned_residual_stream_leaves_the_model_as_it_was_or_is_refused(folder: Path) -> None:
-    model, tokens = load_small(folder), some_tokens()
+    model, tokens = loaded(folder), some_tokens()
     if folder.name in (OLMO, *SANDWICH):
         with pytest.raises(InputError, match="post-norm" if folder.name == OLMO else "sandwich norms"):
             rotated(model, ["residual"])
@@ -148,7 +155,7 @@ def test_a_turned_residual_stream_leaves_the_model_as_it_was_or_is_refused(folde
 
 @pytest.mark.parametrize("host", ["value", "all", "duquant", "smoothed", "rotated-smoothed"])
 def test_a_host_hands_on_a_block_with_the_same_float_function(folder: Path, host: str) -> None:
-    block, hidden = block_and_stream(load_small(folder), 1)
+    block, hidden = block_and_stream(loaded(folder), 1)
     seen = Seen()
     if folder.name == OLMO and "smoothed" in host:
         with pytest.raises(InputError, match="post-norm"):
@@ -161,19 +168,19 @@ def test_a_host_hands_on_a_block_with_the_same_float_function(folder: Path, host
 
 
 def test_a_prefix_is_the_plain_model_on_longer_sequences(folder: Path) -> None:
-    model, tokens, prefix = load_small(folder), some_tokens(length=29), torch.tensor([5, 900, 7])
+    model, tokens, prefix = loaded(folder), some_tokens(length=29), torch.tensor([5, 900, 7])
     expected = plain_logits(folder, torch.cat([prefix.expand(2, -1), tokens], 1))[:, 3:]
     assert torch.allclose(logits(model.with_prefix(prefix), tokens), expected, atol=1e-4)  # measured: at most 4e-6
 
 
 def test_a_prefix_is_refused_where_its_keys_would_depend_on_what_follows(folders: dict[str, Path]) -> None:
-    model = load_small(folders["phi4-mini"]).with_prefix(torch.tensor([5, 900, 7]))
+    model = loaded(folders["phi4-mini"]).with_prefix(torch.tensor([5, 900, 7]))
     with pytest.raises(InputError, match="rotary embedding of a prefix of 3 tokens changes"):
         model.embed(some_tokens(length=30), 2)
 
 
 def test_capped_scores_stay_capped_while_they_are_quantised(folders: dict[str, Path]) -> None:
-    block, _ = block_and_stream(load_small(folders["gemma2"]), 1)
+    block, _ = block_and_stream(loaded(folders["gemma2"]), 1)
     attention = block.module.get_submodule("self_attn")
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 4, 8, 24, generator=generator) * 3
@@ -189,14 +196,14 @@ def test_capped_scores_stay_capped_while_they_are_quantised(folders: dict[str, P
 
 
 def test_gradients_reach_every_weight(folder: Path) -> None:
-    block, hidden = block_and_stream(load_small(folder), 1)
+    block, hidden = block_and_stream(loaded(folder), 1)
     weights = {name: block.weights[name].clone().requires_grad_() for name in block.linears}
     block.with_weights(weights)(hidden).square().mean().backward()
     assert all(weight.grad is not None and bool(weight.grad.abs().sum() > 0) for weight in weights.values())
 
 
 def test_every_linear_of_the_layer_is_listed(folder: Path) -> None:
-    block, _ = block_and_stream(load_small(folder), 0)
+    block, _ = block_and_stream(loaded(folder), 0)
     linears = [f"{name}.weight" for name, m in block.module.named_modules() if isinstance(m, torch.nn.Linear)]
     assert sorted(block.linears) == sorted(linears)
 

@@ -5,6 +5,7 @@ Each line read is a command in JSON; each line written says how it ended. See he
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from typing import IO, Any
 
+from helpers.parsed import parse_once
 from hydra.core.plugins import Plugins
 
 from lsiq.cli.compose import compose
@@ -52,7 +54,10 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    parse_once()
     Plugins.instance()  # hydra looks for its plug-ins, once for all commands
     parse(compose())  # what is imported late is there, too
     assert not LATE & set(sys.modules), sorted(LATE & set(sys.modules))
+    gc.collect()
+    gc.freeze()  # a fork would look through all of it and, marking what it sees, copy its memory
     serve()

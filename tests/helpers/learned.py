@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,13 +56,22 @@ def schedule_of(**changes: object) -> Training:
 
 
 def setting(checkpoint: Path, samples: int = 8) -> tuple[Block, Context]:
+    """Copies of the first block of a small model and of its streams, for each test to do with as it likes."""
+    block, noisy, targets = _read(checkpoint, samples)
+    weights = {name: weight.clone() for name, weight in block.weights.items()}
+    context = Context(noisy.clone(), targets.clone(), torch.Generator().manual_seed(0), 4, lambda values: None)
+    return replace(block, weights=weights), context
+
+
+@functools.cache
+def _read(checkpoint: Path, samples: int) -> tuple[Block, Tensor, Tensor]:
     model = load_small(checkpoint)
     tokens = torch.randint(0, 4096, (samples, 24), generator=torch.Generator().manual_seed(3))
     hidden, kwargs = model.embed(tokens, batch=4)
     block = model.block(0, kwargs)
     targets = run_stream(block.with_weights({}), hidden, 4, CPU)
     noisy = hidden + 0.02 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))
-    return block, Context(noisy, targets, torch.Generator().manual_seed(0), 4, lambda values: None)
+    return block, noisy, targets
 
 
 def moved(states: list[PartState], size: float = 0.05) -> list[PartState]:

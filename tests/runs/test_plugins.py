@@ -1,5 +1,7 @@
 """A method, a part, a number format and a family are added from outside the package: one file each, and its YAML."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers.configuration import ROOT
 from helpers.marks import product, slow
+
+from lsiq.results.record import read_record
 
 PLUGINS = ROOT / "tests" / "plugins"
 RUN = ROOT / "run.py"
@@ -29,16 +33,30 @@ def test_a_family_a_method_and_a_format_from_outside_run_together(tmp_path):
     assert '"average_bits": 4.25' in record  # 4 bits, and 8 bits for each 32 weights
 
 
-CASES = [slow("lqer", "powers"), slow("gptq", "powers"), slow("awq", "powers"), slow("lsi", "powers")]
-CASES += [product("gptq", "coarse"), product("lsi", "coarse"), product("dense", "coarse"), product("awq", "coarse")]
-CASES += [product("lqer", "coarse"), product("autoround", "powers")]
+POWERS = [("lqer", "powers"), ("gptq", "powers"), ("awq", "powers"), ("lsi", "powers")]
+OTHERS = [("gptq", "coarse"), ("lsi", "coarse"), ("dense", "coarse"), ("awq", "coarse"), ("lqer", "coarse")]
+OTHERS += [("autoround", "powers")]
 
 
-@pytest.mark.parametrize(("method", "fmt"), CASES)
-def test_a_format_from_outside_goes_through_methods_that_know_nothing_of_it(method, fmt, tmp_path):
-    learned = ["method.training.epochs=1"] if method in ("lsi", "dense", "autoround") else []
-    rank = ["method.rank=4"] if method == "lqer" else []
-    run(tmp_path, "model=helium-tiny", f"quant=w4-{fmt}", f"method={method}", *learned, *rank)
+@pytest.mark.parametrize("cases", [slow(POWERS), product(OTHERS)], ids=["powers", "others"])
+def test_a_format_from_outside_goes_through_methods_that_know_nothing_of_it(cases, tmp_path):
+    """One process carries out all of them: to start takes longer than a run."""
+    jobs = []
+    for method, fmt in cases:
+        learned = ["method.training.epochs=1"] if method in ("lsi", "dense", "autoround") else []
+        rank = ["method.rank=4"] if method == "lqer" else []
+        words = ["model=helium-tiny", f"quant=w4-{fmt}", f"method={method}", *learned, *rank]
+        jobs.append([*words, *SHORT, f"paths.runs={tmp_path / 'runs'}"])
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "processes.py"), str(tmp_path / "jobs.json")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(command, cwd=PLUGINS, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = [read_record(file.parent) for file in tmp_path.glob("runs/*/record.json")]
+    assert all(record.status == "finished" for record in records)
+    found = {(record.method, record.config["quant"]["weight"]["_target_"]) for record in records}
+    targets = {"powers": "powers.Powers", "coarse": "coarse_steps.CoarseSteps"}
+    assert found == {(method, f"lsiq_plugins.{targets[fmt]}") for method, fmt in cases}
 
 
 @pytest.mark.slow

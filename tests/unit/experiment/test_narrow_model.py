@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.configuration import CONF, compose_run
 from helpers.marks import slow_but
-from helpers.models import SHAPES, save_model
+from helpers.models import SHAPES
 from omegaconf import DictConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -57,12 +57,11 @@ METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("method", slow_but(["gptq", "lqer", "lsi", "e2e"], METHODS))
-def test_every_method_is_estimated(method: str, small_run: SmallRun, tmp_path: Path) -> None:
-    checkpoint = save_model(SHAPES["llama"], tmp_path / "model")
+def test_every_method_is_estimated(method: str, small_run: SmallRun, checkpoints: dict[str, Path]) -> None:
     own = [f"method={method}"]
     if "run: ???" in (CONF / "method" / f"{method}.yaml").read_text():
         own += ["method.run=x"]  # only its shape would be looked at
-    record = run(small_run(checkpoint, *own, "dry_run=true", "calib.seqlen=64", "calib.samples=4"))
+    record = run(small_run(checkpoints["llama"], *own, "dry_run=true", "calib.seqlen=64", "calib.samples=4"))
     assert record.status == "dry run"
     assert record.seconds["quantize"] > 0
     assert record.peak_bytes["host"] > 0
