@@ -20,8 +20,8 @@ from typing import Any
 from lsiq.errors import InputError, LsiqError
 from lsiq.tables.protocol import ROOT
 
-README_MARKS = ("<!-- begin: generated from analysis/main.ipynb -->", "<!-- end: generated -->")
-README_SETTING = "w2"  # the rows of the main table that README shows
+README_PAGE, README_TABLE = "size", "What is left, in short"  # the page, and how the caption of the table begins
+README_MARKS = (f"<!-- begin: generated from analysis/{README_PAGE}.ipynb -->", "<!-- end: generated -->")
 _SECONDS = 240  # a notebook takes about ten
 
 
@@ -94,8 +94,8 @@ def write(files: Mapping[str, str | bytes], folder: Path, png: bool = False) -> 
             path.write_bytes(content)
 
 
-def in_readme(readme: str, main: str) -> str:
-    """Return README's text with the rows of `README_SETTING` of the first table of the page `main` between its marks.
+def in_readme(readme: str, page: str) -> str:
+    """Return README's text with the table `README_TABLE` of the page `README_PAGE` between its marks.
 
     Raises:
         InputError: the marks are missing.
@@ -103,11 +103,9 @@ def in_readme(readme: str, main: str) -> str:
     begin, end = README_MARKS
     if begin not in readme or end not in readme:
         raise InputError(f"README.md: the lines {begin} and {end} are missing; put them where the table goes")
-    first = main[main.index("\n|") + 1 :] if "\n|" in main else ""
-    table = first.partition("\n\n")[0].splitlines()
-    rows = [line for line in table[2:] if line.startswith(f"| {README_SETTING} |")]
+    table = page.partition(f"**{README_TABLE}")[2].partition("\n\n")[2].partition("\n\n")[0]
     before, _, after = readme.partition(begin)
-    return "\n".join([f"{before}{begin}\n", *table[:2], *rows, f"\n{end}{after.partition(end)[2]}"])
+    return f"{before}{begin}\n\n{table}\n\n{end}{after.partition(end)[2]}"
 
 
 def notebooks() -> list[Path]:
@@ -127,7 +125,9 @@ def main() -> None:
         write(files, args.out, args.png)
         if args.out.resolve() == (ROOT / "docs" / "tables").resolve():
             readme = ROOT / "README.md"
-            readme.write_text(in_readme(readme.read_text(encoding="utf-8"), str(files["main.md"])), encoding="utf-8")
+            readme.write_text(
+                in_readme(readme.read_text(encoding="utf-8"), str(files[f"{README_PAGE}.md"])), encoding="utf-8"
+            )
     except LsiqError as error:
         sys.exit(f"error: {error}")
     print(f"{args.out}: {sum(name.endswith('.md') for name in files)} pages, {len(files)} files")

@@ -32,7 +32,7 @@ from lsiq.tables.papers.layout import BESIDE, study_jobs
 from lsiq.tables.papers.perplexity import bundled_perplexity
 from lsiq.tables.protocol import PAPERS, STUDY, Protocol
 from lsiq.tables.published import MARKS, Literature, Published
-from lsiq.tables.render import README_MARKS, execute, in_readme, notebooks, render
+from lsiq.tables.render import README_MARKS, README_PAGE, README_TABLE, execute, in_readme, notebooks, render
 from lsiq.tables.study import Runs, Sample, load
 from lsiq.tables.table import Cell, Row, Table, best_in_bold, told_apart
 from lsiq.tables.traces import read_traces
@@ -514,7 +514,7 @@ def test_executing_the_notebooks_gives_the_committed_tables_byte_for_byte() -> N
     figures = {match for text in pages.values() for match in re.findall(r"\((figures/[^)]+)\)", str(text))}
     assert {f"figures/{file.name}" for file in (folder / "figures").glob("*.svg")} == figures
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert in_readme(readme, str(pages["main.md"])) == readme, "README.md: python -m lsiq.tables.render"
+    assert in_readme(readme, str(pages[f"{README_PAGE}.md"])) == readme, "README.md: python -m lsiq.tables.render"
 
 
 def test_a_readme_without_a_place_for_the_table_is_an_error() -> None:
@@ -522,10 +522,12 @@ def test_a_readme_without_a_place_for_the_table_is_an_error() -> None:
         in_readme("# Title\n", "<!-- page -->\n")
 
 
-def test_readme_shows_the_rows_of_one_setting() -> None:
-    main = "**Title**\n\n| setting | a |\n| --- | --- |\n| w2 | 1 |\n| w4 | 2 |\n\n**Other**\n\n| w2 | 3 |\n"
-    table = "| setting | a |\n| --- | --- |\n| w2 | 1 |"
+def test_readme_shows_one_table_of_a_page() -> None:
+    table = "| left | a |\n| --- | --- |\n| x | 5 |"
+    page = (
+        f"# Page\n\n**Other**\n\n| b |\n| --- |\n| 4 |\n\n**{README_TABLE}: words**\n\n{table}\n\n**Last**\n\n| c |\n"
+    )
     begin, end = README_MARKS
-    assert in_readme(f"before\n{begin}\nstale\n{end}\nafter\n", main) == (
+    assert in_readme(f"before\n{begin}\nstale\n{end}\nafter\n", page) == (
         f"before\n{begin}\n\n{table}\n\n{end}\nafter\n"
     )
