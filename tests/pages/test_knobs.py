@@ -12,7 +12,7 @@ from helpers.configuration import compose_run
 
 from lsiq.experiment.composed import plain_config
 from lsiq.report.compact import Run
-from lsiq.tables.papers.knobs import KNOBS, NONE, Knob, lines, moved, numbers
+from lsiq.tables.papers.knobs import KNOBS, NONE, Knob, beside_none, lines, moved, numbers
 from lsiq.tables.study import load
 
 KNOB = {knob.name: knob for knob in KNOBS}
@@ -144,3 +144,21 @@ def test_figure_and_table_show_every_line(base: Run) -> None:
     assert (
         "| 11 M | 2 bits | validation | 0.6500 (1) | 0.5500 (1) | 0.5000 (1) | 0.7000 ± 0.1414 (2) | 0.001 |" in table
     )
+
+
+def test_runs_with_a_part_stand_beside_the_one_without(base: Run) -> None:
+    def run(change: dict[str, Any] | None, shift: float, scatter: float) -> Run:
+        means = [0.5 + shift + scatter * (-1) ** block for block in range(8)]
+        other = measured(with_part(base, "singular", change), 0.5 + shift)
+        return replace(other, window_means={"kl/wikitext2@512": means})
+
+    runs = [
+        run(None, 0, 0),
+        run({"lr": 1e-3}, 0.05, 0.001),
+        run({"lr": 3e-3}, -0.05, 0.001),
+        run({"lr": 1e-2}, 0.05, 0.4),
+    ]
+    corner = KNOB["corner"]
+    found = {knob.name: lines(runs, knob) for knob in (RATE, corner)}
+    (row,) = beside_none(found, [RATE, corner]).rows
+    assert [cell.text for cell in row.cells] == ["**+10.0 %**", "**-10.0 %**", "+10.0 %"]

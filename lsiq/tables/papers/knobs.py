@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from lsiq.report.compact import Run
+from lsiq.report.significance import compare_means
 from lsiq.tables.figure import BLUE, GREEN, ORANGE, PINK, RED, SKY, Figure, legend_below, panels
 from lsiq.tables.papers.model_sizes import SIZES, width
 from lsiq.tables.study import Sample
@@ -71,12 +73,14 @@ class Line:
     Attributes:
         values: by the value of the setting, the divergences of the seeds; in the order of the values.
         chosen_on: whether the text is the one that settings are chosen on, WikiText-2 validation, and not its test.
+        windows: by value and seed the means of blocks of windows, for paired tests, where a run has them.
     """
 
     size: str
     width: str
     values: Mapping[Value, Sample]
     chosen_on: bool
+    windows: Mapping[Value, Mapping[int, Sequence[float]]] = field(default_factory=dict)
 
     @property
     def least(self) -> Value:
@@ -149,10 +153,12 @@ def _plain(node: Any) -> Any:
 def _line(size: str, bits: str, runs: Sequence[tuple[Value, Run]]) -> Line:
     """Draw runs of one line together; of two of one seed the later one counts."""
     seeds: dict[Value, dict[int, float]] = defaultdict(dict)
+    windows: dict[Value, dict[int, Sequence[float]]] = defaultdict(dict)
     for value, run in sorted(runs, key=lambda entry: entry[1].created):
         seeds[value][run.seed] = next(number for key, number in run.metrics.items() if key.startswith(TEXT))
+        windows[value][run.seed] = next((of for key, of in run.window_means.items() if key.startswith(TEXT)), ())
     values = {value: Sample(tuple(of for _, of in sorted(seeds[value].items()))) for value in sorted(seeds, key=_place)}
-    return Line(size, bits, values, runs[0][1].get("eval.corpora") == ["wikitext2"])
+    return Line(size, bits, values, runs[0][1].get("eval.corpora") == ["wikitext2"], windows)
 
 
 def _place(value: Value) -> tuple[bool, float, str]:
@@ -202,6 +208,42 @@ def numbers(found: Sequence[Line], knob: Knob) -> Table:
     caption = f"Divergence on WikiText-2 against the {knob.words}: mean ± standard deviation (number of runs)"
     heads = ("size", "setting", "text", *map(_written, values), "least at")
     return Table(f"knob-{knob.name}", caption, heads, tuple(rows), number=decimals(4), counted=True)
+
+
+def beside_none(found: Mapping[str, Sequence[Line]], knobs: Sequence[Knob]) -> Table:
+    """Return how much more divergence runs with a part have than the run without it: a row per line of the first knob.
+
+    Bold: each seed is told apart by a paired test over blocks of windows, in one direction. Values of later knobs that
+    are today's are the first knob's.
+    """
+    asked = [(knob, value) for knob in knobs for value in _values(found[knob.name])]
+    asked = [(knob, value) for knob, value in asked if value != NONE and (knob is knobs[0] or value != knob.today)]
+    by_place = {(knob.name, line.size, line.width, line.chosen_on): line for knob in knobs for line in found[knob.name]}
+    rows = []
+    for first in found[knobs[0].name]:
+        lines_of = [by_place.get((knob.name, first.size, first.width, first.chosen_on)) for knob, _ in asked]
+        cells = [Cell(text=_over_none(line, value)) for line, (_, value) in zip(lines_of, asked, strict=True)]
+        if any(cell.text != DASH for cell in cells):
+            rows.append(Row((first.size, _setting(first.width), _text(first)), tuple(cells)))
+    heads = (f"{knob.key.rpartition('.')[2].replace('lr', 'rate')} {_written(value)}" for knob, value in asked)
+    caption = f"Divergence with {knobs[0].name} over that without, on WikiText-2"
+    return Table(f"knob-{knobs[0].name}-none", caption, ("size", "setting", "text", *heads), tuple(rows))
+
+
+def _over_none(line: Line | None, value: Value) -> str:
+    if line is None or value not in line.windows or NONE not in line.windows:
+        return DASH
+    with_it, without = line.windows[value], line.windows[NONE]
+    tests = [
+        (compare_means("kl", without[seed], with_it[seed]), fmean(without[seed]))
+        for seed in with_it.keys() & without.keys()
+        if with_it[seed] and without[seed]
+    ]
+    if not tests:
+        return DASH
+    share = fmean(test.mean / base for test, base in tests)
+    told = all(test.low > 0 for test, _ in tests) or all(test.high < 0 for test, _ in tests)
+    return f"**{100 * share:+.1f} %**" if told else f"{100 * share:+.1f} %"
 
 
 def _values(found: Iterable[Line]) -> list[Value]:
