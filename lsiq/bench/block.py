@@ -2,7 +2,7 @@
 
 python -m lsiq.bench.block --method qera-exact                   LLaMA-2-7B's shape, 128 x 2048 tokens
 python -m lsiq.bench.block --method gptq --kernels auto plain    with the Triton kernel and with the plain loop, in turn
-python -m lsiq.bench.block --method gptq --hidden 256 --intermediate 688 --heads 4 --samples 4 --seqlen 128
+python -m lsiq.bench.block --method gptq --hidden 256 --intermediate 768 --heads 4 --samples 4 --seqlen 128
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ class Case:
 
 
 CASES = (
-    Case("lsi-1", (LSI, CLIP), 1, "≤ 10", LLAMA),
-    Case("lsi-4", (LSI, CLIP), 4, "≤ 5.3", LLAMA),
+    Case("lsi-1", (LSI, CLIP), 1, "≤ 9.5", LLAMA),
+    Case("lsi-4", (LSI, CLIP), 4, "≤ 5.2", LLAMA),
     Case("lwc-1", (CLIP,), 1, "", LLAMA),
     Case("lwc-4", (CLIP,), 4, "≤ 4.1", LLAMA),
     Case("corner-4", (fill(Singular, {**RATE, "corner": 300}), CLIP), 4, "", LLAMA),

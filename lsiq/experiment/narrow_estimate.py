@@ -136,12 +136,14 @@ class NarrowEstimate(Estimate):
         """The form of fine-tuning that the run would take on this machine, or within `method.memory`."""
         seqlen, dtype = self.config.calib.seqlen, self.model.dtype
         load = Load.of(method, self.true, self.depth, dtype, self.config.quant, samples, seqlen)
+        outside = dtype.itemsize * self.true.outside
         if method.memory is not None:
             room = int(method.memory * GIB)
+            outside = outside if self.device.type == "cuda" else 0  # a run does not count what it holds on a CPU
         else:
             whole = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
             room = int(USABLE * (whole or host_bytes()))
-        form = choose(method, load, max(0, room - dtype.itemsize * self.true.outside))
+        form = choose(method, load, max(0, room - outside))
         if not form.fits:
             self.notes.append(refusal(method, form))
         return form, load

@@ -17,6 +17,7 @@ from torch import Tensor
 from lsiq.errors import ResourceError
 from lsiq.experiment.run import run
 from lsiq.models import block as block_module
+from lsiq.results.store import BlockStore
 
 SmallRun = Callable[..., DictConfig]
 
@@ -81,6 +82,37 @@ def test_out_of_memory_halves_what_passes_at_once_with_the_same_result(
         return
     for key, value in plenty.metrics.items():  # measured: 0 without training, 3e-6 with
         assert short.metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+
+
+@pytest.mark.parametrize("form", slow_but(["window"], ["all", "window"]))
+def test_out_of_memory_while_weights_are_fine_tuned_halves_the_batch_and_they_flip_as_before(
+    checkpoints: dict[str, Path],
+    small_run: SmallRun,
+    tmp_path: Path,
+    room: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+    form: str,
+) -> None:
+    parent = run(small_run(checkpoints["llama"], "calib.samples=5", f"paths.runs={tmp_path / 'parents'}"))
+    # One step of Adam moves a weight by its rate, which is beyond the edge of a cell: codes say the gradient's sign.
+    part = "method.part={_target_: lsiq.parts.dense.Dense, lr: 0.6, unit: step}"
+    arguments = ["method=e2e", f"method.run={tmp_path / 'parents' / parent.run_id}", part, "calib.samples=5"]
+    arguments += [f"method.trained={form}", "method.training.epochs=1", "method.training.batch=5"]
+    arguments += ["method.window=1"] if form == "window" else []
+    codes = []
+    for name, sequences in (("plenty", 100), ("short", 3)):  # the halves of a batch of five are not alike
+        room(sequences)
+        record = run(small_run(checkpoints["llama"], *arguments, f"paths.runs={tmp_path / name}"))
+        said = "fine-tuning: CUDA out of memory; 3 sequences at a time" in capsys.readouterr().err
+        assert said == (name == "short")
+        store = BlockStore(tmp_path / name / record.run_id / "blocks")
+        weights = [weight for index in range(2) for weight in store.read(index).weights.values()]
+        codes.append(torch.cat([weight.codes.flatten() for weight in weights]))
+    start = BlockStore(tmp_path / "parents" / parent.run_id / "blocks")
+    before = torch.cat([w.codes.flatten() for index in range(2) for w in start.read(index).weights.values()])
+    flipped, differing = ((one != codes[0]).float().mean().item() for one in (before, codes[1]))
+    assert flipped > 0.5
+    assert differing < 0.01  # measured: 0
 
 
 def test_no_room_for_one_sequence_is_said_and_keeps_the_blocks(

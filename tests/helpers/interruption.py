@@ -28,6 +28,7 @@ _OF_THE_PROCESS = (
     "config",
     "blocks",
 )
+_TIMES = ("seconds", "weight_path_share")
 _watch: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
@@ -136,6 +137,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     numbers = {key: value for key, value in asdict(record).items() if key not in _OF_THE_PROCESS}
     numbers["training_form"].pop("why", None)  # how much memory was free
     numbers["errors"] = [block["error"] for block in record.blocks]
+    numbers["of_blocks"] = [
+        {key: value for key, value in block["metrics"].items() if not key.endswith(_TIMES)} for block in record.blocks
+    ]
     stored = sorted(folder.glob("**/block*/*.safetensors"))
     return numbers | {"stored": {str(file.relative_to(folder)): read_tensors(file).digest for file in stored}}
 

@@ -18,6 +18,9 @@ from lsiq.errors import InputError
 from lsiq.experiment.config import parse
 from lsiq.experiment.probe import EvaluationCost, widened
 from lsiq.experiment.run import run
+from lsiq.methods.finetune import FineTune
+from lsiq.methods.finetune.form import GIB, Load
+from lsiq.models.shape import Shape
 
 SmallRun = Callable[..., DictConfig]
 # Runs in a process of its own, whose memory is that of the run alone.
@@ -83,6 +86,22 @@ def test_the_form_of_the_end_stage_follows_from_the_memory(
     for memory, said in (("null", "by all, 8 sequences"), ("0.001", "no form of best fits 0.0 GiB; the least, grid")):
         assert run(small_run(checkpoints["llama"], *job, f"method.weight_only.memory={memory}")).status == "dry run"
         assert said in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_form_is_the_one_that_the_run_takes_within_the_same_memory(
+    checkpoints: dict[str, Path], small_run: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = ["method=best", "method.weight_only.start.training.epochs=1", "method.weight_only.training.epochs=1"]
+    job += ["quant.weight.group=32", "device=cpu", "eval.rtn=false"]
+    method = parse(small_run(checkpoints["llama"], *job)).method
+    assert isinstance(method, FineTune)
+    load = Load(Shape(74_000, 96, 160, 4096, 0), 2, 4, 32, 32, 4, 4)
+    # A little more than what all weights take, and less than that beside the embeddings, which a CPU does not count.
+    job.append(f"method.weight_only.memory={load.bytes(method, 'all', None, 1, GIB) / GIB * 1.02}")
+    run(small_run(checkpoints["llama"], *job, "dry_run=true"))
+    assert "trains through the whole model by all, 1 sequences at once" in capsys.readouterr().out
+    assert run(small_run(checkpoints["llama"], *job)).training_form["trained"] == "all"
 
 
 def test_a_dry_run_decides_nothing_about_the_run(checkpoint: Path, small_run: SmallRun, tmp_path: Path) -> None:

@@ -148,11 +148,10 @@ class _Tuner:
             blocks[index].take_settled(tensors)
         metrics: dict[int, dict[str, float]] = {}
         for number, window in enumerate(group.windows):
-            if self.course.steps < window.steps.stop or not window.steps:
-                seconds = self._train_window(group, number, chain, throughout, blocks, recorded)
-                facts = {"step_seconds": seconds}
-                facts |= {"window": float(number)} if len(group.windows) > 1 else {}
-                metrics |= dict.fromkeys(window.blocks, facts)
+            facts = {"window": float(number)} if len(group.windows) > 1 else {}
+            if self.course.steps < window.steps.stop or not window.steps:  # else an earlier try settled its blocks
+                facts["step_seconds"] = self._train_window(group, number, chain, throughout, blocks, recorded)
+            metrics |= dict.fromkeys(window.blocks, facts)
         shared = {"seconds": time.perf_counter() - start}
         if losses := self.course.losses:
             shared |= {"loss_first": losses[0], "loss_last": losses[-1]}

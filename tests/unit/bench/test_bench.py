@@ -23,6 +23,15 @@ def test_a_small_block_is_timed_by_stage_beside_its_floor(
     assert all(word in told for word in (f"{method}: ", "statistics", "peak of the host", "TFLOP/s"))
 
 
+def test_the_small_command_that_the_module_names_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (command,) = [line for line in str(block.__doc__).splitlines() if "--hidden" in line]
+    monkeypatch.setattr(sys, "argv", [*command.removeprefix("python -m lsiq.bench.").split(), "--device", "cpu"])
+    block.main()
+    assert "gptq: " in capsys.readouterr().out
+
+
 def test_gptq_is_timed_with_both_kernels_in_turn(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ CASES: dict[str, tuple[tuple[Part, ...], Integer]] = {
     "3 bits, symmetric": (ALL, Integer(bits=3, group=32, symmetric=True)),
     "4 bits, by channel": (ALL, Integer(bits=4, group=None)),
     "8 bits, scales in half precision": ((Clip(lr=1e-2),), Integer(bits=8, group=16, scale="float16")),
+    "corner given as a share": ((Singular(lr=1e-3, corner=0.5), Clip(lr=1e-2)), Integer(bits=4, group=32)),
     "symmetric by channel, full range": ((Singular(lr=1e-3, corner=0),), Integer(bits=4, group=None, symmetric=True)),
     "linear clipping alone": ((Clip(form="linear", lr=1e-2),), Integer(bits=3, group=32)),
     "scales alone": ((Equivalent(weight_only_families=None),), Integer(bits=4, group=32)),

@@ -17,6 +17,7 @@ from lsiq.experiment.config import parse
 from lsiq.experiment.run import run
 from lsiq.methods.finetune import FineTune, loss, tuner
 from lsiq.methods.finetune.form import GIB, Load, choose
+from lsiq.methods.finetune.tuned_block import TunedBlock
 from lsiq.methods.finetune.windows import groups
 from lsiq.models.shape import Shape
 from lsiq.results.block_file import to_tensors
@@ -96,6 +97,40 @@ def test_a_window_flips_codes_in_its_turn_and_step_sizes_move_everywhere(
         old, new = before.read(index).weights, after.read(index).weights
         assert any(not torch.equal(old[name].codes, new[name].codes) for name in old)
         assert all(not torch.equal(old[name].scale, new[name].scale) for name in old)
+
+
+def test_blocks_out_of_their_window_hold_codes_of_a_byte_and_no_weight_in_float(
+    checkpoint: Path, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: list[TunedBlock] = []
+    held: list[list[int]] = []
+
+    class Watched(TunedBlock):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            blocks.append(self)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            assert all(grid.codes.dtype == torch.uint8 for block in blocks for grid in block.grids.values())
+            held.append([_floats(block) for block in blocks])
+            return super().forward(hidden)
+
+    monkeypatch.setattr(tuner, "TunedBlock", Watched)
+    stored(checkpoint, small_run, tmp_path, DENSE, "method.trained=window", "method.window=1")
+    linears = sum(grid.codes.numel() for grid in blocks[0].grids.values())
+    half = len(held) // 2
+    assert half > 0
+    for at, numbers in enumerate(held):
+        training, resting = numbers if at < half else reversed(numbers)
+        assert training > linears
+        assert resting < linears / 4
+
+
+def _floats(block: TunedBlock) -> int:
+    """Numbers that a block holds in float; those of its checkpoint's linears would count too."""
+    tensors = [*block.state.parameters.values(), *block.growth.values(), *block.floats.values()]
+    tensors += [*block.latents.values(), *block.block.weights.values()]
+    return sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
 def test_the_grid_alone_leaves_all_codes(checkpoint: Path, small_run: SmallRun, tmp_path: Path) -> None:
