@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from lsiq.bench.shapes import LLAMA, LLAMA_3, random_model
+from lsiq.bench.timing import report_ceilings
 from lsiq.data.tokens import random_windows
 from lsiq.experiment.config import RunConfig, parse
 from lsiq.methods.finetune import FineTune
@@ -51,6 +52,7 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.card * GIB / whole), device)
         say(f"{torch.cuda.get_device_name(device)}, of which {min(options.card, whole / GIB):.0f} GiB may be used")
     say(f"torch {torch.__version__}")
+    report_ceilings(options.precision if device.type == "cuda" else "float32", device)
     config = settings(options)
     assert isinstance(config.method, FineTune)
     bench = Bench(random_model(options, SHAPES[options.shape], options.layers, device), config, config.method)

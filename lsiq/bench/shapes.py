@@ -21,13 +21,14 @@ LLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "inter
          "num_attention_heads": 32, "max_position_embeddings": 2048, "tie_word_embeddings": True}  # fmt: skip
 LLAMA_3 = {**LLAMA, "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8,
            "tie_word_embeddings": False}  # fmt: skip
+QWEN_3 = {**LLAMA_3, "model_type": "qwen3", "vocab_size": 151936, "intermediate_size": 12288, "head_dim": 128}
 OPT = {"model_type": "opt", "vocab_size": 50272, "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384,
        "num_attention_heads": 32, "max_position_embeddings": 2048}  # fmt: skip
 SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
            "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 2048,
            "tie_word_embeddings": True}  # fmt: skip
 SMALL = {"hidden_size": 128, "word_embed_proj_dim": 128, "intermediate_size": 256, "ffn_dim": 256,
-         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}  # fmt: skip
 
 
 def random_model(options: argparse.Namespace, shape: dict[str, Any], depth: int, device: torch.device) -> Model:

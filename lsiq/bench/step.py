@@ -2,6 +2,7 @@
 
 python -m lsiq.bench.step                               every case of docs/performance.md that takes a step
 python -m lsiq.bench.step --only lsi-1 lwc-4            some of them
+python -m lsiq.bench.step --only lsi-4 --profile        and the kernels that a step of each launches, the longest first
 python -m lsiq.bench.step --whole 2                     a whole LLaMA-2-7B with random weights, 2 epochs really run
 python -m lsiq.bench.step --small                       the same on a block that a CPU can carry
 """
@@ -15,9 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from lsiq.bench.shapes import LLAMA, LLAMA_3, OPT, SMOLLM2, course, formats, random_model
-from lsiq.bench.timing import FlopsByDtype, Mark, measured_rate, median_ms
+from lsiq.bench.shapes import LLAMA, LLAMA_3, OPT, QWEN_3, SMOLLM2, course, formats, random_model
+from lsiq.bench.timing import FlopsByDtype, Mark, median_ms, report_ceilings
 from lsiq.bench.whole import run_whole
 from lsiq.learning.batches import BatchFeeder
 from lsiq.learning.look_ahead import look_ahead
@@ -73,6 +75,8 @@ CASES = (
     Case("w4a4-let-4", (LSI, LET, CLIP), 4, "≤ 10", LLAMA, group=None, activation=4),
     Case("llama-3-lsi-4", (LSI, CLIP), 4, "", LLAMA_3),
     Case("llama-3-recipe-4", RECIPE, 4, "", LLAMA_3),
+    Case("qwen-3-lsi-4", (LSI, CLIP), 4, "", QWEN_3),
+    Case("qwen-3-recipe-4", RECIPE, 4, "", QWEN_3),
     Case("opt-let-1", (LSI, LET, CLIP), 1, "", OPT),
     Case("opt-let-4", (LSI, LET, CLIP), 4, "≤ 6", OPT),
     Case("opt-w4a4-let-4", (LSI, LET, CLIP), 4, "", OPT, group=None, activation=4),
@@ -87,19 +91,21 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     print(f"{_machine(device)}; torch {torch.__version__}; training in {options.precision}, {options.kernels}")
-    rate = report_ceilings(options, device)
+    rate = report_ceilings(options.precision, device)
     if options.whole:
         run_whole(options, device)
         return
     print("| case | ms/step | ms/sample | mark | weights fwd | tokens fwd | tokens bwd | weights bwd | optimizer "
           "| peak GiB | of the matmul ceiling |")  # fmt: skip
     print("|" + " --- |" * 11)
-    for shape in (LLAMA, LLAMA_3, OPT, SMOLLM2):
+    for shape in (LLAMA, LLAMA_3, QWEN_3, OPT, SMOLLM2):
         cases = [c for c in CASES if c.shape is shape and (not options.only or c.name in options.only)]
         if cases:
             bench = Bench(options, shape, device)
             for case in cases:
                 print(bench.row(case, rate), flush=True)
+                if options.profile:
+                    print(bench.profile(case), flush=True)
             if shape is LLAMA and options.plain:
                 print(bench.row(replace(cases[0], name=f"{cases[0].name} plain"), rate, "plain"), flush=True)
 
@@ -112,6 +118,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="float16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--kernels", default="auto", choices=["auto", "triton", "compile", "plain"])
     parser.add_argument("--plain", action="store_true", help="time the first case on the plain path as well")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a step below each case")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each case")
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--small", action="store_true", help="a block that a CPU can carry")
@@ -183,6 +190,21 @@ class Bench:
             f"| {share:.0%} |"
         )
 
+    def profile(self, case: Case, steps: int = 5) -> str:
+        """Return a table of what a recorded step launches: each kernel's calls and time in so many steps."""
+        stepper = self.stepper(case, self.options.kernels)
+        samples = torch.arange(case.batch, device=self.device)
+        median_ms(lambda: stepper.step(samples, 0.5), 2, self.device)
+        on_gpu = self.device.type == "cuda"
+        activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+        with profile(activities=activities) as found:
+            for _ in range(steps):
+                stepper.step(samples, 0.5)
+            if on_gpu:
+                torch.cuda.synchronize()
+        order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        return found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+
 
 def part_times(stepper: Stepper, batch: int, device: torch.device, repeats: int = 5) -> list[float]:
     """Return the milliseconds of a step's parts, launched one by one: weights, tokens, both backward, optimizer."""
@@ -204,16 +226,6 @@ def part_times(stepper: Stepper, batch: int, device: torch.device, repeats: int 
         marks.append(Mark(device))
         rows.append([later.since(earlier) for earlier, later in itertools.pairwise(marks)])
     return [sorted(column)[repeats // 2] for column in zip(*rows, strict=True)]
-
-
-def report_ceilings(options: argparse.Namespace, device: torch.device) -> float:
-    """Print what the machine can do at most; return its matrix rate in the training's precision."""
-    rate = measured_rate(options.precision, device)
-    size = 2**30 if device.type == "cuda" else 2**26
-    a, b = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    copy = median_ms(lambda: b.copy_(a), 10, device)
-    print(f"matrix products: {rate / 1e12:.4g} TFLOP/s ({options.precision}); copy: {2 * size / copy / 1e9:.3g} TB/s")
-    return rate
 
 
 def _machine(device: torch.device) -> str:

@@ -81,3 +81,13 @@ def measured_rate(dtype: str, device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
     return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def report_ceilings(precision: str, device: torch.device) -> float:
+    """Print what the machine can do at most; return its matrix rate in a precision, in operations a second."""
+    rate = measured_rate(precision, device)
+    size = 2**30 if device.type == "cuda" else 2**26
+    a, b = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    copy = median_ms(lambda: b.copy_(a), 10, device)
+    print(f"matrix products: {rate / 1e12:.4g} TFLOP/s ({precision}); copy: {2 * size / copy / 1e9:.3g} TB/s")
+    return rate

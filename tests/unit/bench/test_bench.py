@@ -61,6 +61,16 @@ def test_one_block_is_timed_under_several_processes(
     assert all(word in told for word in ("method=gptq", "1 processes: block", "2 processes: block", "peak host"))
 
 
+def test_a_step_is_timed_by_part_and_its_kernels_are_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["--seqlen", "16", "--steps", "1", "--device", "cpu", "--precision", "float32"]
+    monkeypatch.setattr(sys, "argv", ["step", "--small", "--only", "qwen-3-lsi-4", "--profile", *size])
+    step.main()
+    told = capsys.readouterr().out
+    assert told.index("matrix products: ") < told.index("| qwen-3-lsi-4 | ") < told.index("aten::mm")
+
+
 @pytest.mark.product
 def test_a_whole_model_is_quantised_and_its_time_projected(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -82,6 +92,7 @@ def test_the_best_recipe_runs_in_part_and_the_rest_is_projected(
     monkeypatch.setattr(sys, "argv", ["best", "--small", *size, *form, short])
     best.main()
     told = capsys.readouterr().out
+    assert "matrix products: " in told, "the ceiling of the same run"
     assert told.count("s: an epoch ended, loss ") == 4, "two windows of two epochs each"
     assert all(
         word in told for word in ("block 1: ", "window of 2 blocks", "2 of 10 epochs", "s a step", "projected: ")
