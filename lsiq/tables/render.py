@@ -98,12 +98,14 @@ def in_readme(readme: str, page: str) -> str:
     """Return README's text with the table `README_TABLE` of the page `README_PAGE` between its marks.
 
     Raises:
-        InputError: the marks are missing.
+        InputError: the marks or the table are missing.
     """
     begin, end = README_MARKS
     if begin not in readme or end not in readme:
         raise InputError(f"README.md: the lines {begin} and {end} are missing; put them where the table goes")
     table = page.partition(f"**{README_TABLE}")[2].partition("\n\n")[2].partition("\n\n")[0]
+    if not table.startswith("|"):
+        raise InputError(f"{README_PAGE}.md: no table's caption begins with {README_TABLE!r}; README.md shows that one")
     before, _, after = readme.partition(begin)
     return f"{before}{begin}\n\n{table}\n\n{end}{after.partition(end)[2]}"
 

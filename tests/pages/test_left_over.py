@@ -40,6 +40,10 @@ def test_ratios_are_of_means_over_the_seeds_that_both_have() -> None:
     assert cells(left_over(runs, "excess"))["w2 lsi, of omniquant"] == "0.50 / 0.50"
 
 
+def test_runs_without_a_seed_in_common_have_no_ratio() -> None:
+    assert cells(left_over(study(point("lsi", 0.2), point("omniquant", 0.5, 1)), "excess")) == {}
+
+
 def test_a_package_has_no_seed_and_is_compared_with_all_runs() -> None:
     runs = study(point("best", 0.2), point("best", 0.4, 1), point(PACKAGE, 0.6, None))
     assert cells(left_over(runs, "excess"))["w2 best, of AutoRound's package"] == "0.50 / 0.50"

@@ -98,6 +98,23 @@ def test_a_peers_excess_is_over_the_float_model_that_others_measured(sizes: Size
     assert values(sizes, "SmolLM2", "w2", "AutoRound's package", "kl/file") == []
 
 
+def test_a_peers_float_model_was_measured_on_its_tokens() -> None:
+    """Whole texts have runs of an earlier tokenization, the package's among them, and of today's."""
+    files = ("smollm2", "smollm2-activations")
+    records = {file: read_runs(RECORDS / f"{file}.jsonl") for file in files}
+    peer = next(run for run in records["smollm2"] if run.model == "ar-w2-200")
+    bases = {run.metrics["float/ppl/file@2048"] for file in files for run in records[file] if "ar-" not in run.model}
+    (base,) = {
+        run.metrics["float/ppl/file@2048"]
+        for file in files
+        for run in records[file]
+        if run.tokens == peer.tokens and "ar-" not in run.model
+    }
+    assert len(bases) == 2
+    (excess,) = values(SizeRuns(records), "SmolLM2, whole texts", "w2", "AutoRound's package")
+    assert excess == pytest.approx(math.log(peer.metrics["float/ppl/file@2048"] / base))
+
+
 def test_rounding_counts_once_for_each_model(sizes: SizeRuns) -> None:
     (note,) = sizes.notes["SmolLM2"]
     assert "de-quantised from GGUF Q4_1" in note
@@ -182,7 +199,7 @@ def test_a_mean_that_is_not_above_zero_stands_on_the_edge(records: dict[str, lis
 
 
 def test_peers_are_those_of_the_records(records: dict[str, list[Run]]) -> None:
-    of_files = [*records.values(), read_runs(RECORDS / "peers-90m.jsonl")]
+    of_files = [*records.values(), *(read_runs(RECORDS / f"{file}.jsonl") for file in ("peers-90m", "smollm2"))]
     assert {run.model for runs in of_files for run in runs if run.model.startswith("ar")} == set(PEERS)
 
 

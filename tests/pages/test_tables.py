@@ -522,6 +522,11 @@ def test_a_readme_without_a_place_for_the_table_is_an_error() -> None:
         in_readme("# Title\n", "<!-- page -->\n")
 
 
+def test_a_page_without_the_table_of_readme_is_an_error() -> None:
+    with pytest.raises(InputError, match=README_TABLE):
+        in_readme("\n".join(README_MARKS), "# Page\n\n**Other**\n\n| b |\n")
+
+
 def test_readme_shows_one_table_of_a_page() -> None:
     table = "| left | a |\n| --- | --- |\n| x | 5 |"
     page = (

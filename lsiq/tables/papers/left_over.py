@@ -23,6 +23,7 @@ PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("best", ("autoround",)),
     ("best", (PACKAGE,)),
 )
+HEAD = "method, of another's"
 MOST = 2.0  # what is more is not written out: the other method loses next to nothing there
 _CAPTIONS = {"excess": "Excess", "kl": "Divergence"}
 
@@ -42,31 +43,30 @@ def left_over(runs: SizeRuns, metric: str, folded: bool = False) -> Table:
             if any(cell.text != DASH for cell in cells):
                 rows.append(Row((width, _words(method, others)), cells))
     caption = f"{_CAPTIONS[metric]} that one method leaves of another's, {' / '.join(TEXTS.values())} (ratio of means)"
-    return Table(f"left-over-{metric}", caption, ("setting", "left", *columns), tuple(rows), folded=folded)
+    return Table(f"left-over-{metric}", caption, ("setting", HEAD, *columns), tuple(rows), folded=folded)
 
 
-def left_in_short(runs: SizeRuns, metric: str = "excess") -> Table:
-    """Return the least and the most of each pair over settings and texts: a row per pair."""
+def left_in_short(runs: SizeRuns) -> Table:
+    """Return the least and the most of each pair's excess over settings and texts: a row per pair."""
     runs = runs.of_one_training()
     columns = [size.name for size in runs.sizes]
     rows = []
     for method, others in PAIRS:
         cells = []
         for size in columns:
-            asked = [(width, f"{metric}/{text}") for width in WIDTHS for text in TEXTS]
-            found = [_left(runs, size, width, method, others, of) for width, of in asked]
+            found = [_left(runs, size, width, method, others, f"excess/{text}") for width in WIDTHS for text in TEXTS]
             ends = [value for value in found if value is not None]
             cells.append(Cell(text=f"{_written(min(ends))} to {_written(max(ends))}" if ends else DASH))
         rows.append(Row((_words(method, others),), tuple(cells)))
-    caption = f"What is left, in short: {_CAPTIONS[metric].lower()}, least to most over 2, 3 and 4 bits and both texts"
-    return Table(f"left-over-{metric}-short", caption, ("left", *columns), tuple(rows))
+    caption = "What is left, in short: excess, least to most over 2, 3 and 4 bits and both texts"
+    return Table("left-over-excess-short", caption, (HEAD, *columns), tuple(rows))
 
 
 def _left(runs: SizeRuns, size: str, width: str, method: str, others: Sequence[str], metric: str) -> float | None:
     """The largest ratio of means over the models and seeds that a method has in common with each of the others.
 
-    None where one was not run, or rounding to nearest itself costs less than `NOISE`; infinite where another loses
-    nothing.
+    A package's checkpoint has no seed: it is compared with all runs. None where nothing is in common, or rounding to
+    nearest itself costs less than `NOISE`; infinite where another loses nothing.
     """
     rounding = runs.sample(size, width, "rtn", metric)
     if rounding is None or rounding.mean < NOISE:
@@ -74,12 +74,13 @@ def _left(runs: SizeRuns, size: str, width: str, method: str, others: Sequence[s
     ratios = []
     for other in others:
         of_method, of_other = (_by_run(runs, size, width, entry, metric) for entry in (method, other))
-        common = of_method.keys() & of_other.keys()
-        ours = [of_method[run] for run in common] or list(of_method.values())
-        theirs = [of_other[run] for run in common] or list(of_other.values())
-        if not ours or not theirs:
+        if other != PACKAGE:
+            common = of_method.keys() & of_other.keys()
+            of_method, of_other = ({run: by_run[run] for run in common} for by_run in (of_method, of_other))
+        if not of_method or not of_other:
             return None
-        ratios.append(fmean(ours) / fmean(theirs) if fmean(theirs) > 0 else math.inf)
+        base = fmean(of_other.values())
+        ratios.append(fmean(of_method.values()) / base if base > 0 else math.inf)
     return max(ratios)
 
 

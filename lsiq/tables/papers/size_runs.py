@@ -105,12 +105,15 @@ PEERS = {
     "ar-w2x": Peer("SmolLM2", "w2", PACKAGE_EXTENDED),
     "ar-w3": Peer("SmolLM2", "w3"),
     "ar-w4": Peer("SmolLM2", "w4"),
+    "ar-w2-200": Peer("SmolLM2, whole texts", "w2"),
+    "ar-w3-200": Peer("SmolLM2, whole texts", "w3"),
+    "ar-w4-200": Peer("SmolLM2, whole texts", "w4"),
     "ar90-w2-200": Peer("90 M", "w2"),
     "ar90-w3-200": Peer("90 M", "w3"),
     "ar90-w4-200": Peer("90 M", "w4"),
 }
 # What the peer quantised: the model whose perplexity is taken from its checkpoints'.
-PEERS_OF = {"SmolLM2": SMOLLM2, "90 M": "llama-90m"}
+PEERS_OF = {"SmolLM2": SMOLLM2, "SmolLM2, whole texts": SMOLLM2, "90 M": "llama-90m"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class SizeRuns:
                 peers.append(run)
             elif (point := _point(file, run)) is not None:
                 latest[point.size, point.model, run.setting, point.entry, run.seed] = (point, run)
-        bases = {point.size: run for point, run in latest.values() if PEERS_OF.get(point.size) == run.model}
+        bases = [(point.size, run) for point, run in latest.values() if PEERS_OF.get(point.size) == run.model]
         of_peers = [(_peer(run, bases), run) for run in peers]
         self.points = [
             *_of_first_models([point for point, _ in latest.values()]),
@@ -250,14 +253,16 @@ def _of_first_models(points: Sequence[Point]) -> list[Point]:
     return [p for p in points if BEFORE.isdisjoint(p.model) or (p.size, p.width, p.entry) not in own]
 
 
-def _peer(run: Run, bases: Mapping[str, Run]) -> Point:
+def _peer(run: Run, bases: Iterable[tuple[str, Run]]) -> Point:
     """Return the run of a peer's checkpoint: its excess is over the float model, which another run measured."""
     peer = PEERS[run.model]
-    if peer.size not in bases:
+    base = next((base for size, base in bases if size == peer.size and base.tokens == run.tokens), None)
+    if base is None:
         raise InputError(
-            f"{run.model}: no run of {PEERS_OF[peer.size]} says what the float model's perplexity is; collect one"
+            f"{run.model}: no run of {PEERS_OF[peer.size]} says what the float model's perplexity is on the same "
+            "tokens; collect one"
         )
-    return Point(peer.size, peer.width, peer.entry, excess_over(bases[peer.size], run))
+    return Point(peer.size, peer.width, peer.entry, excess_over(base, run))
 
 
 def excess_over(base: Run, peer: Run) -> dict[str, float]:
