@@ -22,6 +22,7 @@ from lsiq.errors import LsiqError, OutputError
 from lsiq.experiment.run import run
 from lsiq.results.record import Record, read_record, write_record
 from lsiq.results.store import BlockStore
+from lsiq.runtime.memory import peak_bytes
 
 SmallRun = Callable[..., DictConfig]
 
@@ -74,6 +75,16 @@ def test_the_record_says_where_its_numbers_come_from(checkpoint: Path, small_run
     assert written["peak_bytes"]["host"] > 0
     assert [block["index"] for block in written["blocks"]] == [0, 1]
     assert all(0 < block["error"] < 1 for block in written["blocks"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of the process cannot be set back")
+def test_no_stage_of_a_run_takes_the_peak_of_what_the_process_did_before(checkpoint: Path, small_run: SmallRun) -> None:
+    before = torch.ones(100_000_000)  # 400 MB, as an earlier job of a sweep may have taken
+    peak = peak_bytes()["host"]
+    del before
+    record = run(small_run(checkpoint))
+    assert record.stage_peaks["load"]["host"] < peak - 300_000_000
+    assert max(stage["host"] for stage in record.stage_peaks.values()) <= record.peak_bytes["host"]
 
 
 def test_a_finished_run_comes_back_at_once_and_force_runs_anew(checkpoint: Path, small_run: SmallRun) -> None:
