@@ -96,6 +96,19 @@ def test_a_finished_run_comes_back_at_once_and_force_runs_anew(checkpoint: Path,
     assert forced.seconds != first.seconds
 
 
+@pytest.mark.parametrize(("epochs", "rate", "harmed"), [(1, 3.0, True), (10, 0.03, False)])
+def test_a_block_that_training_left_worse_is_told_of(
+    checkpoint: Path, small_run: SmallRun, capsys: pytest.CaptureFixture[str], epochs: int, rate: float, harmed: bool
+) -> None:
+    words = ["method=lsi", f"method.training.epochs={epochs}", f"method.parts.clip.lr={rate}"]
+    record = run(small_run(checkpoint, *words, "method.training.precision=float32"))
+    worse = [block["error"] > 1.1 * block["metrics"]["loss_first"] for block in record.blocks]
+    assert worse[0] == harmed
+    said = capsys.readouterr().err
+    told = [f"block {index}: its error is" in said for index in (0, 1)]
+    assert told == worse
+
+
 def test_a_changed_text_or_checkpoint_is_another_run(text_file: Path, tmp_path: Path, small_run: SmallRun) -> None:
     model = save_model(SHAPES["llama"], tmp_path / "model")
     text = tmp_path / "text.txt"
