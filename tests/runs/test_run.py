@@ -96,6 +96,14 @@ def test_a_finished_run_comes_back_at_once_and_force_runs_anew(checkpoint: Path,
     assert forced.seconds != first.seconds
 
 
+def test_all_windows_that_are_too_long_are_told_of_at_once(checkpoint: Path, small_run: SmallRun) -> None:
+    message = (
+        r"^calib\.seqlen=4096 and eval\.seqlen=2048: the model has (\d+) positions; use at most \1 \(model\.seqlen=\1 "
+    )
+    with pytest.raises(LsiqError, match=message):
+        run(small_run(checkpoint, "calib.seqlen=4096", "eval.seqlen=2048"))
+
+
 @pytest.mark.parametrize(("epochs", "rate", "harmed"), [(1, 3.0, True), (10, 0.03, False)])
 def test_a_block_that_training_left_worse_is_told_of(
     checkpoint: Path, small_run: SmallRun, capsys: pytest.CaptureFixture[str], epochs: int, rate: float, harmed: bool
