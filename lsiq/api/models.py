@@ -42,6 +42,11 @@ class FloatModel:
     folder: Path | None
     module: PreTrainedModel | None = None
 
+    def __repr__(self) -> str:
+        # The fields hold a whole model, which would fill pages of a notebook.
+        kind = f"{self.model.spec.model_type}, {self.model.depth} blocks"
+        return f"FloatModel({self.name}, {kind}, {self.model.dtype} on {self.model.device})"
+
     @property
     def name(self) -> str:
         """What records and exports call it."""

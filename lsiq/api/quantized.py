@@ -78,6 +78,11 @@ class QuantizedModel:
     calibration: Mapping[str, Any]
     seed: int = 0
 
+    def __repr__(self) -> str:
+        # The fields hold whole models, which would fill pages of a notebook.
+        settings = f"{self.quant.name}, {self.method.name}, seed {self.seed}"
+        return f"QuantizedModel({self.source.name}, {settings}, {self.average_bits:.3f} bits per weight)"
+
     @property
     def average_bits(self) -> float:
         """Bits per original weight of the quantised linears, scales, zero points and all else counted."""

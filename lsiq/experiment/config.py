@@ -104,11 +104,15 @@ class RunConfig:
         calibrates = self.calib.corpus is not None or self.calib.written
         lengths = {"calib.seqlen": self.calib.seqlen} if calibrates else {}
         lengths |= {"eval.seqlen": self.eval.seqlen} if self.eval.corpora else {}
-        for key, seqlen in lengths.items():
-            if limit is not None and prefix + seqlen > limit:
-                after = f" and the prefix takes {prefix}" if prefix else ""
-                most = limit - prefix
-                raise ConfigError(f"{key}={seqlen}: the model has {limit} positions{after}; use at most {most}")
+        if limit is None:
+            return
+        most = limit - prefix
+        if long := [f"{key}={seqlen}" for key, seqlen in lengths.items() if seqlen > most]:
+            after = f" and the prefix takes {prefix}" if prefix else ""
+            raise ConfigError(
+                f"{' and '.join(long)}: the model has {limit} positions{after}; use at most {most} "
+                f"(model.seqlen={most} sets both where neither is given)"
+            )
 
 
 def with_formats(config: RunConfig, quant: QuantSettings) -> RunConfig:

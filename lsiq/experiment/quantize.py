@@ -77,7 +77,7 @@ class QuantizeStage:
         earlier, start = record.seconds.get(name, 0.0), time.perf_counter()
         cache = None if config.paths.cache is None else Path(config.paths.cache).expanduser()
         batch, seed, tracker = config.calib.batch, config.seed, self.tracker
-        with block_table(model.depth) as table:
+        with block_table(model.depth, name) as table:
 
             def log(values: Mapping[str, float]) -> None:
                 tracker.log(values)

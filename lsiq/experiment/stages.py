@@ -53,6 +53,7 @@ def carry_out(request: Request, record: Record) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # graphs are recorded and memory is counted on the current one
     torch.manual_seed(config.seed)
+    reset_peak()
     model = record.timed("load", lambda: load(config.model, request.checkpoint, device, config.seed))
     store = BlockStore(folder / "blocks")
     remove_partial(folder)
@@ -88,7 +89,6 @@ def carry_out(request: Request, record: Record) -> None:
 def measure(request: Request, model: Model, store: BlockStore, record: Record, start: float) -> None:
     """Quantise the blocks that `store` does not hold already, and evaluate the model; the clock ran from `start`."""
     config, folder = request.config, request.folder
-    reset_peak()
     record.machine = describe(model.device)
     record.training_precision = {}
     if config.quant.name != "fp16":

@@ -17,6 +17,8 @@ _GRANTED: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 256, "attn_logit_softcapping": None, "final_logit_softcapping": None},
     "phi3": {},
 }
+# It builds these without biases whatever the file holds.
+_WITHOUT_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
 _PERIOD = {"gemma2": 2, "gemma3_text": 6}  # blocks of which the last attends to everything, the others to a window
 
 
@@ -30,7 +32,7 @@ def check_family(config: Any) -> None:
             raise ConfigError(f"export=gguf: rotary embeddings of type {kind} are not written yet; {_OTHERS}")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError(f"export=gguf: partial rotary embeddings are not written yet; {_OTHERS}")
-    granted = dict(_GRANTED.get(family, {}))
+    granted = dict(_GRANTED.get(family, {})) | dict.fromkeys(_WITHOUT_BIASES.get(family, ()), False)
     if family in _PERIOD:
         places = range(1, config.num_hidden_layers + 1)
         granted["layer_types"] = [

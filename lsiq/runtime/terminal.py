@@ -72,6 +72,15 @@ class StageProgress:
         self._progress, self._task, self._name, self._total, self._brief = progress, task, name, total, brief
         self._count, self._start, self._last_print = 0, time.perf_counter(), time.perf_counter()
 
+    def prepare(self, note: str) -> None:
+        """Something is done that all steps wait for, such as training the whole model; no step takes that time."""
+        now = time.perf_counter()
+        if self._count == 0:
+            self._start = now
+        if not (STORY.is_terminal or _BRIEF) and now - self._last_print > 10:
+            self._last_print = now
+            STORY.print(f"{self._name}  {note}", soft_wrap=True)
+
     def advance(self, note: str = "") -> None:
         """One more step is done; `note` says what came of it."""
         self._count += 1

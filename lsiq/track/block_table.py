@@ -32,6 +32,8 @@ class BlockTable:
                 self._losses.append(loss)
                 epoch = f"epoch {values[f'{part}/epoch'] + 1:g}"
                 self._now = (f"{values[f'{part}/block']:g}", self._course, "", epoch)
+                if part == "finetune":  # of all blocks, before the first of them is done
+                    self.stage.prepare(f"{epoch}  loss {self._course}")
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a finished block, as the record has it."""
@@ -54,8 +56,8 @@ class BlockTable:
 
 
 @contextlib.contextmanager
-def block_table(depth: int) -> Iterator[BlockTable]:
-    """Show `depth` blocks as they are quantised, with the time left and the peak memory."""
+def block_table(depth: int, name: str = "quantize") -> Iterator[BlockTable]:
+    """Show `depth` blocks as the stage `name` quantises them, with the time left and the peak memory."""
     table = BlockTable()
-    with show_progress("quantize", depth, table.render) as table.stage:
+    with show_progress(name, depth, table.render) as table.stage:
         yield table

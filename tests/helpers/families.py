@@ -40,6 +40,7 @@ _FACTORS = {"embedding_multiplier": 6.0, "attention_multiplier": 0.1, "residual_
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama-3.2": _TINY | {"model_type": "llama", "rope_parameters": _LLAMA3, "head_dim": 32},
     "smollm2": _TINY | {"model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 96},
+    "llama-biases": _TINY | {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "smollm3": _TINY | {"model_type": "smollm3", "no_rope_layer_interval": 2},
     "olmo2": _TINY | {"model_type": "olmo2", "tie_word_embeddings": False},
     "phi3": _TINY | {"model_type": "phi3", "sliding_window": 20, "tie_word_embeddings": False},

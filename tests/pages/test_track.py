@@ -409,6 +409,23 @@ def test_tables_of_a_record_hold_tasks_and_costs() -> None:
     assert tables["tables/time and memory"] == costs
 
 
+def test_the_time_left_leaves_out_training_that_all_blocks_wait_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(terminal.time, "perf_counter", lambda: now)
+    with block_table(5, "start") as table:
+        for epoch, loss in enumerate((0.5, 0.25)):
+            now += 60  # seconds, for each epoch through the whole model
+            table.log({"finetune/epoch": epoch, "finetune/loss": loss, "finetune/block": 0})
+        now += 2
+        table.add({"index": 0, "error": 0.2, "seconds": 2.0})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["start  epoch 1  loss 0.5000", "start  epoch 2  loss 0.5000 → 0.2500"]
+    assert lines[2].startswith("start 1/5  loss 0.5000 → 0.2500  error 0.2000  peak ")
+    assert lines[2].endswith("  8 s left")
+
+
 def test_the_block_table_follows_training_and_keeps_the_last_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     def shown() -> list[list[str]]:
         terminal = Console(file=io.StringIO(), width=100)

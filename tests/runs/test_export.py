@@ -40,6 +40,7 @@ FAMILIES = {
     **SHAPES,
     **SHAPES_OF_FILES,
     "phi4-mini": TINY["phi4-mini"],
+    "llama-biases": TINY["llama-biases"],
     "gemma3-scalar": TINY["gemma3"] | {"num_hidden_layers": 6, "sliding_window_pattern": 6},
     "gemma2-caps": TINY["gemma2"] | WIDE_GEMMA,
 }
@@ -342,6 +343,7 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     "gguf-opt": ("opt", ["export=gguf"], r"writes llama, mistral, .*, phi3 models, not opt; use export="),
     "gguf-rope": ("phi4-mini", ["export=gguf"], r"rotary embeddings of type longrope are not written yet"),
     "gguf-scalar": ("gemma3-scalar", ["export=gguf"], r"gemma3_text to have query_pre_attn_scalar=256, not 20"),
+    "gguf-biases": ("llama-biases", ["export=gguf"], r"llama to have attention_bias=False, not True"),
     "gguf-caps": ("gemma2-caps", ["export=gguf"], r"gemma2 to have attn_logit_softcapping=50\.0, not 2\.0"),
     "gguf-group": ("llama", ["export=gguf", "quant.weight.group=16"], r"quant\.weight\.group=16; use a multiple of 32"),
     "gguf-bits": ("llama", ["export=gguf", "quant.weight.bits=8"], r"the nearest is Q8_0 with quant\.weight\.bits=7"),

@@ -22,6 +22,7 @@ from lsiq.errors import LsiqError, OutputError
 from lsiq.experiment.run import run
 from lsiq.results.record import Record, read_record, write_record
 from lsiq.results.store import BlockStore
+from lsiq.runtime.memory import peak_bytes
 
 SmallRun = Callable[..., DictConfig]
 
@@ -76,6 +77,16 @@ def test_the_record_says_where_its_numbers_come_from(checkpoint: Path, small_run
     assert all(0 < block["error"] < 1 for block in written["blocks"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of the process cannot be set back")
+def test_no_stage_of_a_run_takes_the_peak_of_what_the_process_did_before(checkpoint: Path, small_run: SmallRun) -> None:
+    before = torch.ones(100_000_000)  # 400 MB, as an earlier job of a sweep may have taken
+    peak = peak_bytes()["host"]
+    del before
+    record = run(small_run(checkpoint))
+    assert record.stage_peaks["load"]["host"] < peak - 300_000_000
+    assert max(stage["host"] for stage in record.stage_peaks.values()) <= record.peak_bytes["host"]
+
+
 def test_a_finished_run_comes_back_at_once_and_force_runs_anew(checkpoint: Path, small_run: SmallRun) -> None:
     first = run(small_run(checkpoint))
     again = run(small_run(checkpoint))
@@ -83,6 +94,27 @@ def test_a_finished_run_comes_back_at_once_and_force_runs_anew(checkpoint: Path,
     forced = run(small_run(checkpoint, "force=true"))
     assert forced.metrics == first.metrics  # and the same numbers, to the bit
     assert forced.seconds != first.seconds
+
+
+def test_all_windows_that_are_too_long_are_told_of_at_once(checkpoint: Path, small_run: SmallRun) -> None:
+    message = (
+        r"^calib\.seqlen=4096 and eval\.seqlen=2048: the model has (\d+) positions; use at most \1 \(model\.seqlen=\1 "
+    )
+    with pytest.raises(LsiqError, match=message):
+        run(small_run(checkpoint, "calib.seqlen=4096", "eval.seqlen=2048"))
+
+
+@pytest.mark.parametrize(("epochs", "rate", "harmed"), [(1, 3.0, True), (10, 0.03, False)])
+def test_a_block_that_training_left_worse_is_told_of(
+    checkpoint: Path, small_run: SmallRun, capsys: pytest.CaptureFixture[str], epochs: int, rate: float, harmed: bool
+) -> None:
+    words = ["method=lsi", f"method.training.epochs={epochs}", f"method.parts.clip.lr={rate}"]
+    record = run(small_run(checkpoint, *words, "method.training.precision=float32"))
+    worse = [block["error"] > 1.1 * block["metrics"]["loss_first"] for block in record.blocks]
+    assert worse[0] == harmed
+    said = capsys.readouterr().err
+    told = [f"block {index}: its error is" in said for index in (0, 1)]
+    assert told == worse
 
 
 def test_a_changed_text_or_checkpoint_is_another_run(text_file: Path, tmp_path: Path, small_run: SmallRun) -> None:

@@ -52,6 +52,13 @@ def test_quantize_makes_the_blocks_that_a_run_makes_bit_for_bit(method, tmp_path
     assert lsiq.perplexity(model, "bundled", windows=2).value == record.metrics["float/ppl/bundled@64"]
 
 
+def test_models_say_in_a_line_what_they_are(checkpoints):
+    model = lsiq.load_model(checkpoints["llama"], "model.seqlen=64")
+    made = lsiq.quantize(model, lsiq.recipe("rtn"), lsiq.format("w3a16", "quant.weight.group=32"))
+    assert repr(model) == f"FloatModel({model.name}, llama, 2 blocks, torch.float32 on {model.model.device})"
+    assert repr(made) == f"QuantizedModel({model.name}, w3a16g32, rtn, seed 0, {made.average_bits:.3f} bits per weight)"
+
+
 def test_bits_are_shared_out_as_a_run_does(tmp_path, checkpoints):
     words = ["quant.weight.group=32", "quant.allocate.bits=3.5", "quant.allocate.choices=[w2g32,w4g32]"]
     words += ["quant.allocate.samples=2", "quant.allocate.unit=block", "quant.allocate.rounds=1"]
