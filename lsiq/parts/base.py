@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
+
+from pydantic import Field
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +22,16 @@ Tensors = Mapping[str, "Tensor"]
 # squared error of 1/12 which rounding makes: 5 % at 1/16, and three times that error at 1/2. Shorter trainings travel
 # less.
 FEWEST_STEPS = 16
+
+
+Hardening = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="share of the steps in which rounding sets in, 0 to 1; above 0 there are no Triton kernels",
+    ),
+]
 
 
 @dataclass(frozen=True)

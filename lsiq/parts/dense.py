@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lsiq.parts.base import Draft, PartState, PartTraits, left_out
+from lsiq.parts.base import Draft, Hardening, PartState, PartTraits, left_out
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -46,13 +46,7 @@ class Dense(PartTraits):
     tensors: Literal["linears", "all"] = Field(
         "linears", description="linears, or all: with the norms and the biases of the block"
     )
-
-    hardening: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the steps in which rounding sets in, 0 to 1; above 0 there are no Triton kernels",
-    )
+    hardening: Hardening = 0.0
 
     def __post_init__(self) -> None:
         if self.unit == "step" and self.tensors == "all":

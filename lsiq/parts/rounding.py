@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from lsiq.parts.base import Draft, PartState, PartTraits, left_out
+from lsiq.parts.base import Draft, Hardening, PartState, PartTraits, left_out
 from lsiq.settings import settings
 
 if TYPE_CHECKING:
@@ -38,13 +38,7 @@ class Rounding(PartTraits):
         None, gt=0, description="learning rate of the offsets, above 0; null: 1 / steps, of 16 at least"
     )
     bound: float = Field(0.5, gt=0, le=8, description="how far an offset may go, in steps of the grid, above 0 to 8")
-
-    hardening: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the steps in which rounding sets in, 0 to 1; above 0 there are no Triton kernels",
-    )
+    hardening: Hardening = 0.0
 
     @property
     def name(self) -> str:

@@ -77,9 +77,7 @@ class StageProgress:
         now = time.perf_counter()
         if self._count == 0:
             self._start = now
-        if not (STORY.is_terminal or _BRIEF) and now - self._last_print > 10:
-            self._last_print = now
-            STORY.print(f"{self._name}  {note}", soft_wrap=True)
+        self._log(f"{self._name}  {note}", now)
 
     def advance(self, note: str = "") -> None:
         """One more step is done; `note` says what came of it."""
@@ -88,11 +86,15 @@ class StageProgress:
         note = f"{note}  {peak}".strip()
         self._progress.update(self._task, advance=1, note=peak if self._brief else note)
         now = time.perf_counter()
-        # Logs of batch jobs: the first and last step, and at most one line in ten seconds between.
-        if not (STORY.is_terminal or _BRIEF) and (self._count in (1, self._total) or now - self._last_print > 10):
+        remaining = (now - self._start) / self._count * (self._total - self._count)
+        told = f"{self._name} {self._count}/{self._total}  {note}  {remaining:.0f} s left"
+        self._log(told, now, at_once=self._count in (1, self._total))
+
+    def _log(self, line: str, now: float, at_once: bool = False) -> None:
+        """Print a line in the log of a batch job; at most one in ten seconds but for those `at_once`."""
+        if not (STORY.is_terminal or _BRIEF) and (at_once or now - self._last_print > 10):
             self._last_print = now
-            remaining = (now - self._start) / self._count * (self._total - self._count)
-            STORY.print(f"{self._name} {self._count}/{self._total}  {note}  {remaining:.0f} s left", soft_wrap=True)
+            STORY.print(line, soft_wrap=True)
 
 
 class _Shown(Progress):

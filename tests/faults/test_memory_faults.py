@@ -105,14 +105,17 @@ def test_out_of_memory_while_weights_are_fine_tuned_halves_the_batch_and_they_fl
         record = run(small_run(checkpoints["llama"], *arguments, f"paths.runs={tmp_path / name}"))
         said = "fine-tuning: CUDA out of memory; 3 sequences at a time" in capsys.readouterr().err
         assert said == (name == "short")
-        store = BlockStore(tmp_path / name / record.run_id / "blocks")
-        weights = [weight for index in range(2) for weight in store.read(index).weights.values()]
-        codes.append(torch.cat([weight.codes.flatten() for weight in weights]))
-    start = BlockStore(tmp_path / "parents" / parent.run_id / "blocks")
-    before = torch.cat([w.codes.flatten() for index in range(2) for w in start.read(index).weights.values()])
+        codes.append(stored_codes(tmp_path / name / record.run_id))
+    before = stored_codes(tmp_path / "parents" / parent.run_id)
     flipped, differing = ((one != codes[0]).float().mean().item() for one in (before, codes[1]))
     assert flipped > 0.5
     assert differing < 0.01  # measured: 0
+
+
+def stored_codes(folder: Path) -> torch.Tensor:
+    """All codes of a run of two blocks."""
+    store = BlockStore(folder / "blocks")
+    return torch.cat([weight.codes.flatten() for index in range(2) for weight in store.read(index).weights.values()])
 
 
 def test_no_room_for_one_sequence_is_said_and_keeps_the_blocks(

@@ -38,7 +38,7 @@ def left_over(runs: SizeRuns, metric: str, folded: bool = False) -> Table:
             found = [
                 [_left(runs, size, width, method, others, f"{metric}/{text}") for text in TEXTS] for size in columns
             ]
-            texts = [[_written(value) for value in values] for values in found]
+            texts = [[written(value) for value in values] for values in found]
             cells = tuple(Cell(text=DASH if set(both) == {DASH} else " / ".join(both)) for both in texts)
             if any(cell.text != DASH for cell in cells):
                 rows.append(Row((width, _words(method, others)), cells))
@@ -56,21 +56,24 @@ def left_in_short(runs: SizeRuns) -> Table:
         for size in columns:
             found = [_left(runs, size, width, method, others, f"excess/{text}") for width in WIDTHS for text in TEXTS]
             ends = [value for value in found if value is not None]
-            cells.append(Cell(text=f"{_written(min(ends))} to {_written(max(ends))}" if ends else DASH))
+            cells.append(Cell(text=f"{written(min(ends))} to {written(max(ends))}" if ends else DASH))
         rows.append(Row((_words(method, others),), tuple(cells)))
     caption = "What is left, in short: excess, least to most over 2, 3 and 4 bits and both texts"
     return Table("left-over-excess-short", caption, (HEAD, *columns), tuple(rows))
 
 
 def _left(runs: SizeRuns, size: str, width: str, method: str, others: Sequence[str], metric: str) -> float | None:
-    """The largest ratio of means over the models and seeds that a method has in common with each of the others.
-
-    A package's checkpoint has no seed: it is compared with all runs. None where nothing is in common, or rounding to
-    nearest itself costs less than `NOISE`; infinite where another loses nothing.
-    """
+    """The ratio, but None where rounding to nearest itself costs less than `NOISE`."""
     rounding = runs.sample(size, width, "rtn", metric)
-    if rounding is None or rounding.mean < NOISE:
-        return None
+    return None if rounding is None or rounding.mean < NOISE else ratio(runs, size, width, method, others, metric)
+
+
+def ratio(runs: SizeRuns, size: str, width: str, method: str, others: Sequence[str], metric: str) -> float | None:
+    """Return the largest ratio of means over the models and seeds that a method has in common with each of the others.
+
+    A package's checkpoint has no seed: it is compared with all runs. None where nothing is in common; infinite where
+    another loses nothing.
+    """
     ratios = []
     for other in others:
         of_method, of_other = (_by_run(runs, size, width, entry, metric) for entry in (method, other))
@@ -98,7 +101,8 @@ def _words(method: str, others: Sequence[str]) -> str:
     return f"{method}, of {others[0] if len(others) == 1 else 'the better of ' + ' and '.join(others)}"
 
 
-def _written(ratio: float | None) -> str:
-    if ratio is None:
+def written(value: float | None) -> str:
+    """Return a ratio as a cell has it."""
+    if value is None:
         return DASH
-    return f"{ratio:.2f}" if ratio <= MOST else f"above {MOST:g}"
+    return f"{value:.2f}" if value <= MOST else f"above {MOST:g}"

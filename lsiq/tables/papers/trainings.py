@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lsiq.tables.papers.left_over import ratio, written
 from lsiq.tables.papers.model_sizes import TEXTS
 from lsiq.tables.papers.size_runs import SizeRuns
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
@@ -51,10 +52,6 @@ def _cells(runs: SizeRuns, size: str, width: str, metric: str) -> list[Cell]:
     rounding = runs.sample(size, width, "rtn", metric)
     cells = [Cell(text=DASH) if rounding is None else Cell(rounding)]
     told = rounding is not None and rounding.mean >= NOISE
-    for pair in RATIOS:
-        method, other = (runs.sample(size, width, entry, metric) for entry in pair)
-        if told and method is not None and other is not None:
-            cells.append(Cell(text=f"{method.mean / other.mean:.2f}"))
-        else:
-            cells.append(Cell(text=DASH))
+    for method, other in RATIOS:
+        cells.append(Cell(text=written(ratio(runs, size, width, method, (other,), metric)) if told else DASH))
     return cells
