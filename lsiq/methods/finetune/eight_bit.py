@@ -49,18 +49,20 @@ class CodeBook:
         """The ratio of neighbouring magnitudes."""
         return 10 ** (self.decades / (self.levels - 1))
 
-    def encode(self, values: Tensor, threshold: Tensor | float = 0.5) -> tuple[Tensor, Tensor]:
+    def encode(self, values: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
         """Return the codes of float32 `values`, `(blocks, BLOCK)`, and the scales of blocks, `(blocks, 1)`.
 
         Args:
-            threshold: of the way from one magnitude to the next, `(BLOCK,)` or one for all; what is beyond it goes up.
+            threshold: of the way from one magnitude to the next, from 0 to below 1, one for each number of a block,
+                `(BLOCK,)`, or for all; what is beyond it goes up.
         """
-        scale = values.abs().amax(1, keepdim=True)
-        shares = values.abs().div_(scale.clamp(min=torch.finfo(torch.float32).tiny))
-        place = shares.log().div_(math.log(self.growth)).add_(self.levels).clamp_(min=1)
-        below = place.floor()
-        way = place.sub_(below).mul_(math.log(self.growth)).expm1_().div_(self.growth - 1)
-        codes = below.add_(way > threshold).clamp_(max=self.levels)
+        magnitudes = values.abs()
+        scale = magnitudes.amax(1, keepdim=True)
+        shares = magnitudes.div_(scale.clamp(min=torch.finfo(torch.float32).tiny))
+        # The same threshold on the logarithmic way; code `c` lies at `c`, and a number between it and the next goes up
+        # where it is further than that.
+        further = threshold.mul(self.growth - 1).log1p_().div_(math.log(self.growth))
+        codes = shares.log().div_(math.log(self.growth)).add_(self.levels - further).ceil_().clamp_(1, self.levels)
         least = 0 if self.positive else 0.5 * 10**-self.decades
         codes.masked_fill_(shares <= least, 0)
         if not self.positive:
@@ -183,7 +185,7 @@ def _start(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _move_in_blocks(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], move: _Move) -> None:
-    threshold = move.threshold(parameter.device)
+    thresholds = torch.full((), 0.5, device=parameter.device), move.threshold(parameter.device)
     chunks = zip(parameter.view(-1).split(CHUNK), gradient.reshape(-1).split(CHUNK), strict=True)
     for index, (numbers, slopes) in enumerate(chunks):
         padded = pad(slopes.float(), (0, -len(slopes) % BLOCK)).view(-1, BLOCK)
@@ -192,8 +194,8 @@ def _move_in_blocks(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor
         second = SECOND.decode(state["exp_avg_sq"][rows], state["exp_avg_sq_scale"][rows])
         numbers.add_(move.change(padded, first, second).view(-1)[: len(numbers)])
         for name, codes, scale in (
-            ("exp_avg", *FIRST.encode(first)),
-            ("exp_avg_sq", *SECOND.encode(second, threshold)),
+            ("exp_avg", *FIRST.encode(first, thresholds[0])),
+            ("exp_avg_sq", *SECOND.encode(second, thresholds[1])),
         ):
             state[name][rows] = codes
             state[f"{name}_scale"][rows] = scale

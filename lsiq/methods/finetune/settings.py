@@ -52,6 +52,9 @@ class FineTune(Traits):
     - `grid`: step sizes, norms and biases alone, in all blocks.
     - `auto`: the first of the three that fits. A run chooses before its first block and keeps to it.
 
+    A weight in training takes 16 bytes, of which 8 are the optimizer's moments. With `states=int8` these take 2, so
+    that windows hold more blocks. Moments of step sizes, norms and biases stay in float32.
+
     Source: LSI (arXiv 2406.16299, fine-tuning of a quantised model): increments in the last two blocks.
     EfficientQAT (arXiv 2407.11062, section 3.3): step sizes end to end.
     Deviation: the LSI paper does not say which loss it trains; the language model's own is the one that a text speaks
