@@ -187,7 +187,8 @@ class _Loop:
         self.quantised = run_stream(function, self.quantised, self.batch, self.model.device)
         self.errors.append(_relative_error(self.quantised, targets, index))
         self.floats.forget_before(index)
-        self._store_streams(targets)
+        if stored is None or self.position == self.model.depth:  # to run through a stored block takes no training
+            self._store_streams(targets)
         report = replace(report, error=self.errors[-1])
         if stored is None:
             _warn_of_harm(report)
