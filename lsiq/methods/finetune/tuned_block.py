@@ -35,6 +35,8 @@ class TunedBlock:
     Args:
         rests: whether nothing is trained.
         place: where codes lie while there are no increments; None for the block's own device.
+        recomputes: whether what leads to the outputs is computed again on the way back instead of being kept, with the
+            same result.
 
     Attributes:
         growth, floats: what is trained throughout, unless the block rests.
@@ -50,7 +52,9 @@ class TunedBlock:
         context: Context,
         rests: bool = False,
         place: torch.device | None = None,
+        recomputes: bool = True,
     ) -> None:
+        self.recomputes = recomputes
         self.device = device = next(iter(block.weights.values())).device
         self.settings, self.initial, self.quant, self.context = settings, initial, quant, context
         block = block.with_rotations_of(initial)
@@ -132,7 +136,9 @@ class TunedBlock:
         self.grids = {name: _moved(grid, self.place) for name, grid in grids.items()}
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the block's outputs; what leads to them is computed again on the way back instead of being kept."""
+        """Return the block's outputs."""
+        if not self.recomputes:
+            return self._run(hidden)
         return checkpoint(self._run, hidden, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
     def _run(self, hidden: Tensor) -> Tensor:
