@@ -45,11 +45,19 @@ RATE, DIAGONAL = {"lr": 1e-3}, {"lr": 1e-3, "corner": 0}
 LSI, LET, CLIP = fill(Singular, DIAGONAL), fill(Equivalent, {"weight_only_families": None}), fill(Clip, RATE)
 # The parts of method=lsi.
 RECIPE = (fill(Singular, {**DIAGONAL, "unit": "step"}), fill(Clip, {**RATE, "search": True}), fill(Rounding, RATE))
+# The parts of method=autoround, which move by signed gradients.
+AUTOROUND = (fill(Rounding, RATE), fill(Clip, {**RATE, "form": "linear"}))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A setting whose step is timed: batch size, parts, formats, and the milliseconds per sample that are the mark."""
+    """A setting whose step is timed.
+
+    Attributes:
+        mark: what it is to reach, in milliseconds per sample.
+        ahead: later blocks that count in the loss.
+        signed: names of the parts that take signed-gradient steps.
+    """
 
     name: str
     parts: Sequence[Part]
@@ -60,6 +68,7 @@ class Case:
     group: int | None = 128
     activation: int = 16
     ahead: int = 0
+    signed: Sequence[str] = ()
 
 
 CASES = (
@@ -70,6 +79,7 @@ CASES = (
     Case("corner-4", (fill(Singular, {**RATE, "corner": 300}), CLIP), 4, "", LLAMA),
     Case("corner-half-4", (fill(Singular, {**RATE, "corner": 0.5}), CLIP), 4, "", LLAMA),
     Case("recipe-4", RECIPE, 4, "", LLAMA),
+    Case("autoround-4", AUTOROUND, 4, "", LLAMA, signed=("rounding", "clip")),
     Case("sde8-4", (fill(Expansion, {**DIAGONAL, "width": 8}), CLIP), 4, "≤ 1.1 × lsi-4", LLAMA),
     Case("cl2-4", (LSI, CLIP), 4, "≤ 2.0 × lsi-4", LLAMA, ahead=2),
     Case("w4a4-let-4", (LSI, LET, CLIP), 4, "≤ 10", LLAMA, group=None, activation=4),
@@ -154,7 +164,7 @@ class Bench:
         """Return what takes the steps of a case, as the learner would."""
         quant = formats(case.bits, 32 if self.options.small and case.group else case.group, case.activation)
         ahead = fill(LookAhead, {"blocks": case.ahead})
-        training = course(1, case.batch, self.options.precision, kernels, ahead=ahead)
+        training = course(1, case.batch, self.options.precision, kernels, ahead=ahead, signed=list(case.signed))
         with torch.no_grad():
             states = states or start_parts(case.parts, self.block, quant, self.context)
             path = choose(training, case.parts, states, self.block, quant)

@@ -31,6 +31,7 @@ BEFORE = (
     ("trained", "auto"),
     ("window", None),
     ("window_epochs", None),
+    ("states", "float32"),
     ("held", None),
 )
 # Settings of methods that say where a run comes from, or how much room it has.

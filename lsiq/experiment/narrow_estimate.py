@@ -114,9 +114,9 @@ class NarrowEstimate(Estimate):
         adam = load.trained_bytes(method, form.trained, form.window)
         self.notes.append(
             f"{method.name} trains through the whole model by {form.words}{self._each(method)}, {form.sequences} "
-            "sequences at once: "
-            f"{adam / GIB:.1f} GiB for what is trained at once (number, gradient and two moments in float32) and "
-            f"{(form.bytes - adam) / GIB:.1f} besides, and there are {form.room / GIB:.1f}"
+            f"sequences at once: {adam / GIB:.1f} GiB for what is trained at once (number and gradient in float32, two "
+            f"moments in {method.states}) and {(form.bytes - adam) / GIB:.1f} besides, and there are "
+            f"{form.room / GIB:.1f}"
         )
         base = self.narrow.resident + self.mapped
         # What enters the blocks, and what the float model makes of it.

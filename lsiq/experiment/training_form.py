@@ -31,8 +31,9 @@ def with_form(config: RunConfig, model: Model, tokens: Tensor | None, record: Re
     before = record.training_form
     if not before or before["memory"] != method.memory:
         form = form_for(method, model, config.quant, *tokens.shape)
-        epochs = form.of(method).weight_epochs
-        record.training_form = {"trained": form.trained, "window": form.window, "epochs": epochs}
+        taken = form.of(method)
+        epochs, states = taken.weight_epochs, taken.states
+        record.training_form = {"trained": form.trained, "window": form.window, "epochs": epochs, "states": states}
         record.training_form |= {"why": form.reason, "memory": method.memory}
         if method.trained == "auto" and form.trained != "all":
             each = "" if form.window is None else f", {epochs} epochs each"

@@ -24,6 +24,7 @@ FORMS = {
     "all": [DENSE, "method.trained=all"],
     "window": [SINGULAR, "method.trained=window", "method.window=1", "method.window_epochs=1"],
     "grid": [DENSE, "method.trained=grid"],
+    "int8": [DENSE, "method.trained=window", "method.window=1", "method.window_epochs=1", "method.states=int8"],
     "one by one": [SINGULAR, "method.together=false", "method.loss=text"],
 }
 
@@ -73,7 +74,7 @@ def steps_of(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("error", [KilledError, KeyboardInterrupt])
-@pytest.mark.parametrize("form", slow_but(["window"], FORMS))
+@pytest.mark.parametrize("form", slow_but(["window", "int8"], FORMS))
 def test_training_that_was_stopped_goes_on_from_its_last_step_to_the_same_bits(
     checkpoint: Path,
     small_run: SmallRun,

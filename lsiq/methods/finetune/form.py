@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from lsiq.errors import ResourceError
+from lsiq.methods.finetune.eight_bit import CHUNK, COPIES, MOMENT_BYTES
 from lsiq.methods.finetune.loss import LOGITS
 from lsiq.models.shape import Shape
 from lsiq.parts.dense import Dense
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # A step of Adam in float32 keeps, of each number that is trained: itself, its gradient and two moments.
 ADAM_BYTES = 16
+# The same with moments of 8 bits, by optimizer states.
+STATES_BYTES = {"float32": ADAM_BYTES, "int8": 8 + MOMENT_BYTES}
 # Of so many numbers and more the optimizer moves each where it lies; of fewer it makes one copy, which takes less time
 # to launch, and gives what runs before there were forms gave.
 FUSED = 2**30
@@ -159,19 +162,25 @@ class Load:
         streams = STREAMS * self.samples * self.seqlen * self.shape.width * self.itemsize
         resident = streams if streams <= RESIDENT_SHARE * room else 0
         trained_bytes = self.trained_bytes(settings, trained, window)
-        copy = 4 * min(FUSED, trained_bytes // ADAM_BYTES)
-        # The copy is made once the rest of a step is done.
-        return trained_bytes + resting + max(block + between + logits, copy) + resident
+        # Copies are made once the rest of a step is done.
+        copies = self._copies(settings, trained, window)
+        return trained_bytes + resting + max(block + between + logits, copies) + resident
 
     def trained_bytes(self, settings: FineTune, trained: str, window: int | None) -> int:
         """Return the bytes that are kept of what is trained at once, Adam's moments included."""
         blocks = self._blocks(settings, trained, window)
         each = 0.0
         if settings.part is not None and trained != "grid":
-            each = ADAM_BYTES + (0 if isinstance(settings.part, Dense) else VECTOR_BYTES)
+            each = STATES_BYTES[settings.states] + (0 if isinstance(settings.part, Dense) else VECTOR_BYTES)
             each += 2 if settings.latents else 0
         each += ADAM_BYTES / self.group if settings.scales is not None else 0
         return int(each * blocks * self.shape.weights)
+
+    def _copies(self, settings: FineTune, trained: str, window: int | None) -> int:
+        """Bytes of what the optimizer copies while it moves."""
+        if settings.states == "int8" and trained != "grid":
+            return 4 * COPIES * CHUNK
+        return 4 * min(FUSED, self.trained_bytes(settings, trained, window) // ADAM_BYTES)
 
     def _blocks(self, settings: FineTune, trained: str, window: int | None) -> int:
         """How many blocks are trained at once."""

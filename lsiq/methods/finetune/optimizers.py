@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from lsiq.methods.finetune.eight_bit import EightBitAdam
 from lsiq.methods.finetune.form import FUSED
 
 if TYPE_CHECKING:
@@ -18,13 +19,19 @@ class Optimizers:
 
     Args:
         recorded: whether a `Recorder` is given them.
+        states: how moments are kept, float32 or int8.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], steps: range, device: torch.device, recorded: bool = False
+        self,
+        groups: list[dict[str, Any]],
+        steps: range,
+        device: torch.device,
+        recorded: bool = False,
+        states: Literal["float32", "int8"] = "float32",
     ) -> None:
         self._steps, self._rates = steps, [group["lr"] for group in groups]
-        self.each = _adam(groups, device, recorded)
+        self.each = _adam(groups, device, recorded, states)
 
     def set_rates(self, settings: FineTune, step: int) -> None:
         """Let the step run at the rates' share of its place among the steps."""
@@ -37,10 +44,14 @@ class Optimizers:
                 group["lr"] = rate * factor
 
 
-def _adam(groups: list[dict[str, Any]], device: torch.device, recorded: bool) -> list[torch.optim.Optimizer]:
+def _adam(
+    groups: list[dict[str, Any]], device: torch.device, recorded: bool, states: str
+) -> list[torch.optim.Optimizer]:
     """Return an optimizer of these parameters; none where there are none."""
     if not groups:
         return []
+    if states == "int8":
+        return [EightBitAdam(groups)]
     if recorded:
         groups = [{**group, "lr": torch.tensor(group["lr"], device=device)} for group in groups]
         return [torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=True)]

@@ -52,6 +52,9 @@ class FineTune(Traits):
     - `grid`: step sizes, norms and biases alone, in all blocks.
     - `auto`: the first of the three that fits. A run chooses before its first block and keeps to it.
 
+    A weight in training takes 16 bytes, of which 8 are the optimizer's moments. With `states=int8` these take 2, so
+    that windows hold more blocks. Moments of step sizes, norms and biases stay in float32.
+
     Source: LSI (arXiv 2406.16299, fine-tuning of a quantised model): increments in the last two blocks.
     EfficientQAT (arXiv 2407.11062, section 3.3): step sizes end to end.
     Deviation: the LSI paper does not say which loss it trains; the language model's own is the one that a text speaks
@@ -88,6 +91,11 @@ class FineTune(Traits):
     window_epochs: int | None = Field(
         None, ge=1, description="epochs of each window, at most training.epochs; null: as many"
     )
+    states: Literal["float32", "int8"] = Field(
+        "float32",
+        description="how the optimizer keeps the moments of increments: float32, or int8 (in blocks of 256, with a "
+        "scale each), which makes room for larger windows",
+    )
     memory: float | None = Field(
         None, gt=0, description="GiB of the device by which a form is chosen; null: nine tenths of what is free"
     )
@@ -114,6 +122,9 @@ class FineTune(Traits):
             raise ValueError("part, scales and floats: all null leaves nothing to train; give one of them")
         if self.trained == "grid" and not self.trains_grid:
             raise ValueError("trained=grid: scales and floats are null, so nothing is left to train; give one of them")
+        if self.states != "float32" and (self.part is None or self.trained == "grid"):
+            why = "part=null" if self.part is None else "trained=grid"
+            raise ValueError(f"states={self.states}: {why} trains no weights; use states=float32, or train weights")
         if self.window is not None and self.trained in ("all", "grid"):
             raise ValueError(f"window={self.window}: trained={self.trained} has no windows; use trained=window")
         if self.window_epochs is not None and self.trained in ("all", "grid"):
@@ -153,9 +164,10 @@ class FineTune(Traits):
         return self.weight_epochs / self.training.epochs if self.training.epochs else 1.0
 
     def as_form(self, trained: Literal["all", "window", "grid"], window: int | None) -> FineTune:
-        """Return the same settings with what is trained at once; where that is no window, no epochs of one."""
+        """Return the same settings with what is trained at once, and nothing that this form does not have."""
         epochs = self.window_epochs if trained == "window" else None
-        return replace(self, trained=trained, window=window, window_epochs=epochs)
+        states = "float32" if trained == "grid" else self.states
+        return replace(self, trained=trained, window=window, window_epochs=epochs, states=states)
 
     def after(self, folder: str) -> FineTune:
         """Return the same settings starting from what lies in `folder`."""

@@ -110,7 +110,7 @@ class _Tuner:
         with torch.no_grad():
             self.vocabulary = context.ahead.logits(self.hidden[:1, :1].to(self.device)).shape[-1]
         self.reference = self._float_outputs() if settings.loss == "float" else None
-        form = {"trained": settings.trained, "window": settings.window, "window_epochs": settings.window_epochs}
+        form = {key: getattr(settings, key) for key in ("trained", "window", "window_epochs", "states")}
         self.progress = Progress(context.unfinished, form)
         self.course = self.progress.course(self.device) or Course(0, 0, self.micro.size)
         self.micro.size = self.course.size
@@ -174,7 +174,7 @@ class _Tuner:
         window = group.windows[number]
         opened = [blocks[index] for index in window.blocks]
         weights = [parameters for block in opened for parameters in block.open(len(window.steps))]
-        increments = Optimizers(weights, window.steps, self.device, recorded)
+        increments = Optimizers(weights, window.steps, self.device, recorded, self.settings.states)
         seconds = self._steps(group, number, chain, throughout, increments, blocks)
         for block in opened:
             block.settle()
@@ -185,10 +185,11 @@ class _Tuner:
         return TunedBlock(self.settings, self._block(index), result, quant, self.context, rests, place, recomputes)
 
     def _recorded(self, group: Group, place: torch.device) -> bool:
-        """Whether steps are recorded: those of small models of which all blocks are trained at once."""
+        """Whether steps are recorded: those of small models of which all blocks are trained at once, in float32."""
         whole = len(group.windows) == 1 and group.blocks[-1] == len(self.results) - 1 and place == self.device
         weights = sum(weight.codes.numel() for result in self.results for weight in result.weights.values())
-        return self.settings.training.graphs and whole and recordable(self.device, weights)
+        asked = self.settings.training.graphs and self.settings.states == "float32"
+        return asked and whole and recordable(self.device, weights)
 
     def _keeps(self) -> bool:
         """Whether there is ample room for all that the blocks leave behind on the way to the loss."""
@@ -222,7 +223,7 @@ class _Tuner:
             self.progress.restore(optimizers)
         gradients = partial(self._gradients, chain, parameters)
         recorder = None
-        if any(rated["capturable"] for optimizer in optimizers for rated in optimizer.param_groups):
+        if any(rated.get("capturable") for optimizer in optimizers for rated in optimizer.param_groups):
             recorder = Recorder(optimizers, gradients, self.settings.training.batch, self.micro)
         before, start, moving = course.steps, time.perf_counter(), False
         try:

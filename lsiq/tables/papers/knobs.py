@@ -63,6 +63,7 @@ KNOBS = (
     Knob("host-clipping", "method.parts.clip.lr", "rate of omniquant's clipping", 1e-1, HOST),
     Knob("host-ahead", "method.training.ahead.blocks", "blocks that omniquant looks ahead", 0, HOST),
     Knob("weights", "method.parts.dense.lr", "rate of best-blocks' weights, in steps of the grid", 3e-3, {}),
+    Knob("start-weights", "method.start.parts.dense.lr", "rate of the weights in the blocks of best", 3e-3, {}),
 )
 
 

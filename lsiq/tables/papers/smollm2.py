@@ -22,8 +22,18 @@ BEFORE = ROOT / "analysis" / "records" / "smollm2.jsonl"
 TODAY = ROOT / "analysis" / "records" / "smollm2-activations.jsonl"
 AGAIN = ROOT / "analysis" / "repeats" / "smollm2-weights.jsonl"
 PACKAGE_LONGER = f"{PACKAGE}, 1000 iterations"
-METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", "sde", "lsi-diagonal", "autoround", PACKAGE,
-           PACKAGE_LONGER, "lsi", "best", "best-10", "best-float32", "best-let", "l2qer")  # fmt: skip
+# By label of the runs, rows that no method's file makes.
+VARIANTS = {
+    "oq3e-1": "omniquant, clipping at 3e-1",
+    "diag": "lsi-diagonal",
+    "diag-cl": "lsi-diagonal, CL",
+    "sde1": "sde, band of 1, no corner",
+    "sde1-cl": "sde, band of 1, no corner, CL",
+    "best-1e-2": "best, blocks at 1e-2",
+}
+METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", VARIANTS["oq3e-1"], "sde", "lsi-diagonal",
+           VARIANTS["diag-cl"], VARIANTS["sde1"], VARIANTS["sde1-cl"], "autoround", PACKAGE, PACKAGE_LONGER, "lsi",
+           "best", VARIANTS["best-1e-2"], "best-10", "best-float32", "best-let", "l2qer")  # fmt: skip
 # The package's checkpoints were evaluated as models of their own: by name, the setting and the row.
 PACKAGES = {
     f"ar-w{bits}-{iterations}": (f"w{bits}a16g64", row)
@@ -103,4 +113,4 @@ def _setting(run: Run) -> str:
 
 
 def _method(run: Run) -> str:
-    return PACKAGES[run.model][1] if run.model in PACKAGES else run.method
+    return PACKAGES[run.model][1] if run.model in PACKAGES else VARIANTS.get(run.method, run.method)

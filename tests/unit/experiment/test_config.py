@@ -245,6 +245,15 @@ def test_only_runs_with_windows_have_other_names_since_windows_have_epochs_of_th
     assert (run_id(parse(cfg), plain, {}) == name) is same
 
 
+def test_runs_of_before_there_was_a_choice_of_moments_keep_their_names() -> None:
+    for states, same in (("float32", True), ("int8", False)):
+        cfg = compose_run("method=best", f"method.weight_only.states={states}")
+        plain = plain_config(cfg)
+        name = run_id(parse(cfg), plain, {})
+        del plain["method"]["states"]
+        assert (run_id(parse(cfg), plain, {}) == name) is same
+
+
 def test_an_override_cannot_belie_the_name() -> None:
     assert parse(compose_run("quant=w4a16g128", "quant.weight.bits=2")).quant.name == "w2a16g128"
     assert parse(compose_run("quant.weight.symmetric=true")).quant.name == "w3a16g128-sym"
