@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lsiq.errors import NumericalError
 from lsiq.formats.base import WeightFormat
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class QuantizedTensor:
     @property
     def stored_bits(self) -> int:
         return self.format.stored_bits(*self.codes.shape)
+
+    def to(self, device: torch.device) -> QuantizedTensor:
+        return QuantizedTensor(self.codes.to(device), self.scale.to(device), self.zero.to(device), self.format)
 
     def cpu(self) -> QuantizedTensor:
         return QuantizedTensor(self.codes.cpu(), self.scale.cpu(), self.zero.cpu(), self.format)

@@ -19,6 +19,7 @@ from lsiq.models.attention import activations
 from lsiq.models.entrance import CACHE, for_kind
 from lsiq.models.prefix import BlockPrefix, KeysReached, PrefixCache, Recorder
 from lsiq.models.result import result_weights
+from lsiq.models.shape import Shape
 from lsiq.models.side_branches import Factors, side_branches
 from lsiq.models.spec import Group, ModelSpec
 from lsiq.runtime import streams
@@ -98,6 +99,12 @@ class Block:
         """The number of query heads and of key-value heads."""
         config: Any = self._attention.config
         return config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+
+    @property
+    def shape(self) -> Shape:
+        """Counts of its model that costs go by."""
+        config: Any = self._attention.config
+        return Shape.of({"model_type": self.spec.model_type, **config.to_dict()})
 
     @property
     def groups(self) -> tuple[Group, ...]:

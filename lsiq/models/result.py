@@ -54,5 +54,5 @@ class BlockResult:
 def result_weights(result: BlockResult, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Decode a result to the weights it stands for, on the device of `like`."""
     device = next(iter(like.values())).device
-    decoded = {name: tensor.decode().to(device) for name, tensor in result.weights.items()}
+    decoded = {name: tensor.to(device).decode() for name, tensor in result.weights.items()}  # a byte a weight travels
     return decoded | {name: tensor.to(device) for name, tensor in result.floats.items()}

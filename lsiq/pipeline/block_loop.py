@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 # What is kept at once of the calibration tokens: what enters and leaves a block in either model.
 STREAMS = 4
 
+# Of a GPU's free memory, what the float weights of a model may take that stay there once they are read: a block is
+# asked for several times, by the loss that looks ahead and in both streams, and an end stage asks for all again.
+KEPT_SHARE = 1 / 32
+
 # How many times the loss of its first epoch a block's error may be before somebody is warned: training in bfloat16 and
 # on a part of the sequences makes the two differ by some per cent; blocks that learn leave 0.1 to 0.9.
 HARM = 1.1
@@ -138,7 +142,9 @@ class _Loop:
         self.position = 0
         self.before: Digest = ""
         self.errors: list[float | None] = []
-        self.blocks = _Blocks(self.model, kwargs, self.quant)
+        size = 4 * sum(parameter.numel() for parameter in self.model.blocks.parameters())
+        small = self.model.device.type == "cuda" and fits(size, self.model.device, KEPT_SHARE)
+        self.blocks = _Blocks(self.model, kwargs, self.quant, {} if small else None)
         self.floats = FloatStream(self.blocks, hidden, self.batch)
         self.quantised = None if self.tokens is None else quantised
 
@@ -187,7 +193,8 @@ class _Loop:
         self.quantised = run_stream(function, self.quantised, self.batch, self.model.device)
         self.errors.append(_relative_error(self.quantised, targets, index))
         self.floats.forget_before(index)
-        self._store_streams(targets)
+        if stored is None or self.position == self.model.depth:  # to run through a stored block takes no training
+            self._store_streams(targets)
         report = replace(report, error=self.errors[-1])
         if stored is None:
             _warn_of_harm(report)
@@ -277,11 +284,16 @@ class _Loop:
 
 @dataclass(eq=False)
 class _Blocks:
-    """The blocks of the float model by their index; the one that is worked on need not be read again."""
+    """The blocks of the float model by their index; the one that is worked on need not be read again.
+
+    Attributes:
+        kept: those that were read, where they are not read again either; None where they are.
+    """
 
     model: Model
     kwargs: Mapping[str, Any]
     quant: QuantSettings
+    kept: dict[int, Block] | None = None
     at_hand: Block | None = None
 
     def __call__(self, index: int) -> Block:
@@ -294,7 +306,12 @@ class _Blocks:
         return self.at_hand
 
     def _read(self, index: int) -> Block:
-        return self.model.block(index, self.kwargs).under(self.quant)
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
+        block = self.model.block(index, self.kwargs).under(self.quant)
+        if self.kept is not None:
+            self.kept[index] = block
+        return block
 
 
 def _report(block: Block, result: BlockResult, quant: QuantSettings, seconds: float) -> BlockReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -45,12 +46,13 @@ def layer_rows(block: Block, result: BlockResult, quant: QuantSettings, inputs: 
         inputs: `(N, T, d)`, some of what the quantised model feeds the block.
     """
     plain = {name: quantize(block.weights[name], quant.of(name), name) for name in block.linears}
+    result = replace(result, weights={name: w.to(plain[name].codes.device) for name, w in result.weights.items()})
     stored = result_weights(result, block.weights)
     comparable = bool(result.reference) or not (result.floats or result.rotations)
     before, after = _errors(block, result, plain, stored, comparable, inputs)
     rows: list[dict[str, Any]] = []
     for name in block.linears:
-        codes, old = result.weights[name].codes.to(plain[name].codes.device), block.weights[name]
+        codes, old = result.weights[name].codes, block.weights[name]
         nearest = plain[name].codes
         if name in result.reference:
             nearest = quantize(result.reference[name].to(old.device), quant.of(name), name).codes

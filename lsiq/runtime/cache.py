@@ -118,7 +118,8 @@ class ContentCache:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(_file(folder, key), tensors, self._origin)
+            # To wait for a disk can take longer than to measure anew what a loss of power damages.
+            write_tensors(_file(folder, key), tensors, self._origin, durable=False)
         except OSError as error:
             warn(f"{folder}: cannot be written ({error.strerror}); what was measured is not kept for other runs")
             self._folder, self._run_folder = (self._folder, None) if private else (None, self._run_folder)

@@ -14,9 +14,9 @@ from lsiq.runtime import processes
 RESIDENT_SHARE = 0.25
 
 
-def fits(size: int, device: torch.device) -> bool:
-    """Whether `size` bytes of streams may stay on the device; a CPU has no other place for them."""
-    return device.type != "cuda" or size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+def fits(size: int, device: torch.device, share: float = RESIDENT_SHARE) -> bool:
+    """Whether `size` bytes, of streams by default, may stay on the device; a CPU has no other place for them."""
+    return device.type != "cuda" or size <= share * torch.cuda.mem_get_info(device)[0]
 
 
 def find_device(name: str) -> torch.device:

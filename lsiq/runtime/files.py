@@ -38,17 +38,21 @@ class Stored:
 
 
 @contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, durable: bool = True) -> Iterator[Path]:
     """Give the name of a file to write, which takes the place of `file` once it is complete and on the disk.
+
+    Where it is not `durable` the disk is not waited for: a loss of power may leave a damaged file.
 
     Whoever reads `file` meanwhile sees what was there before. An error leaves that in place, and nothing else behind.
     """
     partial = file.with_name(f".{file.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
-        _flush(partial)
+        if durable:
+            _flush(partial)
         os.replace(partial, file)
-        _flush(file.parent)
+        if durable:
+            _flush(file.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -67,8 +71,11 @@ def write_text(file: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], durable: bool = True) -> str:
     """Write a safetensors file that carries a checksum of all that is in it, and return the digest of its tensors.
+
+    Args:
+        durable: whether it outlives a loss of power from when this returns; `read_tensors` finds what did not.
 
     Raises:
         OSError: it cannot be written, and is what it was.
@@ -79,7 +86,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = tensor_digest(plain)
     checksum = _checksum(digest, metadata)
-    with replacing(file) as partial:
+    with replacing(file, durable) as partial:
         try:
             save_file(plain, partial, metadata={**metadata, "tensors": digest, "checksum": checksum})
         except SafetensorError as error:  # its own kind for what the system refuses; the number stands in its text

@@ -38,8 +38,12 @@ WEIGHT_COPIES = 8
 LOGIT_COPIES = 5
 # What enters and leaves the blocks in both models, what enters the window, and the outputs to come close to.
 STREAMS = 4
+# Of the attention scores of a block, where heads share keys: torch keeps these in float32.
+SCORE_COPIES = 3
 # Of the free memory; the rest is lost between tensors.
 USABLE = 0.9
+# Of the free memory, what blocks may leave behind for the way back; they compute it again where it is more.
+KEPT = 0.25
 GIB = 2**30
 
 
@@ -221,6 +225,18 @@ def _forms(settings: FineTune, load: Load, room: int) -> Iterator[Form]:
             yield form("window", settings.window or max(1, load.largest_window(settings, count, room)), count)
     if asked == "grid" or (asked == "auto" and settings.part is not None and settings.trains_grid):
         yield from (form("grid", None, count) for count in sequences)
+
+
+def kept_bytes(shape: Shape, depth: int, heads: int, sequences: int, seqlen: int, itemsize: int) -> int:
+    """Return the bytes that so many blocks leave behind for the way back, if none of it is computed again.
+
+    Args:
+        heads: those of the queries.
+        itemsize: bytes of a number while the model is trained.
+    """
+    tokens = sequences * seqlen
+    numbers = shape.activations(tokens) + SCORE_COPIES * heads * tokens * seqlen
+    return depth * (4 * WEIGHT_COPIES * shape.weights + itemsize * numbers)
 
 
 def smaller(settings: FineTune) -> str:

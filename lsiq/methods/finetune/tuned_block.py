@@ -35,6 +35,8 @@ class TunedBlock:
     Args:
         rests: whether nothing is trained.
         place: where codes lie while there are no increments; None for the block's own device.
+        recomputes: whether what leads to the outputs is computed again on the way back instead of being kept, with the
+            same result.
 
     Attributes:
         growth, floats: what is trained throughout, unless the block rests.
@@ -50,12 +52,14 @@ class TunedBlock:
         context: Context,
         rests: bool = False,
         place: torch.device | None = None,
+        recomputes: bool = True,
     ) -> None:
+        self.recomputes = recomputes
         self.device = device = next(iter(block.weights.values())).device
         self.settings, self.initial, self.quant, self.context = settings, initial, quant, context
         block = block.with_rotations_of(initial)
         self.place = place or device
-        self.grids = {name: _moved(grid, self.place) for name, grid in initial.weights.items()}
+        self.grids = {name: grid.to(self.place) for name, grid in initial.weights.items()}
         self.checkpoint = {name: w for name, w in block.weights.items() if name not in self.grids}
         floats = {**self.checkpoint, **{name: w.to(device) for name, w in initial.floats.items()}}
         self._plain = replace(block, weights={})
@@ -79,7 +83,7 @@ class TunedBlock:
         """
         if (part := self.settings.part) is None or self.settings.trained == "grid":
             return []
-        self.grids = {name: _moved(grid, self.device) for name, grid in self.grids.items()}
+        self.grids = {name: grid.to(self.device) for name, grid in self.grids.items()}
         if self.settings.latents:
             self.latents = {name: w.to(self.device) for name, w in self.initial.latents.items()}
         with torch.no_grad():
@@ -129,10 +133,12 @@ class TunedBlock:
 
     def _take_codes(self, codes: Tensors) -> None:
         grids = {name: replace(grid, codes=codes[name]) for name, grid in self.grids.items()}
-        self.grids = {name: _moved(grid, self.place) for name, grid in grids.items()}
+        self.grids = {name: grid.to(self.place) for name, grid in grids.items()}
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the block's outputs; what leads to them is computed again on the way back instead of being kept."""
+        """Return the block's outputs."""
+        if not self.recomputes:
+            return self._run(hidden)
         return checkpoint(self._run, hidden, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
     def _run(self, hidden: Tensor) -> Tensor:
@@ -150,7 +156,8 @@ class TunedBlock:
         """Return the block, settled, as it can be stored; decoding gives what `weights` gave, bit for bit."""
         assert self.part is None
         weights = {name: self._grown(name) for name in self.grids}
-        flips = [(weights[n].codes.cpu() != self.initial.weights[n].codes).float().mean().item() for n in weights]
+        found = {name: self.initial.weights[name].codes.to(self.device) for name in weights}
+        flips = [(weights[name].codes != found[name]).float().mean().item() for name in weights]
         floats = {
             name: self.floats[name].detach()
             for name, before in self.checkpoint.items()
@@ -179,7 +186,7 @@ class TunedBlock:
 
     def _grown(self, name: str) -> QuantizedTensor:
         """The grid of a linear at the present step sizes, on the device that computes."""
-        grid = _moved(self.grids[name], self.device)
+        grid = self.grids[name].to(self.device)
         if name not in self.growth:
             return grid
         assert grid.format.trains_steps  # the configuration refuses to train other formats' step sizes
@@ -201,7 +208,3 @@ def _trainable(parameters: Mapping[str, Tensor], rate: float | None) -> list[dic
     if rate is None or not parameters:
         return []
     return [{"params": [parameter.requires_grad_() for parameter in parameters.values()], "lr": rate}]
-
-
-def _moved(grid: QuantizedTensor, device: torch.device) -> QuantizedTensor:
-    return replace(grid, codes=grid.codes.to(device), scale=grid.scale.to(device), zero=grid.zero.to(device))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lsiq.errors import InputError, NumericalError, ResourceError
 from lsiq.methods.base import Method, Traits
-from lsiq.methods.finetune.form import smaller
+from lsiq.methods.finetune.form import KEPT, kept_bytes, smaller
 from lsiq.methods.finetune.loss import float_loss, text_loss
 from lsiq.methods.finetune.optimizers import Optimizers
 from lsiq.methods.finetune.progress import Course, Progress
@@ -136,13 +136,14 @@ class _Tuner:
         start = time.perf_counter()
         self._advance(group.blocks[0])
         place = self._resting_place(group.blocks[0])
+        recorded = self._recorded(group, place)
+        recomputes = not (recorded and self._keeps())
         blocks = {
-            index: self._tuned(index, index not in group.blocks, place)
+            index: self._tuned(index, index not in group.blocks, place, recomputes)
             for index in range(group.blocks[0], len(self.results))
         }
         chain = [block.forward for block in blocks.values()]
         trained = [parameters for block in blocks.values() for parameters in block.groups]
-        recorded = self._recorded(group, place)
         throughout = Optimizers(trained, range(group.steps), self.device, recorded)
         for index, tensors in self.progress.settled().items():
             blocks[index].take_settled(tensors)
@@ -179,9 +180,9 @@ class _Tuner:
             block.settle()
         return seconds
 
-    def _tuned(self, index: int, rests: bool, place: torch.device) -> TunedBlock:
+    def _tuned(self, index: int, rests: bool, place: torch.device, recomputes: bool) -> TunedBlock:
         quant, result = self.quant.in_block(index), self.results[index]
-        return TunedBlock(self.settings, self._block(index), result, quant, self.context, rests, place)
+        return TunedBlock(self.settings, self._block(index), result, quant, self.context, rests, place, recomputes)
 
     def _recorded(self, group: Group, place: torch.device) -> bool:
         """Whether steps are recorded: those of small models of which all blocks are trained at once, in float32."""
@@ -189,6 +190,12 @@ class _Tuner:
         weights = sum(weight.codes.numel() for result in self.results for weight in result.weights.values())
         asked = self.settings.training.graphs and self.settings.states == "float32"
         return asked and whole and recordable(self.device, weights)
+
+    def _keeps(self) -> bool:
+        """Whether there is ample room for all that the blocks leave behind on the way to the loss."""
+        block, (_, seqlen, _) = self._block(0), self.hidden.shape
+        size = kept_bytes(block.shape, len(self.results), block.heads[0], self.micro.size, seqlen, self.dtype.itemsize)
+        return size <= KEPT * free_bytes(self.device)
 
     def _resting_place(self, first: int) -> torch.device:
         """Where codes lie of which no weights are trained: the device, or the host where they take half its room."""

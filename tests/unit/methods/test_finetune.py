@@ -123,6 +123,35 @@ def test_increments_and_step_sizes_train_together_and_are_stored_as_trained(
     assert tuned.result({}).metrics["flip_rate"] > 0
 
 
+def test_a_block_that_keeps_what_it_computes_has_the_gradients_of_one_that_computes_it_again(
+    checkpoint: Path, small_run: SmallRun
+) -> None:
+    parent = run(small_run(checkpoint))
+    part = "method.part={_target_: lsiq.parts.dense.Dense, lr: 0.001, unit: step}"
+    config = parse(small_run(checkpoint, *end_to_end(f"method.run={parent.run_id}", part)))
+    model = load_small(checkpoint)
+    tokens = torch.randint(0, 4096, (4, 24), generator=torch.Generator().manual_seed(3))
+    hidden, kwargs = model.embed(tokens, batch=2)
+    found = BlockStore(Path(config.paths.runs) / parent.run_id / "blocks").read(1)
+    assert isinstance(config.method, FineTune)
+    outcomes, saved = [], []
+    for recomputes in (True, False):
+        context = Context(hidden, None, torch.Generator().manual_seed(0), 2, lambda values: None, tokens)
+        block = model.block(1, kwargs)
+        tuned = TunedBlock(config.method, block, found, config.quant, context, recomputes=recomputes)
+        parameters = [p for group in (*tuned.groups, *tuned.open(6)) for p in group["params"]]
+        count: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, count=count: (count.append(tensor), tensor)[1], lambda tensor: tensor
+        ):
+            outputs = tuned.forward(hidden)
+        outputs.square().sum().backward()
+        outcomes.append([outputs.detach(), *(p.grad for p in parameters)])
+        saved.append(len(count))
+    assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
+    assert saved[0] < saved[1]
+
+
 def test_a_method_to_start_from_runs_first_and_stays_in_the_record(
     checkpoint: Path, small_run: SmallRun, tmp_path: Path
 ) -> None:
