@@ -21,6 +21,7 @@ from lsiq.tables.papers.smollm2 import (
     MODEL,
     MXINT,
     TODAY,
+    VARIANTS,
     WEIGHTS,
     ProtocolRuns,
     by_setting,
@@ -77,7 +78,7 @@ def test_every_run_stands_in_a_table_and_all_read_the_same_tokens(file: Path, se
     records = list(read_runs(file))
     shown = [row.labels for row in by_setting(load_protocol_runs(file), "a", settings).rows if row.labels[1]]
     assert len(shown) == len({(run.model, run.setting, run.method) for run in records})
-    assert {run.method for run in records if run.model == MODEL} <= set(METHODS)
+    assert {VARIANTS.get(run.method, run.method) for run in records if run.model == MODEL} <= set(METHODS)
     for key in ("ppl/wikitext2@2048", "ppl/file@2048"):
         assert len({run.tokens[key] for run in records}) == 1
 
