@@ -124,10 +124,9 @@ def test_the_page_says_what_the_records_say(runs: list[Run]) -> None:
 
 @pytest.mark.parametrize("knob", KNOBS, ids=lambda knob: knob.name)
 def test_todays_value_is_what_the_method_file_has(knob: Knob) -> None:
-    names, first = knob.key.split("."), knob.name.partition("-")[0]
-    method = {"host": "omniquant", "weights": "best-blocks", "start": "best"}.get(first, "lsi")
-    if method == "best":
-        names.insert(1, "weight_only")  # a run keeps the recipe of its setting alone
+    methods = {"host": "omniquant", "weights": "best-blocks", "start": "best"}
+    method = methods.get(knob.name.partition("-")[0], "lsi")
+    names = knob.key.split(".")
     node: Any = plain_config(compose_run(f"method={method}"))
     for name in names:
         if isinstance(node, list):
