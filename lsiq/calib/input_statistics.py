@@ -39,7 +39,7 @@ def visit_inputs(
     Args:
         weights: replace the block's own, as in `Block.with_weights`.
         linears: dotted names of linears, without `.weight`. Of linears that share an input only the first is shown.
-        update: takes the linear's name and its inputs `(tokens, in)` in float32.
+        update: takes the linear's name and its inputs `(tokens, in)` in the precision in which the block runs.
         activation: the format in force inside the block; inputs are shown rotated, where the block rotates them, and as
             they are before the format rounds them.
     """
@@ -91,7 +91,7 @@ class _Showing:
             if name not in self.shown_names and not repeated:
                 rotation = self.block.rotation_of(name)
                 rotated = args[0] if rotation is None else rotation.apply(args[0])
-                self.update(name, rotated.flatten(0, -2).float())
+                self.update(name, rotated.flatten(0, -2))
             self.shown_names.add(name)
             if self.shown_names.issuperset(self.linears):
                 raise _AllShown
@@ -107,7 +107,7 @@ def extremes(block: Block, inputs: Tensor, batch: int) -> dict[str, Tensor]:
     bounds: dict[str, Tensor] = {}
 
     def update(name: str, x: Tensor) -> None:
-        lo, hi = x.amin(0), x.amax(0)
+        lo, hi = x.amin(0).float(), x.amax(0).float()
         if name in bounds:
             lo, hi = lo.minimum(bounds[name][0]), hi.maximum(bounds[name][1])
         bounds[name] = torch.stack([lo, hi])
@@ -124,8 +124,8 @@ def peak_inputs(block: Block, inputs: Tensor, batch: int, linears: Sequence[str]
     peaks: dict[str, tuple[Tensor, Tensor]] = {}
 
     def update(name: str, x: Tensor) -> None:
-        size, token = x.abs().max(0)
-        rows = x[token]
+        size, token = x.float().abs().max(0)
+        rows = x[token].float()
         if name in peaks:
             before, peak_rows = peaks[name]
             rows = torch.where((size > before)[:, None], rows, peak_rows)

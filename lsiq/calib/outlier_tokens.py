@@ -29,7 +29,9 @@ def outlier_tokens(model: Model, tokens: Tensor, batch: int, threshold: float) -
         block = model.block(index, kwargs)
         sizes: list[Tensor] = []
         _, last = block.spec.writers
-        visit_inputs(block, {}, hidden, batch, [last], lambda _, x, sizes=sizes: sizes.append(x.abs().amax(1).cpu()))
+        visit_inputs(
+            block, {}, hidden, batch, [last], lambda _, x, sizes=sizes: sizes.append(x.abs().amax(1).float().cpu())
+        )
         size = torch.cat(processes.gather(torch.cat(sizes))).view(tokens.shape)
         giant |= size > threshold * size.median()
         hidden = run_stream(block.with_weights({}), hidden, batch, model.device)

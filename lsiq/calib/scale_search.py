@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lsiq.calib.gram import check_finite, output_error
+from lsiq.calib.gram import check_finite, gram_matrix, output_error
 from lsiq.calib.input_statistics import visit_inputs
 from lsiq.formats.base import WeightFormat
 from lsiq.models.block import Block, run_stream
@@ -50,7 +50,7 @@ def observe_inputs(block: Block, inputs: Tensor, batch: int) -> dict[str, InputS
     totals: dict[str, tuple[Tensor, Tensor]] = {}
 
     def update(name: str, x: Tensor) -> None:
-        magnitude, gram = x.abs().sum(0, dtype=torch.float64), (x.t() @ x).double()
+        magnitude, gram = x.abs().sum(0, dtype=torch.float64), gram_matrix(x).double()
         if name in totals:
             magnitude, gram = magnitude + totals[name][0], gram.add_(totals[name][1])
         totals[name] = (magnitude, gram)

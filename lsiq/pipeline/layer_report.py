@@ -109,6 +109,7 @@ def _output_errors(
     power = dict.fromkeys(block.linears, 0.0)
 
     def update(first: str, x: Tensor) -> None:
+        x = x.float()
         for name in (name for linear in stages[first] if (name := f"{linear}.weight") in power):
             w = weights[name].float()
             power[name] += (x @ w.T).square().sum().item()

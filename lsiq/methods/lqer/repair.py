@@ -90,7 +90,7 @@ def _diagonals(
     diagonals: dict[str, Tensor] = {}
 
     def update(name: str, x: Tensor) -> None:
-        x = quant.activation.fake(x)
+        x = quant.activation.fake(x.float())
         if settings.scale == "magnitude":
             largest = x.abs().view(-1, tokens, x.shape[1]).mean(1, dtype=torch.float64).amax(0).square()
             diagonals[name] = largest.maximum(diagonals[name]) if name in diagonals else largest
