@@ -51,3 +51,4 @@ def test_what_is_kept_of_the_float_model_stays_as_it_was_read(
     for index, block in blocks.kept.items():
         read = blocks.model.block(index, blocks.kwargs).weights
         assert all(torch.equal(weight, read[name]) for name, weight in block.weights.items())
+        assert not any(weight.requires_grad for weight in block.weights.values())
