@@ -20,6 +20,7 @@ from lsiq.models.loading import Model, load
 @pytest.fixture
 def precisions(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether products were allowed in TF32, one entry for each; a CPU multiplies in float32 either way."""
+    torch.set_float32_matmul_precision("highest")  # whatever was trained in this process before
     allowed: list[bool] = []
     product = gram_module._product
 
