@@ -56,8 +56,8 @@ def input_grams(
 def gram_matrix(x: Tensor, product: torch.dtype = torch.float32) -> Tensor:
     """Return `XᵀX (in, in)` of `x (tokens, in)`, multiplied and added up in the precision `product`.
 
-    A GPU multiplies inputs of 16 bits in TF32, several times as fast: its ten bits of mantissa and eight of exponent
-    hold every number of float16 and bfloat16, so nothing is rounded that float32 would keep, and sums are float32.
+    A GPU multiplies inputs of 16 bits in TF32: its ten bits of mantissa and eight of exponent hold every number of
+    float16 and bfloat16, so nothing is rounded that float32 would keep, and sums are float32.
     """
     with tf32(x.dtype.itemsize == 2 and product == torch.float32):
         return _product(x.to(product))

@@ -97,7 +97,7 @@ class Narrow:
         self, config: RunConfig, architecture: Mapping[str, Any], model: Model, store: BlockStore, record: Record
     ) -> None:
         self.config, self.model, self.store, self.record = config, model, store, record
-        self.true, self.tried = Shape.of(architecture), Shape.of(_shape_of(model))
+        self.true, self.tried = Shape.of(architecture), Shape.of_config(model.spec.model_type, model.config)
         self.depth = int(architecture["num_hidden_layers"])
         self.grown = self.true.weights / self.tried.weights
         self.resident = peak_bytes()["host"]
@@ -195,7 +195,3 @@ class Narrow:
 
     def streams(self, samples: int, seqlen: int, count: int = STREAMS) -> int:
         return count * samples * seqlen * self.true.width * self.model.dtype.itemsize
-
-
-def _shape_of(model: Model) -> dict[str, Any]:
-    return {"model_type": model.spec.model_type, **model.config.to_dict()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lsiq.errors import NumericalError
 from lsiq.formats.base import WeightFormat
@@ -30,11 +30,11 @@ class QuantizedTensor:
     def stored_bits(self) -> int:
         return self.format.stored_bits(*self.codes.shape)
 
-    def to(self, device: torch.device) -> QuantizedTensor:
+    def to(self, device: torch.device | Literal["cpu"]) -> QuantizedTensor:
         return QuantizedTensor(self.codes.to(device), self.scale.to(device), self.zero.to(device), self.format)
 
     def cpu(self) -> QuantizedTensor:
-        return QuantizedTensor(self.codes.cpu(), self.scale.cpu(), self.zero.cpu(), self.format)
+        return self.to("cpu")
 
 
 def quantize(w: Tensor, fmt: WeightFormat, name: str = "weight") -> QuantizedTensor:

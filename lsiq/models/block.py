@@ -103,8 +103,7 @@ class Block:
     @property
     def shape(self) -> Shape:
         """Counts of its model that costs go by."""
-        config: Any = self._attention.config
-        return Shape.of({"model_type": self.spec.model_type, **config.to_dict()})
+        return Shape.of_config(self.spec.model_type, self._attention.config)
 
     @property
     def groups(self) -> tuple[Group, ...]:

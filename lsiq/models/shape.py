@@ -36,6 +36,11 @@ class Shape:
         positions = int(architecture.get("max_position_embeddings", 0)) * width if opt else 0
         return cls(weights, width, inner, vocabulary, (1 if tied else 2) * vocabulary * width + positions)
 
+    @classmethod
+    def of_config(cls, model_type: str, config: Any) -> Shape:
+        """Count the configuration object of a model of a family."""
+        return cls.of({"model_type": model_type, **config.to_dict()})
+
     def operations(self, tokens: int) -> float:
         """Floating-point operations of one sequence through a block."""
         return tokens * (2 * self.weights + 4 * tokens * self.width)

@@ -154,14 +154,10 @@ class _Move:
     beta2: float
     eps: float
 
-    def advance(self, gradient: Tensor, first: Tensor, second: Tensor) -> None:
-        """Bring the moments, in float32, to this step."""
+    def change(self, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Bring the moments, in float32, to this step, and return what is added to the parameter."""
         first.lerp_(gradient, 1 - self.beta1)
         second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-
-    def change(self, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Advance the moments, and return what is added to the parameter."""
-        self.advance(gradient, first, second)
         root = second.sqrt().div_(math.sqrt(1 - self.beta2**self.number)).add_(self.eps)
         return (first / root).mul_(-self.rate / (1 - self.beta1**self.number))
 

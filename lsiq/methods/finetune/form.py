@@ -91,7 +91,7 @@ def form_for(settings: FineTune, model: Model, quant: QuantSettings, samples: in
     Raises:
         ResourceError: `auto`, and no form fits.
     """
-    shape = Shape.of({"model_type": model.spec.model_type, **model.config.to_dict()})
+    shape = Shape.of_config(model.spec.model_type, model.config)
     share = processes.share(samples, process=0)
     load = Load.of(settings, shape, model.depth, model.dtype, quant, share.stop - share.start, seqlen)
     if settings.memory is not None:
@@ -156,7 +156,7 @@ class Load:
         # Codes; step sizes and zero points in float32.
         resting = int(self.depth * self.shape.weights * (1 + 8 / self.group))
         tokens = sequences * self.seqlen
-        block = 4 * WEIGHT_COPIES * self.shape.weights + self.precision * self.shape.activations(tokens)
+        block = _block_bytes(self.shape, tokens, self.precision)
         between = self.precision * self.depth * tokens * self.shape.width
         logits = 4 * LOGIT_COPIES * min(LOGITS, tokens * self.shape.vocabulary)
         streams = STREAMS * self.samples * self.seqlen * self.shape.width * self.itemsize
@@ -235,8 +235,13 @@ def kept_bytes(shape: Shape, depth: int, heads: int, sequences: int, seqlen: int
         itemsize: bytes of a number while the model is trained.
     """
     tokens = sequences * seqlen
-    numbers = shape.activations(tokens) + SCORE_COPIES * heads * tokens * seqlen
-    return depth * (4 * WEIGHT_COPIES * shape.weights + itemsize * numbers)
+    scores = itemsize * SCORE_COPIES * heads * tokens * seqlen
+    return depth * (_block_bytes(shape, tokens, itemsize) + scores)
+
+
+def _block_bytes(shape: Shape, tokens: int, itemsize: int) -> int:
+    """What a block makes of its weights and of so many tokens, in bytes; attention scores are left out."""
+    return 4 * WEIGHT_COPIES * shape.weights + itemsize * shape.activations(tokens)
 
 
 def smaller(settings: FineTune) -> str:

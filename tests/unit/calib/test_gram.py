@@ -37,6 +37,14 @@ def in_bfloat16(checkpoint: Path) -> Model:
     return load(settings, checkpoint, torch.device("cpu"), seed=0)
 
 
+def test_a_wide_gram_matrix_is_that_of_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(50, 70, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    monkeypatch.setattr(gram_module, "STRIP", 32)
+    gram = gram_module.gram_matrix(x, torch.float64)
+    assert torch.equal(gram, gram.t())
+    assert torch.allclose(gram, x.t() @ x, rtol=1e-12, atol=1e-12)  # measured: 3e-14 apart at most
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tf32_holds_every_number_of_sixteen_bits(dtype: torch.dtype) -> None:
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
