@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lsiq.tables.papers.left_over import NOISE, left_in_short, left_over
-from lsiq.tables.papers.model_sizes import SIZES
+from lsiq.tables.papers.model_sizes import AGAIN_300M, SIZES
 from lsiq.tables.papers.size_runs import PACKAGE, Point, SizeRuns
 from lsiq.tables.table import DASH, Table
 
@@ -47,6 +49,18 @@ def test_runs_without_a_seed_in_common_have_no_ratio() -> None:
 def test_a_package_has_no_seed_and_is_compared_with_all_runs() -> None:
     runs = study(point("best", 0.2), point("best", 0.4, 1), point(PACKAGE, 0.6, None))
     assert cells(left_over(runs, "excess"))["w2 best, of AutoRound's package"] == "0.50 / 0.50"
+
+
+def test_a_pair_may_have_been_run_on_another_training_of_the_model_alone() -> None:
+    def of(size: str, entry: str, excess: float, seed: int | None = 0) -> Point:
+        return replace(point(entry, excess, seed), size=size)
+
+    runs = SizeRuns({})
+    own = [of("300 M", "rtn", 1.0), of("300 M", "best", 0.2), of("300 M", "autoround", 0.4)]
+    runs.points = [*own, of(AGAIN_300M, "best", 0.3), of(AGAIN_300M, PACKAGE, 0.4, None)]
+    runs.sizes = tuple(size for size in SIZES if size.name == "300 M")
+    table = cells(left_over(runs, "excess"))
+    assert table == {"w2 best, of autoround": "0.50 / 0.50", "w2 best, of AutoRound's package": "0.75 / 0.75"}
 
 
 def test_of_two_methods_the_better_one_counts_by_text() -> None:

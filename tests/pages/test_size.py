@@ -199,7 +199,8 @@ def test_a_mean_that_is_not_above_zero_stands_on_the_edge(records: dict[str, lis
 
 
 def test_peers_are_those_of_the_records(records: dict[str, list[Run]]) -> None:
-    of_files = [*records.values(), *(read_runs(RECORDS / f"{file}.jsonl") for file in ("peers-90m", "smollm2"))]
+    others = ("peers-90m", "peers-300m", "smollm2")
+    of_files = [*records.values(), *(read_runs(RECORDS / f"{file}.jsonl") for file in others)]
     assert {run.model for runs in of_files for run in runs if run.model.startswith("ar")} == set(PEERS)
 
 

@@ -19,6 +19,7 @@ from lsiq.tables.papers.smollm2 import (
     BEFORE,
     METHODS,
     MODEL,
+    MORE_TEXT,
     MXINT,
     TODAY,
     VARIANTS,
@@ -73,7 +74,10 @@ def test_the_package_is_measured_against_the_float_model_of_the_other_runs(
     assert runs.sample("w2a16g64", PACKAGE, "kl/file@2048") is None
 
 
-@pytest.mark.parametrize(("file", "settings"), [(BEFORE, (*WEIGHTS, *MXINT)), (TODAY, ACTIVATIONS), (AGAIN, WEIGHTS)])
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [(BEFORE, (*WEIGHTS, *MXINT)), (TODAY, ACTIVATIONS), (AGAIN, WEIGHTS), (MORE_TEXT, WEIGHTS)],
+)
 def test_every_run_stands_in_a_table_and_all_read_the_same_tokens(file: Path, settings: tuple[str, ...]) -> None:
     records = list(read_runs(file))
     shown = [row.labels for row in by_setting(load_protocol_runs(file), "a", settings).rows if row.labels[1]]
@@ -81,6 +85,11 @@ def test_every_run_stands_in_a_table_and_all_read_the_same_tokens(file: Path, se
     assert {VARIANTS.get(run.method, run.method) for run in records if run.model == MODEL} <= set(METHODS)
     for key in ("ppl/wikitext2@2048", "ppl/file@2048"):
         assert len({run.tokens[key] for run in records}) == 1
+
+
+def test_files_of_less_and_more_text_keep_to_theirs() -> None:
+    for file, samples in ((AGAIN, 512), (MORE_TEXT, 2048)):
+        assert {run.get("calib.samples") for run in read_runs(file) if run.model == MODEL} == {samples}
 
 
 def test_one_file_alone_read_earlier_tokens() -> None:

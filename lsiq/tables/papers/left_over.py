@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from lsiq.tables.papers.model_sizes import TEXTS
+from lsiq.tables.papers.model_sizes import AGAIN_300M, TEXTS
 from lsiq.tables.papers.size_runs import PACKAGE, SizeRuns
 from lsiq.tables.table import DASH, Cell, Row, Table
 
@@ -23,6 +23,8 @@ PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("best", ("autoround",)),
     ("best", (PACKAGE,)),
 )
+# Where a pair was run on another training of a column's model, and on none of its own.
+STANDS_IN = {("300 M", PACKAGE): AGAIN_300M}
 HEAD = "method, of another's"
 MOST = 2.0  # what is more is not written out: the other method loses next to nothing there
 _CAPTIONS = {"excess": "Excess", "kl": "Divergence"}
@@ -65,7 +67,10 @@ def left_in_short(runs: SizeRuns) -> Table:
 def _left(runs: SizeRuns, size: str, width: str, method: str, others: Sequence[str], metric: str) -> float | None:
     """The ratio, but None where rounding to nearest itself costs less than `NOISE`."""
     rounding = runs.sample(size, width, "rtn", metric)
-    return None if rounding is None or rounding.mean < NOISE else ratio(runs, size, width, method, others, metric)
+    if rounding is None or rounding.mean < NOISE:
+        return None
+    model = next((STANDS_IN[size, other] for other in others if (size, other) in STANDS_IN), size)
+    return ratio(runs, model, width, method, others, metric)
 
 
 def ratio(runs: SizeRuns, size: str, width: str, method: str, others: Sequence[str], metric: str) -> float | None:

@@ -92,10 +92,13 @@ SIZES = (
     Size("SmolLM2", ("smol", SMOLLM2), "SmolLM2\n135 M", 64, 1024, 160, ("float32",), own=False),
     Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, ("tf32",), own=False),
 )
-# The bundled LLaMA's shape, trained on the text and tokens of the other rungs, on fewer, and from another seed.
+# The bundled LLaMA's shape, trained on the text and tokens of the other rungs, on fewer, and from another seed; and the
+# rung of 300 M, trained once more by the same recipe.
+AGAIN_300M = "300 M, trained again"
 TRAININGS = (
     Size("11 M, 40 M tokens", ("llama-11m-40M",)),
     Size("11 M, 100 M tokens", ("llama-11m-100M",)),
     Size("11 M, 100 M tokens, other seed", ("llama-11m-100M-s1",)),
+    Size(AGAIN_300M, ("llama-300m-3",)),
 )
 BEFORE = frozenset(model for size in SIZES for model in size.before)

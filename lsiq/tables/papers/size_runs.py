@@ -15,7 +15,7 @@ from lsiq.experiment.composed import recipe_for
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
 from lsiq.tables.papers.layout import sweep_jobs
-from lsiq.tables.papers.model_sizes import BEFORE, SIZES, SMOLLM2, TEXTS, TRAININGS, width
+from lsiq.tables.papers.model_sizes import AGAIN_300M, BEFORE, SIZES, SMOLLM2, TEXTS, TRAININGS, width
 from lsiq.tables.protocol import ROOT, composed, contradiction, method_overrides
 from lsiq.tables.study import Sample
 
@@ -111,9 +111,12 @@ PEERS = {
     "ar90-w2-200": Peer("90 M", "w2"),
     "ar90-w3-200": Peer("90 M", "w3"),
     "ar90-w4-200": Peer("90 M", "w4"),
+    "ar-300m-w2-200": Peer(AGAIN_300M, "w2"),
+    "ar-300m-w3-200": Peer(AGAIN_300M, "w3"),
+    "ar-300m-w4-200": Peer(AGAIN_300M, "w4"),
 }
 # What the peer quantised: the model whose perplexity is taken from its checkpoints'.
-PEERS_OF = {"SmolLM2": SMOLLM2, "SmolLM2, whole texts": SMOLLM2, "90 M": "llama-90m"}
+PEERS_OF = {"SmolLM2": SMOLLM2, "SmolLM2, whole texts": SMOLLM2, "90 M": "llama-90m", AGAIN_300M: "llama-300m-3"}
 
 
 @dataclass(frozen=True)

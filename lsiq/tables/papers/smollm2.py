@@ -21,25 +21,30 @@ ACTIVATIONS = ("w4a8", "w4a4")
 BEFORE = ROOT / "analysis" / "records" / "smollm2.jsonl"
 TODAY = ROOT / "analysis" / "records" / "smollm2-activations.jsonl"
 AGAIN = ROOT / "analysis" / "repeats" / "smollm2-weights.jsonl"
+MORE_TEXT = ROOT / "analysis" / "repeats" / "smollm2-text.jsonl"  # 2048 sequences for 512
 PACKAGE_LONGER = f"{PACKAGE}, 1000 iterations"
 # By label of the runs, rows that no method's file makes.
 VARIANTS = {
     "oq3e-1": "omniquant, clipping at 3e-1",
     "diag": "lsi-diagonal",
     "diag-cl": "lsi-diagonal, CL",
+    "corner34": "lsi-diagonal, corner of 34",
+    "corner34-cl": "lsi-diagonal, corner of 34, CL",
     "sde1": "sde, band of 1, no corner",
     "sde1-cl": "sde, band of 1, no corner, CL",
     "best-1e-2": "best, blocks at 1e-2",
+    "best-2": "best, two epochs",
 }
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", VARIANTS["oq3e-1"], "sde", "lsi-diagonal",
-           VARIANTS["diag-cl"], VARIANTS["sde1"], VARIANTS["sde1-cl"], "autoround", PACKAGE, PACKAGE_LONGER, "lsi",
-           "best", VARIANTS["best-1e-2"], "best-10", "best-float32", "best-let", "l2qer")  # fmt: skip
+           VARIANTS["diag-cl"], VARIANTS["corner34"], VARIANTS["corner34-cl"], VARIANTS["sde1"], VARIANTS["sde1-cl"],
+           "autoround", PACKAGE, PACKAGE_LONGER, "lsi", "best", VARIANTS["best-1e-2"], VARIANTS["best-2"], "best-10",
+           "best-float32", "best-let", "l2qer")  # fmt: skip
 # The package's checkpoints were evaluated as models of their own: by name, the setting and the row.
 PACKAGES = {
     f"ar-w{bits}-{iterations}": (f"w{bits}a16g64", row)
     for bits in (2, 3, 4)
-    for iterations, row in ((200, PACKAGE), (1000, PACKAGE_LONGER))
-}
+    for iterations, row in (("200", PACKAGE), ("1000", PACKAGE_LONGER))
+} | {f"ar-smol-w{bits}-200-2048": (f"w{bits}a16g64", PACKAGE) for bits in (2, 4)}
 ACCURACY = "acc/mean6"
 COLUMNS = {
     "excess/file@2048": "excess, C4",
