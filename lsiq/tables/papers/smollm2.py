@@ -43,7 +43,7 @@ METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", VARI
 PACKAGES = {
     f"ar-w{bits}-{iterations}": (f"w{bits}a16g64", row)
     for bits in (2, 3, 4)
-    for iterations, row in (("200", PACKAGE), ("1000", PACKAGE_LONGER))
+    for iterations, row in ((200, PACKAGE), (1000, PACKAGE_LONGER))
 } | {f"ar-smol-w{bits}-200-2048": (f"w{bits}a16g64", PACKAGE) for bits in (2, 4)}
 ACCURACY = "acc/mean6"
 COLUMNS = {
