@@ -12,7 +12,7 @@ from helpers.configuration import compose_run
 
 from lsiq.experiment.composed import plain_config
 from lsiq.report.compact import Run
-from lsiq.tables.papers.knobs import KNOBS, NONE, Knob, beside_none, lines, moved, numbers
+from lsiq.tables.papers.knobs import KNOBS, NONE, Knob, beside, lines, moved, numbers
 from lsiq.tables.study import load
 
 KNOB = {knob.name: knob for knob in KNOBS}
@@ -68,7 +68,7 @@ def test_a_line_joins_runs_that_differ_in_the_setting_and_the_seed(base: Run) ->
     assert line.least == 1e-3
 
 
-@pytest.mark.parametrize("other", ["part", "setting", "tokens", "text"])
+@pytest.mark.parametrize("other", ["part", "setting", "tokens", "text", "training"])
 def test_runs_that_differ_in_more_are_on_no_line_together(base: Run, other: str) -> None:
     first, second = turned(base)[2:4]
     third = measured(with_part(base, "singular", {"lr": 3e-3}), 0.4)
@@ -76,6 +76,7 @@ def test_runs_that_differ_in_more_are_on_no_line_together(base: Run, other: str)
         "part": with_part(third, "singular", {"corner": "full"}),
         "setting": with_part(third, "clip", {"lr": 0.5}),
         "tokens": replace(third, tokens={"kl/wikitext2@512": "other"}),
+        "training": replace(third, metrics=third.metrics | {"float/ppl/wikitext2@512": 80.0}),
         "text": replace(third, config={**third.config, "eval": {**third.config["eval"], "windows": 3}}),
     }[other]
     (line,) = lines([first, second, odd], RATE)
@@ -161,5 +162,7 @@ def test_runs_with_a_part_stand_beside_the_one_without(base: Run) -> None:
     ]
     corner = KNOB["corner"]
     found = {knob.name: lines(runs, knob) for knob in (RATE, corner)}
-    (row,) = beside_none(found, [RATE, corner]).rows
+    (row,) = beside(found, [RATE, corner]).rows
     assert [cell.text for cell in row.cells] == ["**+10.0 %**", "**-10.0 %**", "+10.0 %"]
+    (row,) = beside(found, [RATE], base=3e-3).rows
+    assert [cell.text for cell in row.cells] == ["**+11.1 %**", "**+22.2 %**", "+22.2 %"]

@@ -12,8 +12,9 @@ from helpers.configuration import CONF
 
 from lsiq.errors import InputError
 from lsiq.report.compact import Run, read_runs
-from lsiq.tables.papers.size import by_size, excess_by_size
-from lsiq.tables.papers.size_runs import ENTRIES, LABELS, PEERS, SizeRuns, load_sizes
+from lsiq.tables.papers.model_sizes import AGAIN_90M
+from lsiq.tables.papers.size import all_of, by_size, excess_by_size
+from lsiq.tables.papers.size_runs import ENTRIES, LABELS, PACKAGE, PACKAGE_LONGER, PEERS, SizeRuns, load_sizes
 from lsiq.tables.papers.trainings import PARTS, ratios
 from lsiq.tables.study import Sample
 from lsiq.tables.table import DASH, Cell, Row, Table
@@ -86,8 +87,19 @@ def test_every_row_and_every_label_is_used(sizes: SizeRuns, records: dict[str, l
     assert {point.entry for point in sizes.points if point.size in shown} <= set(names)
     rows = {row.labels[0] for width in ("w2", "w3") for row in by_size(sizes, width, "excess", 3).rows}
     assert rows == {name for name in names if any(point.entry == name for point in sizes.points)}
-    reported = {file: {run.method for run in records[file] if len(run.get("eval.corpora")) == 2} for file in LABELS}
-    assert {file: set(labels) for file, labels in LABELS.items()} == reported
+    for file, labels in LABELS.items():
+        reported = [run for run in records[file] if len(run.get("eval.corpora")) == 2]
+        own = {run.method for run in reported if run.model not in PEERS}
+        assert own <= set(labels) <= {run.method for run in reported}
+
+
+def test_variants_stand_behind_the_row_that_they_vary(sizes: SizeRuns) -> None:
+    rows = [row.labels for row in all_of(sizes, AGAIN_90M).rows]
+    assert rows == sorted(rows, key=lambda labels: labels[0])
+    at_2_bits = [name for width, name in rows if width == "w2"]
+    assert at_2_bits[:4] == [PACKAGE, PACKAGE_LONGER, "lsi", "lsi-diagonal"]
+    assert at_2_bits[-2:] == ["best", "best-10"]
+    assert set(at_2_bits) == {point.entry for point in sizes.of(AGAIN_90M)}
 
 
 def test_a_peers_excess_is_over_the_float_model_that_others_measured(sizes: SizeRuns) -> None:

@@ -63,6 +63,7 @@ KNOBS = (
     Knob("host-clipping", "method.parts.clip.lr", "rate of omniquant's clipping", 1e-1, HOST),
     Knob("host-ahead", "method.training.ahead.blocks", "blocks that omniquant looks ahead", 0, HOST),
     Knob("weights", "method.parts.dense.lr", "rate of best-blocks' weights, in steps of the grid", 3e-3, {}),
+    Knob("directions", "method.parts.singular.directions", "directions of lsi's increments", "singular", LSI),
     Knob("start-weights", "method.start.parts.dense.lr", "rate of the weights in the blocks of best", 3e-3, {}),
 )
 
@@ -92,8 +93,9 @@ class Line:
 def lines(runs: Iterable[Run], knob: Knob) -> list[Line]:
     """Return the lines of a setting: of each size, width and text those of the runs with the most values.
 
-    Runs on a line have the same configuration but for the setting, the same tokens, and one model. Runs without the
-    part that has the setting count as its value `none`, but two other values make a line.
+    Runs on a line have the same configuration but for the setting, the same tokens, and one model, which its perplexity
+    tells from another training of its name. Runs without the part that has the setting count as its value `none`, but
+    two other values make a line.
     """
     alike: dict[tuple[Any, ...], list[tuple[Value, str, Run]]] = defaultdict(list)
     for run in runs:
@@ -104,11 +106,10 @@ def lines(runs: Iterable[Run], knob: Knob) -> list[Line]:
             continue
         if (found := _turned(run, knob)) is not None:
             value, part, rest = found
-            alike[size, run.model, width(run.setting), tuple(sorted(run.tokens.items())), rest].append(
-                (value, part, run)
-            )
+            tokens = tuple(sorted(run.tokens.items()))
+            alike[size, run.model, _perplexity(run), width(run.setting), tokens, rest].append((value, part, run))
     longest: dict[tuple[str, str, bool], Line] = {}
-    for (size, _, bits, *_), like in alike.items():
+    for (size, _, _, bits, *_), like in alike.items():
         for part in sorted({part for _, part, _ in like if part != NONE}):
             line = _line(size, bits, [(value, run) for value, of, run in like if of in (part, NONE)])
             key = (size, bits, line.chosen_on)
@@ -117,6 +118,13 @@ def lines(runs: Iterable[Run], knob: Knob) -> list[Line]:
                 longest[key] = line
     order = [size.name for size in SIZES]
     return sorted(longest.values(), key=lambda line: (order.index(line.size), line.width, not line.chosen_on))
+
+
+def _perplexity(run: Run) -> str | None:
+    """The float model's, to three digits, which machines do not differ in."""
+    return next(
+        (f"{number:.3g}" for key, number in run.metrics.items() if key.startswith("float/ppl/wikitext2@")), None
+    )
 
 
 def _turned(run: Run, knob: Knob) -> tuple[Value, str, str] | None:
@@ -211,38 +219,41 @@ def numbers(found: Sequence[Line], knob: Knob) -> Table:
     return Table(f"knob-{knob.name}", caption, heads, tuple(rows), number=decimals(4), counted=True)
 
 
-def beside_none(found: Mapping[str, Sequence[Line]], knobs: Sequence[Knob]) -> Table:
-    """Return how much more divergence runs with a part have than the run without it: a row per line of the first knob.
+def beside(found: Mapping[str, Sequence[Line]], knobs: Sequence[Knob], base: Value = NONE) -> Table:
+    """Return how much more divergence a value has than the run of `base`: a row per line of the first knob.
 
     Bold: each seed is told apart by a paired test over blocks of windows, in one direction. Values of later knobs that
     are today's are the first knob's.
     """
     asked = [(knob, value) for knob in knobs for value in _values(found[knob.name])]
-    asked = [(knob, value) for knob, value in asked if value != NONE and (knob is knobs[0] or value != knob.today)]
+    asked = [(knob, value) for knob, value in asked if value != base and (knob is knobs[0] or value != knob.today)]
     by_place = {(knob.name, line.size, line.width, line.chosen_on): line for knob in knobs for line in found[knob.name]}
     rows = []
     for first in found[knobs[0].name]:
         lines_of = [by_place.get((knob.name, first.size, first.width, first.chosen_on)) for knob, _ in asked]
-        cells = [Cell(text=_over_none(line, value)) for line, (_, value) in zip(lines_of, asked, strict=True)]
+        cells = [Cell(text=_over(line, value, base)) for line, (_, value) in zip(lines_of, asked, strict=True)]
         if any(cell.text != DASH for cell in cells):
             rows.append(Row((first.size, _setting(first.width), _text(first)), tuple(cells)))
     heads = (f"{knob.key.rpartition('.')[2].replace('lr', 'rate')} {_written(value)}" for knob, value in asked)
-    caption = f"Divergence with {knobs[0].name} over that without, on WikiText-2 (bold: told apart by a paired test)"
-    return Table(f"knob-{knobs[0].name}-none", caption, ("size", "setting", "text", *heads), tuple(rows))
+    what = (
+        f"with {knobs[0].name} over that without" if base == NONE else f"over that of {_written(base)} {knobs[0].name}"
+    )
+    caption = f"Divergence {what}, on WikiText-2 (bold: told apart by a paired test in every seed)"
+    return Table(f"knob-{knobs[0].name}-{_written(base)}", caption, ("size", "setting", "text", *heads), tuple(rows))
 
 
-def _over_none(line: Line | None, value: Value) -> str:
-    if line is None or value not in line.windows or NONE not in line.windows:
+def _over(line: Line | None, value: Value, base: Value) -> str:
+    if line is None or value not in line.windows or base not in line.windows:
         return DASH
-    with_it, without = line.windows[value], line.windows[NONE]
+    turned, bases = line.windows[value], line.windows[base]
     tests = [
-        (compare_means("kl", without[seed], with_it[seed]), fmean(without[seed]))
-        for seed in with_it.keys() & without.keys()
-        if with_it[seed] and without[seed]
+        (compare_means("kl", bases[seed], turned[seed]), fmean(bases[seed]))
+        for seed in turned.keys() & bases.keys()
+        if turned[seed] and bases[seed]
     ]
     if not tests:
         return DASH
-    share = fmean(test.mean / base for test, base in tests)
+    share = fmean(test.mean / of for test, of in tests)
     told = all(test.low > 0 for test, _ in tests) or all(test.high < 0 for test, _ in tests)
     return f"**{100 * share:+.1f} %**" if told else f"{100 * share:+.1f} %"
 

@@ -81,3 +81,27 @@ def by_size(runs: SizeRuns, width: str, metric: str, digits: int) -> Table:
     heads = ("method", *(f"{size}, {TEXTS[text]}" for size, text in columns))
     name = f"{metric}-by-size-{width}"
     return Table(name, caption, heads, tuple(rows), number=decimals(digits), counted=True, folded=metric == "kl")
+
+
+def all_of(runs: SizeRuns, size: str) -> Table:
+    """Return every row of one model: excess and divergence by text, with the number of runs; variants behind theirs."""
+    points = runs.of(size)
+    places = {entry.name: place for place, entry in enumerate(ENTRIES)}
+
+    def rank(name: str) -> tuple[int, str]:
+        return max((place for row, place in places.items() if name.startswith(row)), default=len(places)), name
+
+    names = sorted({point.entry for point in points}, key=rank)
+    columns = [(measure, text) for measure in ("excess", "kl") for text in TEXTS]
+    rows = []
+    for width in sorted({point.width for point in points}):
+        for name in names:
+            samples = [runs.sample(size, width, name, f"{measure}/{text}") for measure, text in columns]
+            if any(samples):
+                cells = tuple(Cell(sample) if sample is not None else Cell(text=DASH) for sample in samples)
+                rows.append(Row((width, name), cells))
+    words = {"excess": "excess", "kl": "divergence"}
+    heads = ("setting", "method", *(f"{words[measure]}, {TEXTS[text]}" for measure, text in columns))
+    caption = f"Excess loss and divergence in nats, {size}: mean ± standard deviation (number of runs)"
+    name = f"all-of-{size.replace(' ', '').replace(',', '-').lower()}"
+    return Table(name, caption, heads, tuple(rows), number=decimals(4), counted=True)

@@ -15,7 +15,7 @@ from lsiq.experiment.composed import recipe_for
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
 from lsiq.tables.papers.layout import sweep_jobs
-from lsiq.tables.papers.model_sizes import AGAIN_300M, BEFORE, SIZES, SMOLLM2, TEXTS, TRAININGS, width
+from lsiq.tables.papers.model_sizes import AGAIN_90M, AGAIN_300M, BEFORE, SIZES, SMOLLM2, TEXTS, TRAININGS, width
 from lsiq.tables.protocol import ROOT, composed, contradiction, method_overrides
 from lsiq.tables.study import Sample
 
@@ -41,6 +41,7 @@ class Entry:
 
 
 PACKAGE, PACKAGE_EXTENDED = "AutoRound's package", "AutoRound's package, alg_ext"
+PACKAGE_LONGER = f"{PACKAGE}, 1000 iterations"  # at 2 bits with alg_ext
 ENTRIES = (
     Entry("rtn", "rtn"),
     Entry("gptq", "gptq"),
@@ -88,6 +89,15 @@ LABELS: Mapping[str, Mapping[str, str]] = {
     | {name: name for name in ("omniquant", "lsi-diagonal", "lsi")}
     # Not the methods of these names: these train roundings, not weights, and the end starts from latent weights.
     | {"best-blocks": "rounding with CL", "best": "rounding with CL, then latents"},
+    "peers-90m-again": {name: name for name in ("lsi", "best", "best-10")}
+    | {
+        "diag": "lsi-diagonal",
+        "diag-cl": "lsi-diagonal, CL",
+        "corner39": "lsi-diagonal, corner of 39",
+        "corner39-cl": "lsi-diagonal, corner of 39, CL",
+        "sde1": "sde, band of 1, no corner",
+        "sde1-cl": "sde, band of 1, no corner, CL",
+    },
 }
 
 
@@ -114,9 +124,19 @@ PEERS = {
     "ar-300m-w2-200": Peer(AGAIN_300M, "w2"),
     "ar-300m-w3-200": Peer(AGAIN_300M, "w3"),
     "ar-300m-w4-200": Peer(AGAIN_300M, "w4"),
+} | {
+    f"ar-90m-{width}-{iterations}": Peer(AGAIN_90M, width, row)
+    for width in ("w2", "w3", "w4")
+    for iterations, row in ((200, PACKAGE), (1000, PACKAGE_LONGER))
 }
 # What the peer quantised: the model whose perplexity is taken from its checkpoints'.
-PEERS_OF = {"SmolLM2": SMOLLM2, "SmolLM2, whole texts": SMOLLM2, "90 M": "llama-90m", AGAIN_300M: "llama-300m-3"}
+PEERS_OF = {
+    "SmolLM2": SMOLLM2,
+    "SmolLM2, whole texts": SMOLLM2,
+    "90 M": "llama-90m",
+    AGAIN_90M: "llama-90m-4",
+    AGAIN_300M: "llama-300m-3",
+}
 
 
 @dataclass(frozen=True)

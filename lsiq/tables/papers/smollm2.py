@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
-from lsiq.tables.papers.size_runs import PACKAGE, check_tokens, excess_over
+from lsiq.tables.papers.size_runs import PACKAGE, PACKAGE_LONGER, check_tokens, excess_over
 from lsiq.tables.protocol import ROOT
 from lsiq.tables.study import Sample, measured
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
@@ -22,7 +22,6 @@ BEFORE = ROOT / "analysis" / "records" / "smollm2.jsonl"
 TODAY = ROOT / "analysis" / "records" / "smollm2-activations.jsonl"
 AGAIN = ROOT / "analysis" / "repeats" / "smollm2-weights.jsonl"
 MORE_TEXT = ROOT / "analysis" / "repeats" / "smollm2-text.jsonl"  # 2048 sequences for 512
-PACKAGE_LONGER = f"{PACKAGE}, 1000 iterations"
 # By label of the runs, rows that no method's file makes.
 VARIANTS = {
     "oq3e-1": "omniquant, clipping at 3e-1",
@@ -44,7 +43,7 @@ PACKAGES = {
     f"ar-w{bits}-{iterations}": (f"w{bits}a16g64", row)
     for bits in (2, 3, 4)
     for iterations, row in ((200, PACKAGE), (1000, PACKAGE_LONGER))
-} | {f"ar-smol-w{bits}-200-2048": (f"w{bits}a16g64", PACKAGE) for bits in (2, 4)}
+} | {f"ar-smol-w{bits}-200-2048": (f"w{bits}a16g64", PACKAGE) for bits in (2, 3, 4)}
 ACCURACY = "acc/mean6"
 COLUMNS = {
     "excess/file@2048": "excess, C4",
