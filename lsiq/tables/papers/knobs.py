@@ -12,7 +12,7 @@ from typing import Any
 from lsiq.report.compact import Run
 from lsiq.report.significance import compare_means
 from lsiq.tables.figure import BLUE, GREEN, ORANGE, PINK, RED, SKY, Figure, legend_below, panels
-from lsiq.tables.papers.model_sizes import SIZES, width
+from lsiq.tables.papers.model_sizes import SIZES, training, width
 from lsiq.tables.study import Sample
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
 
@@ -107,9 +107,9 @@ def lines(runs: Iterable[Run], knob: Knob) -> list[Line]:
         if (found := _turned(run, knob)) is not None:
             value, part, rest = found
             tokens = tuple(sorted(run.tokens.items()))
-            alike[size, run.model, _perplexity(run), width(run.setting), tokens, rest].append((value, part, run))
+            alike[size, width(run.setting), training(run), tokens, rest].append((value, part, run))
     longest: dict[tuple[str, str, bool], Line] = {}
-    for (size, _, _, bits, *_), like in alike.items():
+    for (size, bits, *_), like in alike.items():
         for part in sorted({part for _, part, _ in like if part != NONE}):
             line = _line(size, bits, [(value, run) for value, of, run in like if of in (part, NONE)])
             key = (size, bits, line.chosen_on)
@@ -118,13 +118,6 @@ def lines(runs: Iterable[Run], knob: Knob) -> list[Line]:
                 longest[key] = line
     order = [size.name for size in SIZES]
     return sorted(longest.values(), key=lambda line: (order.index(line.size), line.width, not line.chosen_on))
-
-
-def _perplexity(run: Run) -> str | None:
-    """The float model's, to three digits, which machines do not differ in."""
-    return next(
-        (f"{number:.3g}" for key, number in run.metrics.items() if key.startswith("float/ppl/wikitext2@")), None
-    )
 
 
 def _turned(run: Run, knob: Knob) -> tuple[Value, str, str] | None:

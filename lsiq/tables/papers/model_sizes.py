@@ -73,6 +73,11 @@ def width(setting: str) -> str:
     return grouped[1] if grouped else setting
 
 
+def training(run: Run) -> tuple[str, ...]:
+    """Return what tells the run's model from another training of its name: that, and the float model's perplexities."""
+    return run.model, *(f"{of:.4g}" for key, of in sorted(run.metrics.items()) if key.startswith("float/ppl/"))
+
+
 def _rungs(*rungs: str) -> list[Size]:
     """The ladder's sizes; the bundled models are its rungs of 11 M."""
     bundled = {"llama-11m": ("tiny-llama",), "opt-11m": ("tiny-opt",)}

@@ -15,7 +15,17 @@ from lsiq.experiment.composed import recipe_for
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
 from lsiq.tables.papers.layout import sweep_jobs
-from lsiq.tables.papers.model_sizes import AGAIN_90M, AGAIN_300M, BEFORE, SIZES, SMOLLM2, TEXTS, TRAININGS, width
+from lsiq.tables.papers.model_sizes import (
+    AGAIN_90M,
+    AGAIN_300M,
+    BEFORE,
+    SIZES,
+    SMOLLM2,
+    TEXTS,
+    TRAININGS,
+    training,
+    width,
+)
 from lsiq.tables.protocol import ROOT, composed, contradiction, method_overrides
 from lsiq.tables.study import Sample
 
@@ -67,6 +77,18 @@ ENTRIES = (
     Entry("lsi with CL, then step sizes"),
     Entry("best", "best"),
 )
+
+
+def beside_lsi(corner: int) -> dict[str, str]:
+    """By label, the rows of `sweep=sde-beside-lsi` with a corner of so many directions."""
+    rows = {
+        "diag": "lsi-diagonal",
+        f"corner{corner}": f"lsi-diagonal, corner of {corner}",
+        "sde1": "sde, band of 1, no corner",
+    }
+    return rows | {f"{label}-cl": f"{row}, CL" for label, row in rows.items()}
+
+
 # By file of records: the label of a run, and its row. Labels of scale.jsonl are those of its day.
 _SAME = {name: name for name in ("rtn", "gptq", "awq", "autoround")}
 LABELS: Mapping[str, Mapping[str, str]] = {
@@ -89,15 +111,7 @@ LABELS: Mapping[str, Mapping[str, str]] = {
     | {name: name for name in ("omniquant", "lsi-diagonal", "lsi")}
     # Not the methods of these names: these train roundings, not weights, and the end starts from latent weights.
     | {"best-blocks": "rounding with CL", "best": "rounding with CL, then latents"},
-    "peers-90m-again": {name: name for name in ("lsi", "best", "best-10")}
-    | {
-        "diag": "lsi-diagonal",
-        "diag-cl": "lsi-diagonal, CL",
-        "corner39": "lsi-diagonal, corner of 39",
-        "corner39-cl": "lsi-diagonal, corner of 39, CL",
-        "sde1": "sde, band of 1, no corner",
-        "sde1-cl": "sde, band of 1, no corner, CL",
-    },
+    "peers-90m-again": {name: name for name in ("lsi", "best", "best-10")} | beside_lsi(39),
 }
 
 
@@ -264,10 +278,8 @@ def _point(file: str, run: Run) -> Point | None:
         )
     if size is None or entry is None or (file not in LABELS and contradiction_by_size(run) is not None):
         return None
-    perplexities = (f"{value:.4g}" for key, value in sorted(run.metrics.items()) if key.startswith("float/ppl/"))
-    model = (run.model, *perplexities)
     measured = (run.average_bits, run.dtype, run.seed, run.window_means)
-    return Point(size, width(run.setting), entry, run.metrics, model, *measured)
+    return Point(size, width(run.setting), entry, run.metrics, training(run), *measured)
 
 
 def _of_first_models(points: Sequence[Point]) -> list[Point]:

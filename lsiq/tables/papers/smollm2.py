@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lsiq.report.compact import Run, read_runs
 from lsiq.results.record import origin_note
-from lsiq.tables.papers.size_runs import PACKAGE, PACKAGE_LONGER, check_tokens, excess_over
+from lsiq.tables.papers.size_runs import PACKAGE, PACKAGE_LONGER, beside_lsi, check_tokens, excess_over
 from lsiq.tables.protocol import ROOT
 from lsiq.tables.study import Sample, measured
 from lsiq.tables.table import DASH, Cell, Row, Table, decimals
@@ -25,12 +25,7 @@ MORE_TEXT = ROOT / "analysis" / "repeats" / "smollm2-text.jsonl"  # 2048 sequenc
 # By label of the runs, rows that no method's file makes.
 VARIANTS = {
     "oq3e-1": "omniquant, clipping at 3e-1",
-    "diag": "lsi-diagonal",
-    "diag-cl": "lsi-diagonal, CL",
-    "corner34": "lsi-diagonal, corner of 34",
-    "corner34-cl": "lsi-diagonal, corner of 34, CL",
-    "sde1": "sde, band of 1, no corner",
-    "sde1-cl": "sde, band of 1, no corner, CL",
+    **beside_lsi(34),
     "best-1e-2": "best, blocks at 1e-2",
     "best-2": "best, two epochs",
 }
