@@ -112,7 +112,7 @@ def train_model(args: argparse.Namespace) -> None:
     names = ["family", "rung", "tokens", "minutes", "job_minutes", "seqlen", "warmup", "seed", "valid_every"]
     settings: dict[str, Any] = {name: getattr(args, name) for name in names}
     lr = rung.rate(args.family) if args.lr is None else args.lr
-    plan = Plan(**settings, lr=lr, batch=rung.batch if args.batch is None else args.batch)
+    plan = Plan(**settings, lr=lr, batch=rung.batch(args.family) if args.batch is None else args.batch)
     torch.set_float32_matmul_precision("high")
     run = Run(plan, tokenizer.get_vocab_size(), args.out, device)
     run.resume()

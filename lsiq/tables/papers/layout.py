@@ -64,7 +64,9 @@ class Beside:
     protocol: Protocol
 
 
-_LONGER = "method.weight_activation.start.then.then"
+_BLOCKS = "method.weight_activation.start.then.then"  # those of best
+_KEPT = ("method=best", f"{_BLOCKS}.parts.equivalent.lr=5e-3", f"{_BLOCKS}.training.keep=best")
+_LABEL = "method.weight_activation.label=best-kept"
 # As sweeps/hosts.yaml and docs/best.md have them.
 BESIDE = (
     Beside(
@@ -85,6 +87,10 @@ BESIDE = (
             ),
         ),
     ),
+    *(
+        Beside(setting, "best, LET at 5e-3, best epochs", "best-kept", replace(STUDY, recipe=(*_KEPT, _LABEL)))
+        for setting in ("w4a4", "w6a6")
+    ),
     Beside(
         "w4a4",
         "best, longer blocks",
@@ -92,11 +98,7 @@ BESIDE = (
         replace(
             STUDY,
             overrides=(*STUDY.overrides, "eval.tf32=true"),
-            recipe=(
-                "method=best",
-                *(f"{_LONGER}.training.epochs=20", f"{_LONGER}.training.keep=best"),
-                f"{_LONGER}.parts.equivalent.lr=5e-3",
-            ),
+            recipe=(*_KEPT, f"{_BLOCKS}.training.epochs=20"),
         ),
     ),
 )

@@ -98,13 +98,15 @@ SIZES = (
     Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, ("tf32",), own=False),
 )
 # The bundled LLaMA's shape, trained on the text and tokens of the other rungs, on fewer, and from another seed; and the
-# rungs of 90 M and 300 M, trained once more by the same recipe.
+# rungs of 90 M and 300 M, trained once more by the same recipe; and OPT of 30 M, in twice as many and smaller steps.
 AGAIN_90M, AGAIN_300M = "90 M, trained again", "300 M, trained again"
+AGAIN_OPT = "30 M, OPT, trained again"
 TRAININGS = (
     Size("11 M, 40 M tokens", ("llama-11m-40M",)),
     Size("11 M, 100 M tokens", ("llama-11m-100M",)),
     Size("11 M, 100 M tokens, other seed", ("llama-11m-100M-s1",)),
     Size(AGAIN_90M, ("llama-90m-4",)),
     Size(AGAIN_300M, ("llama-300m-3",)),
+    Size(AGAIN_OPT, ("opt-30m-2",)),
 )
 BEFORE = frozenset(model for size in SIZES for model in size.before)

@@ -112,6 +112,14 @@ LABELS: Mapping[str, Mapping[str, str]] = {
     # Not the methods of these names: these train roundings, not weights, and the end starts from latent weights.
     | {"best-blocks": "rounding with CL", "best": "rounding with CL, then latents"},
     "peers-90m-again": {name: name for name in ("lsi", "best", "best-10")} | beside_lsi(39),
+    "opt-30m-again": _SAME
+    | {name: name for name in ("omniquant", "lsi-diagonal", "lsi", "best", "rotate+gptq")}
+    | {
+        "rotate+sde-cl": "rotate, then sde + CL",
+        "best-kept": "best, LET at 5e-3, best epochs",
+        "best-kept-1e-2": "best, LET at 1e-2, best epochs",
+        "best-longer": "best, LET at 5e-3, best of 10 epochs",
+    },
 }
 
 
