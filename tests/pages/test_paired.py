@@ -15,7 +15,7 @@ from lsiq.experiment.run import run
 from lsiq.report.compact import Run, read_runs
 from lsiq.report.significance import compare, compare_means
 from lsiq.tables.collect import collect
-from lsiq.tables.papers.paired import comparison, paired
+from lsiq.tables.papers.paired import ACTIVATIONS, WEIGHTS, comparison, paired, paired_in_short
 from lsiq.tables.papers.size_runs import SizeRuns
 from lsiq.tables.protocol import ROOT
 
@@ -92,3 +92,14 @@ def test_the_study_on_the_90_m_rung_has_its_tests(study: list[Run]) -> None:
     found = comparison(sizes, "90 M", "w3", ("lsi", "omniquant"), "kl/wikitext2")
     assert found is not None
     assert found.verdicts == {"better": 3}
+
+
+def test_in_short_comparisons_are_counted_over_settings_texts_and_seeds(study: list[Run]) -> None:
+    runs = [made(study, "lsi", 0, 0.10), made(study, "lsi", 1, 0.10), made(study, "lsi", 2, 0.13)]
+    others = [made(study, "omniquant", 0, 0.12), made(study, "omniquant", 1, 0.10), made(study, "omniquant", 2, 0.12)]
+    table = paired_in_short(SizeRuns({"of-tomorrow": [*runs, *others]}), WEIGHTS, "t")
+    assert table.heads == ("method", "than", "measure", "90 M")
+    (row,) = table.rows
+    assert row.labels == ("lsi", "omniquant", "divergence")
+    assert [cell.text for cell in row.cells] == ["1 of 3, 1 worse"]
+    assert not paired_in_short(SizeRuns({"of-tomorrow": [*runs, *others]}), ACTIVATIONS, "t").rows
