@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--job-minutes", type=float, default=math.inf, help="limit of everything but writing the checkpoint")
     add("--batch", type=int, help="sequences a step, of all processes together; default: the rung's, 64 or 32")
     add("--seqlen", type=int, default=1024)
-    add("--lr", type=float, help="peak; default: the rung's, 8e-4 to 3e-3 for llama, two thirds of that for opt")
+    add("--lr", type=float, help="peak; default: the rung's, 8e-4 to 3e-3 for llama, 5e-4 to 2e-3 for opt")
     add("--warmup", type=float, default=0.03, help="share of the run")
     add("--seed", type=int, default=0)
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
@@ -111,8 +111,8 @@ def train_model(args: argparse.Namespace) -> None:
     rung = LADDER[args.rung]
     names = ["family", "rung", "tokens", "minutes", "job_minutes", "seqlen", "warmup", "seed", "valid_every"]
     settings: dict[str, Any] = {name: getattr(args, name) for name in names}
-    lr = rung.rate(args.family) if args.lr is None else args.lr
-    plan = Plan(**settings, lr=lr, batch=rung.batch(args.family) if args.batch is None else args.batch)
+    lr = rung.rate_of(args.family) if args.lr is None else args.lr
+    plan = Plan(**settings, lr=lr, batch=rung.batch_of(args.family) if args.batch is None else args.batch)
     torch.set_float32_matmul_precision("high")
     run = Run(plan, tokenizer.get_vocab_size(), args.out, device)
     run.resume()

@@ -398,8 +398,8 @@ def test_rows_beside_the_study_follow_its_protocol_in_all_but_the_recipe(committ
     ]
     assert not table.commands
     assert [row.competes for row in table.rows] == [True, True, False, False, False], "rotations take bits"
-    other = bundled_perplexity(committed[0], ["w4a16g128"], "t", "C", "excess", ["omniquant"])
-    assert [row.labels[1] for row in other.rows] == ["omniquant"]
+    other = bundled_perplexity(committed[0], ["w6a6"], "t", "C", "excess", ["omniquant"])
+    assert [row.labels[1] for row in other.rows] == ["omniquant", "best, LET at 5e-3, best epochs kept"]
 
 
 def test_more_bits_do_not_compete() -> None:

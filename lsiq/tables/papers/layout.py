@@ -66,8 +66,8 @@ class Beside:
 
 _BLOCKS = "method.weight_activation.start.then.then"  # those of best
 _KEPT = ("method=best", f"{_BLOCKS}.parts.equivalent.lr=5e-3", f"{_BLOCKS}.training.keep=best")
-_LABEL = "method.weight_activation.label=best-kept"
-# As sweeps/hosts.yaml and docs/best.md have them.
+_KEPT_LABEL = "method.weight_activation.label=best-kept"
+# As sweeps/hosts.yaml has those of hosts, and docs/best.md those of best.
 BESIDE = (
     Beside(
         "w4a4",
@@ -88,12 +88,14 @@ BESIDE = (
         ),
     ),
     *(
-        Beside(setting, "best, LET at 5e-3, best epochs", "best-kept", replace(STUDY, recipe=(*_KEPT, _LABEL)))
+        Beside(
+            setting, "best, LET at 5e-3, best epochs kept", "best-kept", replace(STUDY, recipe=(*_KEPT, _KEPT_LABEL))
+        )
         for setting in ("w4a4", "w6a6")
     ),
     Beside(
         "w4a4",
-        "best, longer blocks",
+        "the same, twice the steps",
         "best-longer",
         replace(
             STUDY,

@@ -98,7 +98,7 @@ SIZES = (
     Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, ("tf32",), own=False),
 )
 # The bundled LLaMA's shape, trained on the text and tokens of the other rungs, on fewer, and from another seed; and the
-# rungs of 90 M and 300 M, trained once more by the same recipe; and OPT of 30 M, in twice as many and smaller steps.
+# rungs of 90 M and 300 M, trained once more by the same recipe; and OPT of 30 M, in twice as many steps.
 AGAIN_90M, AGAIN_300M = "90 M, trained again", "300 M, trained again"
 AGAIN_OPT = "30 M, OPT, trained again"
 TRAININGS = (

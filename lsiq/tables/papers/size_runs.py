@@ -116,9 +116,9 @@ LABELS: Mapping[str, Mapping[str, str]] = {
     | {name: name for name in ("omniquant", "lsi-diagonal", "lsi", "best", "rotate+gptq")}
     | {
         "rotate+sde-cl": "rotate, then sde + CL",
-        "best-kept": "best, LET at 5e-3, best epochs",
-        "best-kept-1e-2": "best, LET at 1e-2, best epochs",
-        "best-longer": "best, LET at 5e-3, best of 10 epochs",
+        "best-kept": "best, LET at 5e-3, best epochs kept",
+        "best-kept-1e-2": "best, LET at 1e-2, best epochs kept",
+        "best-longer": "best, LET at 5e-3, best epochs kept, twice the steps",
     },
 }
 

@@ -132,6 +132,12 @@ def test_shipped_shape_fits_24_megabytes(family):
     assert 2 * count + 20_000 < 24_000_000  # llama 22.0 MB, opt 22.9 MB; the header takes less than 20 kB
 
 
+def test_a_rung_has_a_batch_and_a_rate_for_each_family():
+    rung = LADDER["90m"]
+    assert (rung.batch_of("llama"), rung.rate_of("llama")) == (64, 1.2e-3)
+    assert (rung.batch_of("opt"), rung.rate_of("opt")) == (32, 8e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rung", LADDER)
 def test_rungs_weigh_what_their_names_say_and_take_groups_of_128(family, rung):
