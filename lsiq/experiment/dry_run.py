@@ -9,7 +9,8 @@ import torch
 from lsiq.errors import ConfigError
 from lsiq.experiment.estimate import Estimate
 from lsiq.experiment.probe import architecture
-from lsiq.methods.base import WholeMethod
+from lsiq.methods.base import Method, WholeMethod, chain
+from lsiq.methods.rotate import Rotate
 from lsiq.report.terminal import show_plan
 from lsiq.results.record import Record
 from lsiq.runtime.device import find_device
@@ -31,6 +32,8 @@ def dry_run(config: RunConfig, record: Record) -> None:
     device = find_device(config.device)
     try:
         stages, notes = _estimate(config, device, record).stages()
+        if _trains_rotation(config):
+            notes.append("the training of the rotation (steps of rotate) is not estimated")
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"dry_run=true: one block does not fit the memory of {device}; lower calib.batch, "
@@ -41,6 +44,12 @@ def dry_run(config: RunConfig, record: Record) -> None:
     places = sorted({place for stage in stages for place in stage.peaks}, reverse=True)
     record.peak_bytes = {place: max(stage.peaks.get(place, 0) for stage in stages) for place in places}
     show_plan(f"{config.model.name}  {config.quant.name}  {config.method.name}", stages, record, notes)
+
+
+def _trains_rotation(config: RunConfig) -> bool:
+    methods = (config.method, getattr(config.method, "start", None))
+    links = (link for method in methods if isinstance(method, Method | WholeMethod) for link in chain(method))
+    return any(isinstance(link, Rotate) and link.steps > 0 for link in links)
 
 
 def _estimate(config: RunConfig, device: torch.device, record: Record) -> Estimate:

@@ -37,7 +37,11 @@ BEFORE = (
 # Settings of methods that say where a run comes from, or how much room it has.
 NOT_METHOD = ("run", "memory")
 # The same of some classes alone: others had the key from the start, so that it is part of their names.
-BEFORE_OF = {"lsiq.methods.gptq.": [("kernels", "auto")], "lsiq.parts.dense.": [("hardening", 0.0)]}
+BEFORE_OF = {
+    "lsiq.methods.gptq.": [("kernels", "auto")],
+    "lsiq.methods.rotate.": [("steps", 0)],
+    "lsiq.parts.dense.": [("hardening", 0.0)],
+}
 
 
 def run_id(config: RunConfig, plain: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

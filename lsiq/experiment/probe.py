@@ -15,6 +15,7 @@ from lsiq.data.tokens import random_windows
 from lsiq.evals.windows import Variant, by_model, measure_windows
 from lsiq.experiment.evaluate import variants_to_measure
 from lsiq.methods.base import Method
+from lsiq.methods.rotate import Rotate
 from lsiq.models.block import FloatStream, run_stream
 from lsiq.models.checkpoint import MemoryCheckpoint, RandomCheckpoint
 from lsiq.models.context import Ahead, Context
@@ -123,8 +124,8 @@ def probe_architecture(
 
 
 def shortened(method: Any, most: int = EPOCHS) -> Any:
-    """Return the method with at most so many epochs, and so what it hands on to."""
-    changes = {}
+    """Return the method with at most so many epochs and no trained rotation, and so what it hands on to."""
+    changes: dict[str, Any] = {"steps": 0} if isinstance(method, Rotate) and method.steps else {}
     if (training := method.training) is not None:
         epochs = min(training.epochs, most)
         late = {"wait": min(training.wait, most - 1)} if hasattr(training, "wait") else {}

@@ -96,6 +96,12 @@ CONFIG_ERRORS = {
     "mandatory-value": (["method=lsi-finetune"], ["method.run has no value"]),
     "missing-run": (["method=lsi-finetune", "method.run=nothing"], ["method.run=nothing", "no such run"]),
     "place-twice": (["method=rotate", "method.places=[down,down]"], ["method.places", "twice"]),
+    "rotation-in-blocks": (["method=rotate", "method.block=16", "method.steps=9"], ["method", "block=16", "steps=0"]),
+    "rotation-of-nothing": (
+        ["method=rotate", "method.places=[value]", "method.steps=9"],
+        ["method", "steps=9", "add residual"],
+    ),
+    "rotation-without-tokens": (["method=rotate", "method.steps=9", "calib=none"], ["calib.corpus=null", "rotate"]),
     "no-such-place": (["method=duquant", "method.places=[query_key]"], ["method.places", "norm"]),
     "empty-prefix": (["method=prefix", "method.count=0", "method.bos=false"], ["count=0", "bos=true"]),
     "prefix-without-tokens": (["method=prefix", "calib=none"], ["calib.corpus=null", "prefix"]),

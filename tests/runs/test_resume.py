@@ -203,7 +203,7 @@ STOPPED_AT = {
     "rtn": (["method=rtn"], "block_001.safetensors"),
     "gptq": (["method=gptq"], "streams.safetensors"),
     "lsi": (["method=lsi", "method.training.epochs=2", "method.training.batch=2"], 4),
-    "rotate": (["method=rotate", "method@method.then=gptq"], 6),
+    "rotate": (["method=rotate", "method.steps=3", "method@method.then=gptq"], 6),
     "prefix": (["method=prefix", "method@method.then=awq"], 7),
     "lqer": (["method=qera-exact", "method.rank=4"], 6),
     "e2e": ([*E2E, "method.start.training.epochs=1", "method.training.epochs=1"], 9),

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from lsiq.assets import bundled_model
 from lsiq.calib.gram import input_grams
+from lsiq.calib.normed_states import normed_states
 from lsiq.calib.outlier_tokens import outlier_tokens
 from lsiq.errors import InputError
 from lsiq.formats.activation import Activation
+from lsiq.linalg.narrow_rotation import squared_range
 from lsiq.linalg.rotation import factored_hadamard
 from lsiq.methods.base import Method
 from lsiq.methods.duquant import DuQuant
@@ -74,6 +76,37 @@ def test_a_turned_residual_stream_leaves_the_model_as_it_was(checkpoint: Path) -
     norm = next(group.producer for group in block.spec.groups if group.kind == "norm")
     assert torch.equal(block.weights[f"{norm}.weight"], torch.ones(96))
     assert not torch.allclose(first_block(rotated)[1], first_block(model)[1], atol=0.1)
+
+
+def test_a_trained_residual_rotation_leaves_the_model_as_it_was_and_narrows_what_norms_hand_on(
+    checkpoint: Path,
+) -> None:
+    model, tokens = load_small(checkpoint), some_tokens()
+    with pytest.raises(ValueError, match="which is not among the places; add residual"):
+        Rotate(places=["value"], steps=40, then=RTN())
+    with pytest.raises(ValueError, match="set block=null or steps=0"):
+        Rotate(block=32, steps=40, then=RTN())
+    method = Rotate(steps=40, then=RTN())
+    assert method.needs == {"inputs"}
+    rotated = method.prepare_model(model, tokens, 2, seeded())
+    assert torch.allclose(logits(rotated, tokens), logits(model, tokens), atol=1e-4)
+    random = Rotate(then=RTN()).prepare_model(model, None, 2, seeded())
+    # Of states that differ from channel to channel as much as from token to token little can be gained.
+    ranges = [squared_range(normed_states(made, tokens, 2, 4096, seeded())) for made in (random, rotated)]
+    assert ranges[1] < 0.9 * ranges[0]
+
+
+def test_states_behind_norms_are_bare_and_the_same_in_any_batch(checkpoint: Path) -> None:
+    model, tokens = load_small(checkpoint), some_tokens()
+    rotated = Rotate(then=RTN()).prepare_model(model, None, 2, seeded())
+    states = normed_states(rotated, tokens, 2, 64, seeded())
+    norms = sum(group.kind == "norm" for group in first_block(rotated)[0].groups)
+    assert states.shape == (model.depth * norms * -(-64 // (model.depth * norms)), 96)
+    assert torch.allclose(states.norm(dim=1), torch.full((len(states),), 96**0.5), rtol=1e-2)  # but for the norm's eps
+    assert torch.allclose(states, normed_states(rotated, tokens, 1, 64, seeded()), atol=1e-4)
+    # They are what the norm itself makes, turned.
+    bare = replace(model, residual=torch.eye(96))
+    assert torch.allclose(states, normed_states(bare, tokens, 2, 64, seeded()) @ rotated.residual, atol=1e-4)
 
 
 def test_smoothing_every_place_undoes_planted_outliers(checkpoint: Path) -> None:
