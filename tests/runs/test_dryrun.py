@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from helpers.configuration import compose_run
@@ -56,6 +57,18 @@ def test_the_estimated_peak_is_within_a_fifth_of_the_measured_one(tmp_path: Path
     _, measured, seconds = alone(*job)
     assert abs(estimated["host"] / measured["host"] - 1) < 0.2  # measured: 0.06
     assert set(stages) == {"load", "quantize", "evaluate", "total"} <= set(seconds)
+
+
+@pytest.mark.parametrize(
+    "method", [["method=rotate", "method.steps=9"], ["method=best", "method.weight_activation.start.then.steps=9"]]
+)
+def test_a_rotation_is_not_trained_and_that_is_said(
+    method: list[str], checkpoints: dict[str, Path], small_run: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with patch("lsiq.linalg.narrow_rotation.narrow_rotation", side_effect=AssertionError("it was trained")):
+        record = run(small_run(checkpoints["llama"], "quant=w4a4", *method, "dry_run=true"))
+    assert record.status == "dry run"
+    assert "the training of the rotation" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_shape_without_weights_is_enough(tmp_path: Path) -> None:
