@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.families import FAMILIES
-from helpers.hosts import Seen, hosts, quantised
+from helpers.hosts import Seen, hosts, quantised, seeded
 from helpers.models import SHAPES, load_small, save_model
 from omegaconf import DictConfig
 from torch import Tensor
@@ -151,6 +151,9 @@ def test_a_turned_residual_stream_leaves_the_model_as_it_was_or_is_refused(folde
     else:
         found = logits(rotated(model, ["residual"]), tokens)
         assert torch.allclose(found, logits(model, tokens), atol=1e-4)  # measured: at most 4e-6
+        trained = Rotate(places=["residual"], steps=3, then=RTN()).prepare_model(model, tokens, 2, seeded())
+        assert torch.allclose(logits(trained, tokens), found, atol=1e-4)
+        assert not torch.allclose(trained.residual, rotated(model, ["residual"]).residual, atol=1e-3)
 
 
 @pytest.mark.parametrize("host", ["value", "all", "duquant", "smoothed", "rotated-smoothed"])

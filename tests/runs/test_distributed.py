@@ -34,6 +34,7 @@ METHODS = {
     "awq": ["method.search=block", "method.samples=3"],
     "smoothquant": ["quant=w8a8"],
     "duquant": ["quant=w8a8", "method.steps=8"],
+    "rotate": ["quant=w8a8", "method.steps=8"],
     "l2qer": ["method.rank=8"],
     "omniquant": ["method.training.epochs=1", "method.training.ahead.blocks=1", "method.training.keep=best", FLOAT32],
     "lwc": ["method.training.epochs=2", "method.training.keep=held", FLOAT32],  # one process holds back nothing
