@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from lsiq.report.significance import Difference, compare_means
 from lsiq.tables.papers.model_sizes import AGAIN_90M, AGAIN_300M, AGAIN_OPT, SIZES, TEXTS, TRAININGS
@@ -55,6 +56,7 @@ class Comparison:
         return f"{gain:+.4f} ({words})"
 
 
+@cache  # three tables ask for the same
 def comparison(sizes: SizeRuns, size: str, width: str, pair: tuple[str, str], key: str) -> Comparison | None:
     """Return the tests of a pair in a measure without its length, such as `kl/file`; None where no seed has both.
 
