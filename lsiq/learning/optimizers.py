@@ -76,7 +76,7 @@ class Optimizers:
         for part, part_states in zip(parts, states, strict=True):
             parameters = [parameter for state in part_states for parameter in state.parameters.values()]
             if parameters:
-                rate = slow * rate_of(part, steps)
+                rate = slow * rate_of(part, part_states[0], steps)
                 # Rates are tensors so that a recorded step reads the present ones.
                 group = {"params": parameters, "lr": torch.tensor(rate, device=device)}
                 groups[part.name in training.signed].append(group)

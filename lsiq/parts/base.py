@@ -70,12 +70,14 @@ class PartState:
             the share of the steps that are behind while a step is taken.
         bounds: by parameter, the interval that it is brought back to after every step; none for one not named.
         bulky: parameters as large as the weights; they are neither stored nor followed epoch by epoch.
+        unit: what the part's learning rate counts in, in values of the parameters.
     """
 
     parameters: dict[str, Tensor]
     constants: dict[str, Tensor] = field(default_factory=dict)
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     bulky: frozenset[str] = frozenset()
+    unit: float = 1.0
 
 
 class PartTraits:
@@ -130,12 +132,14 @@ class Part(Protocol):
         ...
 
 
-def rate_of(part: Part, steps: int) -> float:
+def rate_of(part: Part, state: PartState, steps: int) -> float:
     """Return the learning rate of a part that is trained for so many steps: its `lr`, or its `travel` over them.
 
-    A part without `travel` travels 1. Fewer than `FEWEST_STEPS` count as so many.
+    Either counts in the units of `state`. A part without `travel` travels 1. Fewer than `FEWEST_STEPS` count as so
+    many.
     """
-    return part.lr if part.lr is not None else getattr(part, "travel", 1.0) / max(steps, FEWEST_STEPS)
+    rate = part.lr if part.lr is not None else getattr(part, "travel", 1.0) / max(steps, FEWEST_STEPS)
+    return rate * state.unit
 
 
 def clipped_range(draft: Draft, name: str, quant: QuantSettings) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def weights_used(part: Part, state: PartState, block: Block, quant: QuantSetting
 def test_is_a_part_and_says_so(part: Part) -> None:
     assert isinstance(part, Part)
     assert part.name.isidentifier()
-    assert rate_of(part, steps=10) > 0
+    assert rate_of(part, PartState({}), steps=10) > 0
 
 
 @every_part

@@ -89,7 +89,7 @@ class TunedBlock:
         with torch.no_grad():
             start = replace(self._plain, weights={**self.floats, **self._decoded()})
             self.part, self.state = part, part.start(start, self.quant, self.context)
-        rate = rate_of(part, max(1, steps))
+        rate = rate_of(part, self.state, max(1, steps))
         return _trainable(self.state.parameters, rate if part.lr is None else rate / self.settings.weight_share**0.5)
 
     @torch.no_grad()

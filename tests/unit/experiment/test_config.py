@@ -96,13 +96,17 @@ def test_the_best_recipe_rotates_inside_wide_blocks_and_not_in_narrow_ones(quant
         assert method.start.block == 32
 
 
-@pytest.mark.parametrize("quant", ["w4a4", "mxfp4", "nvfp4"])
-def test_the_best_recipe_learns_shifts_beside_quantised_activations(quant: str) -> None:
+@pytest.mark.parametrize(
+    ("quant", "rate"),
+    [("w4a4", (0.075, "step")), ("w8a8", (0.075, "step")), ("mxfp4", (1e-3, "value")), ("nvfp4", (1e-3, "value"))],
+)
+def test_the_best_recipe_learns_shifts_beside_quantised_activations(quant: str, rate: tuple[float, str]) -> None:
     method = parse(compose_run("method=best", f"quant={quant}")).method
     while not isinstance(method, Learned):
         method = method.start if isinstance(method, FineTune) else method.then  # type: ignore[attr-defined]
     assert [part.name for part in method.parts] == ["dense", "clip", "equivalent"]
-    assert (method.parts[-1].lr, method.parts[-1].only_with_shifts) == (1e-3, True)
+    assert method.parts[-1].only_with_shifts
+    assert (method.parts[-1].lr, method.parts[-1].unit) == rate
 
 
 def test_the_best_recipe_for_floating_point_weights_alone_is_that_of_integers() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
+from lsiq.formats.activation import Activation
 from lsiq.learning.encode import merge
 from lsiq.learning.learner import learn
 from lsiq.learning.trained import Trained, apply_parts, start_parts
@@ -368,6 +369,19 @@ def test_a_part_for_shifts_alone_leaves_out_blocks_whose_norms_take_none(checkpo
     block, context = setting(checkpoints["llama"])
     assert anywhere.start(block, W4A4, context).parameters, "scales alone can be learned there"
     assert not part.start(block, W4A4, context).parameters
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_a_step_of_the_activation_grid_is_one_over_its_levels(checkpoints: dict[str, Path], bits: int) -> None:
+    """A first step of Adam is as long as the rate, so what values move by tells what a rate in steps is."""
+    quant = replace(W4A4, activation=Activation(bits=bits))
+    block, context = setting(checkpoints["opt"])
+    part = Equivalent(lr=0.1, unit="step", weight_only_families=None)
+    at_rest = part.start(block, quant, context).parameters
+    assert any(name.endswith(":shift") for name in at_rest)
+    (state,) = learn((part,), schedule_of(epochs=1, batch=8), block, quant, context).states
+    moved_by = torch.cat([(state.parameters[name] - at_rest[name]).abs().flatten() for name in at_rest])
+    assert moved_by.median().item() == pytest.approx(0.1 / (2**bits - 1), rel=1e-2)
 
 
 def test_a_part_that_is_left_out_changes_no_bit(checkpoints: dict[str, Path]) -> None:
