@@ -175,15 +175,16 @@ def test_a_recipe_by_format_is_compared_with_that_of_the_runs_format(committed: 
 
 def test_a_part_for_shifts_alone_may_be_missing_from_a_run_that_is_older(committed: tuple[Runs, Literature]) -> None:
     """LLaMA's norms take none, so that its runs of before are those of today; a later run counts where they do."""
-    found = [r for r in committed[0].runs if r.method == "best" and r.setting in ("w4a4", "w6a6") and STUDY.holds(r)]
+    before = next(row.protocol for row in BESIDE if row.method == "best-before")
+    found = [r for r in committed[0].runs if r.method == "best-before" and before.holds(r)]
     with_part = {r.run_id: r.get("method.start.then.then.parts.equivalent") is not None for r in found}
     assert set(with_part.values()) == {False, True}
     assert {r.model for r in found if not with_part[r.run_id]} >= {"tiny-llama"}
     later = next(r for r in found if with_part[r.run_id])
     changed = json.loads(json.dumps(later.config))
     changed["method"]["start"]["then"]["then"]["parts"][-1]["lr"] = 5e-3
-    assert STUDY.contradiction(replace(later, config=changed)) == "method.start.then.then.parts.2.lr"
-    sample = committed[0].sample(STUDY, "tiny-opt", "w4a4", "best", "excess/bundled@512")
+    assert before.contradiction(replace(later, config=changed)) == "method.start.then.then.parts.2.lr"
+    sample = committed[0].sample(before, "tiny-opt", "w4a4", "best-before", "excess/bundled@512")
     assert sample is not None
     assert max(sample.values) < 0.25, "the runs without the part left more"
     learned = {(r.setting, r.seed) for r in found if r.model == "tiny-opt" and with_part[r.run_id]}
@@ -399,7 +400,7 @@ def test_rows_beside_the_study_follow_its_protocol_in_all_but_the_recipe(committ
     assert not table.commands
     assert [row.competes for row in table.rows] == [True, True, False, False, False], "rotations take bits"
     other = bundled_perplexity(committed[0], ["w6a6"], "t", "C", "excess", ["omniquant"])
-    assert [row.labels[1] for row in other.rows] == ["omniquant", "best, LET at 5e-3, best epochs kept"]
+    assert [row.labels[1] for row in other.rows] == ["omniquant", "best before"]
 
 
 def test_more_bits_do_not_compete() -> None:

@@ -65,8 +65,11 @@ class Beside:
 
 
 _BLOCKS = "method.weight_activation.start.then.then"  # those of best
-_KEPT = ("method=best", f"{_BLOCKS}.parts.equivalent.lr=5e-3", f"{_BLOCKS}.training.keep=best")
-_KEPT_LABEL = "method.weight_activation.label=best-kept"
+# best as it was: a random rotation, LET at 1e-3, each block's last epoch.
+_BEFORE = (
+    *("method=best", "method.weight_activation.start.then.steps=0", f"{_BLOCKS}.training.keep=last"),
+    *(f"{_BLOCKS}.parts.equivalent.unit=value", f"{_BLOCKS}.parts.equivalent.lr=1e-3"),
+)
 # As sweeps/hosts.yaml has those of hosts, and docs/best.md those of best.
 BESIDE = (
     Beside(
@@ -87,20 +90,14 @@ BESIDE = (
             ),
         ),
     ),
-    *(
-        Beside(
-            setting, "best, LET at 5e-3, best epochs kept", "best-kept", replace(STUDY, recipe=(*_KEPT, _KEPT_LABEL))
-        )
-        for setting in ("w4a4", "w6a6")
-    ),
+    *(Beside(setting, "best before", "best-before", replace(STUDY, recipe=_BEFORE)) for setting in ("w4a4", "w6a6")),
     Beside(
         "w4a4",
-        "the same, twice the steps",
+        "best, twice the steps",
         "best-longer",
         replace(
             STUDY,
-            overrides=(*STUDY.overrides, "eval.tf32=true"),
-            recipe=(*_KEPT, f"{_BLOCKS}.training.epochs=20"),
+            recipe=("method=best", "method.weight_activation.label=best-longer", f"{_BLOCKS}.training.epochs=20"),
         ),
     ),
 )

@@ -98,9 +98,9 @@ SIZES = (
     Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, ("tf32",), own=False),
 )
 # The bundled LLaMA's shape, trained on the text and tokens of the other rungs, on fewer, and from another seed; and the
-# rungs of 90 M and 300 M, trained once more by the same recipe; and OPT of 30 M, in twice as many steps.
+# rungs of 90 M and 300 M, trained once more by the same recipe; and OPT of 30 M, in twice as many steps, twice.
 AGAIN_90M, AGAIN_300M = "90 M, trained again", "300 M, trained again"
-AGAIN_OPT = "30 M, OPT, trained again"
+AGAIN_OPT, THIRD_OPT = "30 M, OPT, trained again", "30 M, OPT, third training"
 TRAININGS = (
     Size("11 M, 40 M tokens", ("llama-11m-40M",)),
     Size("11 M, 100 M tokens", ("llama-11m-100M",)),
@@ -108,5 +108,6 @@ TRAININGS = (
     Size(AGAIN_90M, ("llama-90m-4",)),
     Size(AGAIN_300M, ("llama-300m-3",)),
     Size(AGAIN_OPT, ("opt-30m-2",)),
+    Size(THIRD_OPT, ("opt-30m-3",)),
 )
 BEFORE = frozenset(model for size in SIZES for model in size.before)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lsiq.report.significance import Difference, compare_means
-from lsiq.tables.papers.model_sizes import AGAIN_90M, AGAIN_300M, AGAIN_OPT, SIZES, TEXTS, TRAININGS
+from lsiq.tables.papers.model_sizes import AGAIN_90M, AGAIN_300M, AGAIN_OPT, SIZES, TEXTS, THIRD_OPT, TRAININGS
 from lsiq.tables.papers.size_runs import Point, SizeRuns
 from lsiq.tables.table import DASH, Cell, Row, Table
 
@@ -28,7 +28,7 @@ PAIRS = (
 )
 WEIGHTS, ACTIVATIONS = ("w2", "w3", "w4"), ("w4a8", "w4a4")
 # The sizes of all tables, and what was trained once more for a comparison.
-COMPARED = (*SIZES, *(size for size in TRAININGS if size.name in (AGAIN_OPT, AGAIN_90M, AGAIN_300M)))
+COMPARED = (*SIZES, *(size for size in TRAININGS if size.name in (AGAIN_OPT, THIRD_OPT, AGAIN_90M, AGAIN_300M)))
 MEASURES = {"kl": "divergence", "loss": "loss"}
 _WORDS = {"A is better": "better", "not told apart": "level", "B is better": "worse"}
 

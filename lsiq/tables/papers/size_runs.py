@@ -116,9 +116,16 @@ LABELS: Mapping[str, Mapping[str, str]] = {
     | {name: name for name in ("omniquant", "lsi-diagonal", "lsi", "best", "rotate+gptq")}
     | {
         "rotate+sde-cl": "rotate, then sde + CL",
+        "best-before": "best before",
         "best-kept": "best, LET at 5e-3, best epochs kept",
         "best-kept-1e-2": "best, LET at 1e-2, best epochs kept",
         "best-longer": "best, LET at 5e-3, best epochs kept, twice the steps",
+    },
+    "opt-30m-activations": {name: name for name in ("omniquant", "lsi", "best")}
+    | {
+        "rotate+sde-cl": "rotate, then sde + CL",
+        "best-before": "best before",
+        "best-longer": "best, twice the steps",
     },
 }
 
