@@ -17,11 +17,9 @@ from lsiq.experiment.rounded_choices import check_rounding
 from lsiq.export.base import Exporter, refuse_method
 from lsiq.formats.key_value import refuse_padded
 from lsiq.formats.quant import QuantSettings
-from lsiq.methods.base import Method, WholeMethod, links
+from lsiq.methods.base import Method, WholeMethod
 from lsiq.methods.finetune import FineTune
-from lsiq.methods.learned import Learned
 from lsiq.models.settings import ModelSettings
-from lsiq.parts.equivalent import Equivalent
 from lsiq.runtime.settings import PathSettings
 from lsiq.settings import build, fill, settings
 from lsiq.track.settings import TrackerSettings
@@ -71,7 +69,6 @@ class RunConfig:
                 "bits and cannot be trained; use method.scales=null or an integer format"
             )
         check_rounding(self.quant, self.method)
-        self._check_units()
         if (rounded := list(self.quant.outside())) and (reason := self._why_outside_stays()):
             raise ValueError(f"quant.rules: {rounded[0]} cannot be rounded {reason}; leave that rule out")
         refuse_padded(self.quant.kv, self.eval.tasks)
@@ -79,17 +76,6 @@ class RunConfig:
         if self.calib.corpus is None and not self.calib.written and who is not None:
             raise ValueError(
                 f"calib.corpus=null: {who} needs calibration tokens; choose calib=bundled, calib=written or calib=file"
-            )
-
-    def _check_units(self) -> None:
-        """Raise ValueError for a part that counts in steps of activations which stay in float."""
-        if self.quant.activation.active or self.quant.name == "fp16":
-            return
-        learned = (link for link in links(self.method) if isinstance(link, Learned))
-        if any(isinstance(part, Equivalent) and part.unit == "step" for link in learned for part in link.parts):
-            raise ValueError(
-                f"unit=step: the part equivalent counts in steps of the activations' grid, but quant={self.quant.name} "
-                "leaves activations in float; use unit=value"
             )
 
     @property

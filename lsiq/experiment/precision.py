@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lsiq.methods.base import links
+from lsiq.methods.base import chain
 from lsiq.runtime.precision import Choice, fastest
 
 if TYPE_CHECKING:
@@ -22,4 +22,6 @@ def precision_of(
 
 
 def _courses(method: Any) -> list[Any]:
-    return [link.training for link in links(method) if link.training is not None]
+    links = list(chain(method))
+    links += [inner for link in links if (start := getattr(link, "start", None)) is not None for inner in chain(start)]
+    return [link.training for link in links if link.training is not None]

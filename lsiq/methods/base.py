@@ -115,14 +115,6 @@ def chain(method: Method | WholeMethod) -> Iterator[Method | WholeMethod]:
         yield from chain(then)
 
 
-def links(method: Method | WholeMethod) -> Iterator[Method | WholeMethod]:
-    """The methods of `chain`, and after them those that one of them starts from."""
-    yield from chain(method)
-    for link in chain(method):
-        if isinstance(start := getattr(link, "start", None), Method):
-            yield from chain(start)
-
-
 def quantize_prepared(
     method: Method,
     block: Block,

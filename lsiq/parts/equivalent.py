@@ -41,8 +41,9 @@ class Equivalent(PartTraits):
     weights with the least output error. That search looks at weights only: neither the rounding of activations nor
     shifts are part of it.
 
-    With `unit=step` the rate counts in steps of a grid of the activations' width `b` over a range of 1,
-    `1 / (2^b - 1)`: a scale that moves by one step moves the largest activation of a token by one step of its grid.
+    With `unit=step` the rate counts in steps of a grid of the weights' width `b` over a range of 1, `1 / (2^b - 1)`: a
+    scale that moves by one step moves a weight as large as its grid's range by one step of it. Where the
+    linears of a block have several widths the narrowest counts.
 
     Source: OmniQuant (arXiv 2308.13137, section 3.3); AWQ (arXiv 2306.00978, equations 4 and 5) for the search.
     Deviations: the logarithm of the scale is learned, so that it stays positive without clamping; and the value pair is
@@ -53,7 +54,7 @@ class Equivalent(PartTraits):
 
     lr: float = Field(5e-3, gt=0, description="learning rate of log-scales and shifts, above 0")
     unit: Literal["value", "step"] = Field(
-        "value", description="what the rate counts in: value, or step (of the activations' grid)"
+        "value", description="what the rate counts in: value, or step (of the weights' grid)"
     )
     alpha: float = Field(
         0.5, ge=0, le=1, description="how much of the range moves into the weights, 0 to 1; for search=false"
@@ -104,8 +105,9 @@ class Equivalent(PartTraits):
             keys = block.weights[f"{block.spec.key}.weight"]
             pairs = 2 if "position_embeddings" in block.kwargs else 1
             parameters["query_key:log_scale"] = keys.new_zeros(keys.shape[0] // block.head_dim, block.head_dim // pairs)
-        unit = 1 / (2**quant.activation.bits - 1) if self.unit == "step" else 1.0
-        return PartState(parameters, unit=unit)
+        if self.unit == "value":
+            return PartState(parameters)
+        return PartState(parameters, unit=1 / (2 ** min(quant.of(name).bits for name in block.linears) - 1))
 
     def apply(self, draft: Draft, state: PartState, block: Block) -> Draft:
         weights = dict(draft.weights)

@@ -163,10 +163,6 @@ CONFIG_ERRORS = {
         ["method=dense", "method.parts.0.unit=step", "method.parts.0.tensors=all"],
         ["unit=step", "linears"],
     ),
-    "steps-of-float-activations": (
-        ["method=omniquant", "quant=w2a16", "method.parts.equivalent.unit=step"],
-        ["unit=step", "leaves activations in float", "use unit=value"],
-    ),
     "tuned-low-rank": (
         ["method=e2e", "method.run=null", "method@method.start=lqer"],
         ["method.start", "low-rank", "not trained"],

@@ -14,6 +14,7 @@ from torch import Tensor
 from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
 from lsiq.formats.activation import Activation
+from lsiq.formats.integer import Integer
 from lsiq.learning.encode import merge
 from lsiq.learning.learner import learn
 from lsiq.learning.trained import Trained, apply_parts, start_parts
@@ -372,9 +373,9 @@ def test_a_part_for_shifts_alone_leaves_out_blocks_whose_norms_take_none(checkpo
 
 
 @pytest.mark.parametrize("bits", [4, 6])
-def test_a_step_of_the_activation_grid_is_one_over_its_levels(checkpoints: dict[str, Path], bits: int) -> None:
+def test_a_step_of_log_scales_and_shifts_is_that_of_the_weights(checkpoints: dict[str, Path], bits: int) -> None:
     """A first step of Adam is as long as the rate, so what values move by tells what a rate in steps is."""
-    quant = replace(W4A4, activation=Activation(bits=bits))
+    quant = replace(W4A4, weight=Integer(bits=bits, group=32), activation=Activation(bits=8))
     block, context = setting(checkpoints["opt"])
     part = Equivalent(lr=0.1, unit="step", weight_only_families=None)
     at_rest = part.start(block, quant, context).parameters
