@@ -125,6 +125,7 @@ LABELS: Mapping[str, Mapping[str, str]] = {
     | {
         "rotate+sde-cl": "rotate, then sde + CL",
         "best-before": "best before",
+        "best-let3e-4": "best, LET at 3e-4",
         "best-longer": "best, twice the steps",
     },
 }
