@@ -35,7 +35,7 @@ from lsiq.results.store import BlockStore
 from lsiq.runtime import processes
 from lsiq.runtime.device import describe, find_device
 from lsiq.runtime.files import remove_partial
-from lsiq.runtime.memory import peak_bytes, reset_peak
+from lsiq.runtime.memory import reset_peak
 from lsiq.runtime.precision import tf32
 from lsiq.runtime.streams import stored_in
 from lsiq.runtime.terminal import say
@@ -119,7 +119,7 @@ def measure(request: Request, model: Model, store: BlockStore, record: Record, s
             before = record.seconds.pop("total", 0.0)
             # A process that was killed left the seconds of its stages, but no total.
             record.seconds["total"] = max(before + time.perf_counter() - start, sum(record.seconds.values()))
-            record.peak_bytes = peak_bytes()
+            record.note_peaks()
         record.status = "finished"
         write_record(record, folder)
         tracker.finish(record)

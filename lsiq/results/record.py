@@ -113,6 +113,15 @@ class Record:
         """Note the wall time of a stage until now, and the peak memory until now."""
         self.seconds[stage], self.stage_peaks[stage] = seconds, peak_bytes()
 
+    def note_peaks(self) -> None:
+        """Note the peak memory of the whole run: of all stages, of which a process before may have made some.
+
+        Linux counts resident pages in shares of each processor, so a later reading of a peak can be a little lower.
+        """
+        readings = [peak_bytes(), *self.stage_peaks.values()]
+        places = dict.fromkeys(place for reading in readings for place in reading)
+        self.peak_bytes = {place: max(reading.get(place, 0) for reading in readings) for place in places}
+
     @property
     def model(self) -> str:
         """The model's name."""

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_no_stage_of_a_run_takes_the_peak_of_what_the_process_did_before(checkpo
     record = run(small_run(checkpoint))
     assert record.stage_peaks["load"]["host"] < peak - 300_000_000
     assert max(stage["host"] for stage in record.stage_peaks.values()) <= record.peak_bytes["host"]
+
+
+def test_the_peak_of_a_run_is_that_of_its_highest_stage_of_whatever_process(
+    checkpoint: Path, small_run: SmallRun
+) -> None:
+    record = run(small_run(checkpoint))
+    before = replace(record, stage_peaks={**record.stage_peaks, "quantize": {"host": 2**60, "device": 2**60}})
+    before.note_peaks()
+    assert before.peak_bytes == {"host": 2**60, "device": 2**60}
 
 
 def test_a_finished_run_comes_back_at_once_and_force_runs_anew(checkpoint: Path, small_run: SmallRun) -> None:
