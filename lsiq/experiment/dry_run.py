@@ -14,6 +14,7 @@ from lsiq.methods.rotate import Rotate
 from lsiq.report.terminal import show_plan
 from lsiq.results.record import Record
 from lsiq.runtime.device import find_device
+from lsiq.runtime.memory import highest
 
 if TYPE_CHECKING:
     from lsiq.experiment.config import RunConfig
@@ -41,8 +42,7 @@ def dry_run(config: RunConfig, record: Record) -> None:
         ) from error
     record.seconds = {stage.name: stage.seconds for stage in stages}
     record.seconds["total"] = sum(record.seconds.values())
-    places = sorted({place for stage in stages for place in stage.peaks}, reverse=True)
-    record.peak_bytes = {place: max(stage.peaks.get(place, 0) for stage in stages) for place in places}
+    record.peak_bytes = highest(stage.peaks for stage in stages)
     show_plan(f"{config.model.name}  {config.quant.name}  {config.method.name}", stages, record, notes)
 
 

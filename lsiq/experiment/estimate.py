@@ -39,6 +39,7 @@ from lsiq.report.terminal import PlannedStage
 from lsiq.results.record import Record
 from lsiq.results.store import BlockStore
 from lsiq.runtime.device import RESIDENT_SHARE
+from lsiq.runtime.memory import highest
 from lsiq.runtime.streams import stored_in
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class Estimate:
             self.notes.append("a block needs float64 where method.precision=auto decides")
             cost = probe_block(self.config, model, widest, few or None, store, on_device)
             peaks.append(self._quantize_peaks(model, cost, samples))
-        return PlannedStage("quantize", seconds, {place: max(peak[place] for peak in peaks) for place in peaks[0]})
+        return PlannedStage("quantize", seconds, highest(peaks))
 
     def _quantize_peaks(self, model: Model, cost: ProbedBlock, samples: int) -> dict[str, int]:
         sample_bytes = self._stream_bytes(model, self.config.calib.seqlen)

@@ -74,9 +74,11 @@ class Optimizers:
         self.rates: list[tuple[dict[str, Any], float]] = []
         groups: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
         for part, part_states in zip(parts, states, strict=True):
-            parameters = [parameter for state in part_states for parameter in state.parameters.values()]
-            if parameters:
-                rate = slow * rate_of(part, part_states[0], steps)
+            by_rate: dict[float, list[Tensor]] = {}  # blocks of other widths may have units of their own
+            for state in part_states:
+                if state.parameters:
+                    by_rate.setdefault(slow * rate_of(part, state, steps), []).extend(state.parameters.values())
+            for rate, parameters in by_rate.items():
                 # Rates are tensors so that a recorded step reads the present ones.
                 group = {"params": parameters, "lr": torch.tensor(rate, device=device)}
                 groups[part.name in training.signed].append(group)

@@ -19,7 +19,7 @@ from lsiq import __version__
 from lsiq.errors import OutputError
 from lsiq.runtime import processes
 from lsiq.runtime.files import write_text
-from lsiq.runtime.memory import peak_bytes
+from lsiq.runtime.memory import highest, peak_bytes
 from lsiq.runtime.redaction import redacted
 
 T = TypeVar("T")
@@ -114,13 +114,8 @@ class Record:
         self.seconds[stage], self.stage_peaks[stage] = seconds, peak_bytes()
 
     def note_peaks(self) -> None:
-        """Note the peak memory of the whole run: of all stages, of which a process before may have made some.
-
-        Linux counts resident pages in shares of each processor, so a later reading of a peak can be a little lower.
-        """
-        readings = [peak_bytes(), *self.stage_peaks.values()]
-        places = dict.fromkeys(place for reading in readings for place in reading)
-        self.peak_bytes = {place: max(reading.get(place, 0) for reading in readings) for place in places}
+        """Note the peak memory of the whole run: of all stages, of which a process before may have made some."""
+        self.peak_bytes = highest([peak_bytes(), *self.stage_peaks.values()])
 
     @property
     def model(self) -> str:

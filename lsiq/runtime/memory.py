@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,16 @@ def peak_bytes() -> dict[str, int]:
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         peaks["device"] = torch.cuda.max_memory_allocated()
     return peaks
+
+
+def highest(readings: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return of each place, the host first, the highest of several peaks; a place that a reading lacks has none there.
+
+    Linux counts resident pages in shares of each processor, so of one process a later reading can be a little lower.
+    """
+    readings = list(readings)
+    places = sorted({place for reading in readings for place in reading}, reverse=True)
+    return {place: max(reading.get(place, 0) for reading in readings) for place in places}
 
 
 def _host_peak() -> int:

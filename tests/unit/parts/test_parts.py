@@ -17,6 +17,7 @@ from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
 from lsiq.learning.encode import merge
 from lsiq.learning.learner import learn
+from lsiq.learning.optimizers import Optimizers
 from lsiq.learning.trained import Trained, apply_parts, start_parts
 from lsiq.models.block import Block
 from lsiq.models.context import Context
@@ -383,6 +384,13 @@ def test_a_step_of_log_scales_and_shifts_is_that_of_the_weights(checkpoints: dic
     (state,) = learn((part,), schedule_of(epochs=1, batch=8), block, quant, context).states
     moved_by = torch.cat([(state.parameters[name] - at_rest[name]).abs().flatten() for name in at_rest])
     assert moved_by.median().item() == pytest.approx(0.1 / (2**bits - 1), rel=1e-2)
+
+
+def test_blocks_of_other_widths_that_are_trained_together_have_rates_of_their_own() -> None:
+    part = Equivalent(lr=0.1, unit="step", weight_only_families=None)
+    of_blocks = (PartState({}), PartState({"a": torch.zeros(2)}, unit=0.5), PartState({"b": torch.zeros(2)}, unit=0.25))
+    descent = Optimizers([part], [of_blocks], schedule_of(), 10, 1.0, torch.device("cpu"))
+    assert [rate for _, rate in descent.rates] == [0.05, 0.025]
 
 
 def test_a_part_that_is_left_out_changes_no_bit(checkpoints: dict[str, Path]) -> None:
