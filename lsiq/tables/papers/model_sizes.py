@@ -98,8 +98,9 @@ SIZES = (
     Size("SmolLM2, whole texts", (SMOLLM2,), "", 64, 2048, None, ("tf32",), own=False),
 )
 # The bundled LLaMA's shape, trained on the text and tokens of the other rungs, on fewer, and from another seed; and the
-# rungs of 90 M and 300 M, trained once more by the same recipe; and OPT of 30 M, in twice as many steps, twice.
-AGAIN_90M, AGAIN_300M = "90 M, trained again", "300 M, trained again"
+# rungs of 90 M and 300 M, trained once more by the same recipe, 300 M twice; and OPT of 30 M, in twice as many steps,
+# twice.
+AGAIN_90M, AGAIN_300M, THIRD_300M = "90 M, trained again", "300 M, trained again", "300 M, third training"
 AGAIN_OPT, THIRD_OPT = "30 M, OPT, trained again", "30 M, OPT, third training"
 TRAININGS = (
     Size("11 M, 40 M tokens", ("llama-11m-40M",)),
@@ -107,6 +108,7 @@ TRAININGS = (
     Size("11 M, 100 M tokens, other seed", ("llama-11m-100M-s1",)),
     Size(AGAIN_90M, ("llama-90m-4",)),
     Size(AGAIN_300M, ("llama-300m-3",)),
+    Size(THIRD_300M, ("llama-300m-4",)),
     Size(AGAIN_OPT, ("opt-30m-2",)),
     Size(THIRD_OPT, ("opt-30m-3",)),
 )

@@ -22,6 +22,7 @@ from lsiq.tables.papers.model_sizes import (
     SIZES,
     SMOLLM2,
     TEXTS,
+    THIRD_300M,
     TRAININGS,
     training,
     width,
@@ -111,6 +112,7 @@ LABELS: Mapping[str, Mapping[str, str]] = {
     | {name: name for name in ("omniquant", "lsi-diagonal", "lsi")}
     # Not the methods of these names: these train roundings, not weights, and the end starts from latent weights.
     | {"best-blocks": "rounding with CL", "best": "rounding with CL, then latents"},
+    "peers-300m-again": {"best-10": "best-10"},
     "peers-90m-again": {name: name for name in ("lsi", "best", "best-10")} | beside_lsi(39),
     "opt-30m-again": _SAME
     | {name: name for name in ("omniquant", "lsi-diagonal", "lsi", "best", "rotate+gptq")}
@@ -154,6 +156,8 @@ PEERS = {
     "ar-300m-w2-200": Peer(AGAIN_300M, "w2"),
     "ar-300m-w3-200": Peer(AGAIN_300M, "w3"),
     "ar-300m-w4-200": Peer(AGAIN_300M, "w4"),
+    "ar-300m-w2-1000": Peer(THIRD_300M, "w2", PACKAGE_LONGER),
+    "ar-300m-w3-1000": Peer(THIRD_300M, "w3", PACKAGE_LONGER),
 } | {
     f"ar-90m-{width}-{iterations}": Peer(AGAIN_90M, width, row)
     for width in ("w2", "w3", "w4")
@@ -166,6 +170,7 @@ PEERS_OF = {
     "90 M": "llama-90m",
     AGAIN_90M: "llama-90m-4",
     AGAIN_300M: "llama-300m-3",
+    THIRD_300M: "llama-300m-4",
 }
 
 
