@@ -172,9 +172,7 @@ class Bench:
         running = on_path(training.in_precision(self.block), path, training)
         trained = Trained(case.parts, states, running, quant, path).trainable()
         feed = BatchFeeder(self.hidden, window.targets, case.batch, running.dtype, self.device, len(self.hidden))
-        assert self.context.targets is not None
-        power = self.context.targets.float().square().mean()
-        stepper = Stepper(trained, training, feed, window, power, 1.0)
+        stepper = Stepper(trained, training, feed, window, 1.0)
         stepper.losses = stepper.losses.new_zeros(10_000)
         return stepper
 

@@ -33,6 +33,7 @@ BEFORE = (
     ("window_epochs", None),
     ("states", "float32"),
     ("held", None),
+    ("relative_to", "stream"),
 )
 # Settings of methods that say where a run comes from, or how much room it has.
 NOT_METHOD = ("run", "memory")

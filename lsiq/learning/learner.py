@@ -20,7 +20,7 @@ from lsiq.learning.weight_path import choose, on_path
 from lsiq.models.block import Block
 from lsiq.models.context import Context
 from lsiq.parts.base import Part, PartState
-from lsiq.runtime import processes, streams
+from lsiq.runtime import processes
 from lsiq.runtime.terminal import warn
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ def learn(
     """Train the parts on a block.
 
     The loss of a batch is the mean squared difference between the quantised block on the quantised stream and the
-    float block on the float stream, over the mean square of the latter's stream; the division leaves Adam's steps as
-    they are and keeps its epsilon small against the gradients of any block.
+    float block on the float stream, over the mean square of the latter's stream, or of its channels or tokens
+    (`training.relative_to`). To divide by one number leaves Adam's steps as they are and keeps its epsilon small
+    against the gradients of any block.
 
     Raises:
         NumericalError: the loss is not finite after all retries; the message names the block and the rates.
@@ -111,17 +112,6 @@ def learn(
     )
 
 
-def _power(context: Context) -> Tensor:
-    """The mean square of the float block's outputs."""
-    assert context.targets is not None
-    # Sequence by sequence: a stream may be as large as the host's memory.
-    total = torch.zeros((), dtype=torch.float64, device=context.targets.device)
-    for target in context.targets:
-        total += target.float().square().mean()
-        streams.release(context.targets)
-    return processes.add(total).float() / context.samples
-
-
 def held_sequences(samples: int, count: int) -> Tensor:
     """Return which `count` of the sequences are held back: they lie evenly among all.
 
@@ -150,13 +140,12 @@ class Attempt:
         self.first_loss = math.inf
         self.hardening = max((part.hardening for part in self.trained.parts), default=0.0)
         self.device = next(iter(trained.block.weights.values())).device
-        self.power = _power(context).clamp(min=1e-12).to(self.device)
         self._divide()
         self.stepper = None
         if any(state.parameters for state in trained.states):
             batch = training.batch if self.learned_from is None else min(training.batch, len(self.learned_from))
             feed = BatchFeeder(context.inputs, window.targets, batch, trained.block.dtype, self.device, context.samples)
-            self.stepper = Stepper(self.trained, training, feed, window, self.power, slow)
+            self.stepper = Stepper(self.trained, training, feed, window, slow)
         self.steps = 0
 
     def _divide(self) -> None:
@@ -259,7 +248,7 @@ class Attempt:
         for rows in self.judging.split(self.context.batch) if len(self.judging) else ():
             x, *targets = (stream[rows.to(stream.device)].to(self.device) for stream in streams)
             out = function(x.to(self.trained.block.dtype))
-            total += self.window.loss(out, targets, self.power) * len(x)
+            total += self.window.loss(out, targets) * len(x)
         return (processes.add(total) / self.judges).item()
 
     def _choose_trained(self, epoch: int) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lsiq.learning.measure import Measure, measure
 from lsiq.learning.trained import Trained, start_parts
 from lsiq.learning.weight_path import WeightPath, compiles, on_path
 from lsiq.models.block import Block, BlockFunction
@@ -28,6 +29,7 @@ class LookAheadLoss:
     Attributes:
         weights: of each output's term in the loss.
         targets: `(N, T, d)` each, what the float blocks make of the float stream; the block's own first.
+        measures: what an error of each output counts relative to.
         later: give the functions of the later blocks at the present parameters.
         companions: the later blocks that are trained along, if any.
         compiled: whether outputs and targets are compared by a compiled function.
@@ -35,30 +37,23 @@ class LookAheadLoss:
 
     weights: Sequence[float]
     targets: Sequence[Tensor]
+    measures: Sequence[Measure]
     later: Sequence[Callable[[], BlockFunction]] = ()
     companions: Sequence[Trained] = ()
     compiled: bool = False
 
-    def loss(self, out: Tensor, targets: Sequence[Tensor], power: Tensor) -> Tensor:
-        """Return `Σ weight · mean‖output - target‖² / power` for the block's outputs `(batch, T, d)`."""
-        first, *later_terms = zip(self.weights, targets, strict=True)
-        loss = first[0] * self._difference(out, first[1]) / power
-        for function, (weight, target) in zip(self.later, later_terms, strict=True):
+    def loss(self, out: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """Return `Σ weight · error` for the block's outputs `(batch, T, d)`."""
+        loss = self.weights[0] * self.error(out, targets[0])
+        for index, function in enumerate(self.later, 1):
             out = function()(out)
-            loss = loss + weight * self._difference(out, target) / power
+            loss = loss + self.weights[index] * self.error(out, targets[index], index)
         return loss
 
-    def _difference(self, out: Tensor, target: Tensor) -> Tensor:
-        if not (self.compiled and torch.is_grad_enabled()):
-            return mean_square(out, target)
-        from lsiq.kernels.compiled import compiled
-
-        return compiled(mean_square, ("mean_square",))(out, target)
-
-
-def mean_square(out: Tensor, target: Tensor) -> Tensor:
-    """Return `mean‖out - target‖²`, found in float32."""
-    return (out.float() - target.float()).square().mean()
+    def error(self, out: Tensor, target: Tensor, index: int = 0) -> Tensor:
+        """Return the error of an output, by default of the block's own, in its measure."""
+        measured = self.measures[index]
+        return measured.mean(out, target, self.compiled and torch.is_grad_enabled()) / measured.power
 
 
 def look_ahead(
@@ -95,7 +90,12 @@ def look_ahead(
             function = _fixed(running, quant, training.ahead.later == "rtn")
             later.append(lambda function=function: function)
         targets.append(context.ahead.stream(block.index + distance))
-    return LookAheadLoss(weights, targets, later, companions, compiles(path, block))
+    device = next(iter(block.weights.values())).device
+    if training.relative_to == "stream":  # of the block itself, for the later ones too
+        measures = [measure(context.targets, "stream", context.samples, device)] * len(targets)
+    else:
+        measures = [measure(target, training.relative_to, context.samples, device) for target in targets]
+    return LookAheadLoss(weights, targets, measures, later, companions, compiles(path, block))
 
 
 def _fixed(block: Block, quant: QuantSettings, rounded: bool) -> BlockFunction:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # The share of the sequences that keep=held holds back where nobody says how many.
 HELD = 0.125
 
+# What an error of a block's outputs counts relative to; see `lsiq.learning.measure`.
+RelativeTo = Literal["stream", "channel", "token", "both"]
+
 
 @settings
 class TrainingSchedule:
@@ -118,6 +121,11 @@ class Training(TrainingSchedule):
     signed: list[str] = Field(description="names of the parts that take signed-gradient steps; the others take AdamW's")
     ahead: LookAhead = Field(
         LookAhead(blocks=0, weights=None, later="float"), description="how far the loss looks past the block"
+    )
+    relative_to: RelativeTo = Field(
+        "stream",
+        description="what an error counts relative to: stream (the mean square of the block's outputs), channel (of "
+        "each channel, if it is loud), token (of each token), or both",
     )
     aug_loss: bool = Field(False, description="true adds the loss against the float block on the quantised stream")
     keep: Literal["last", "best", "held"] = Field(

@@ -38,11 +38,10 @@ class Stepper:
         training: Training,
         feed: BatchFeeder,
         window: LookAheadLoss,
-        power: Tensor,
         slow: float,
     ) -> None:
-        self.trained, self.training, self.feed, self.window, self.power = trained, training, feed, window, power
-        self.device = power.device
+        self.trained, self.training, self.feed, self.window = trained, training, feed, window
+        self.device = next(iter(trained.block.weights.values())).device
         cuda = self.device.type == "cuda"
         states = [trained.states, *(companion.states for companion in window.companions)]
         self.descent = Optimizers(
@@ -151,11 +150,11 @@ class Stepper:
         """Return the mean loss of some of the sequences in the feed's buffers."""
         x, targets = self.feed.x[part], [target[part] for target in self.feed.targets]
         out = self.trained.block.with_weights({**weights, **leaves}, self.trained.quant.running)(x)
-        loss = self.window.loss(out, targets, self.power)
+        loss = self.window.loss(out, targets)
         if self.float_function is not None:
             with torch.no_grad():
                 same_input = self.float_function(x).float()
-            loss = loss + (out.float() - same_input).square().mean() / self.power
+            loss = loss + self.window.error(out, same_input)
         return loss
 
     def backward_tokens(self, loss: Tensor) -> None:

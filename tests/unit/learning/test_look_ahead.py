@@ -15,7 +15,8 @@ from lsiq.errors import ConfigError
 from lsiq.experiment.config import parse
 from lsiq.learning.learner import Attempt, learn
 from lsiq.learning.look_ahead import look_ahead
-from lsiq.learning.schedule import LookAhead, Training
+from lsiq.learning.measure import measure
+from lsiq.learning.schedule import LookAhead, RelativeTo, Training
 from lsiq.learning.trained import Trained, start_parts
 from lsiq.models.block import Block, FloatStream, run_stream
 from lsiq.models.context import Ahead, Context
@@ -54,8 +55,21 @@ def test_the_loss_is_the_weighted_sum_of_what_the_blocks_make_of_it(checkpoint: 
     function = second.with_weights({}) if later == "float" else second.with_result(result)
     far = function(out) - second.with_weights({})(context.targets)
     expected = 0.5 * (out - context.targets).square().mean() + 2.0 * far.square().mean()
-    found = window.loss(out, window.targets, torch.tensor(1.0))
-    assert torch.allclose(found, expected, rtol=1e-5)  # measured: equal
+    found = window.loss(out, window.targets)
+    assert torch.allclose(found, expected / context.targets.square().mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["channel", "token", "both"])
+def test_each_output_is_measured_by_its_own_stream(checkpoint: Path, form: RelativeTo) -> None:
+    block, second, context = first_block(checkpoint)
+    assert context.targets is not None
+    training = schedule_of(ahead=LookAhead(blocks=1), relative_to=form)
+    window = look_ahead((), training, block, W2, context)
+    out = context.targets + 0.1 * torch.randn(context.targets.shape, generator=fresh())
+    pairs = [(out, context.targets), (second.with_weights({})(out), window.targets[1])]
+    own = [measure(target, form, context.samples, CPU) for _, target in pairs]
+    expected = sum(found.mean(*pair) / found.power for found, pair in zip(own, pairs, strict=True))
+    assert torch.allclose(window.loss(out, window.targets), torch.as_tensor(expected), rtol=1e-5)
 
 
 def test_the_window_shrinks_where_the_model_ends(checkpoint: Path) -> None:
