@@ -86,6 +86,22 @@ def test_a_stream_of_zeros_has_a_finite_measure() -> None:
         assert error(measure(zeros, form, 4, CPU), zeros + 1, zeros) > 0
 
 
+@pytest.mark.product
+@pytest.mark.parametrize("form", FORMS)
+def test_the_compiled_error_equals_the_plain_one(form: RelativeTo) -> None:
+    target = stream()
+    found = measure(target, form, 4, CPU)
+    outcomes = []
+    for compile_it in (False, True):
+        out = (target + 0.1).requires_grad_()
+        error = found.mean(out, target, compile_it)
+        error.backward()
+        assert out.grad is not None
+        outcomes.append((error.item(), out.grad))
+    assert outcomes[1][0] == pytest.approx(outcomes[0][0], rel=1e-5)
+    assert torch.allclose(outcomes[1][1], outcomes[0][1], rtol=1e-4)  # measured: equal to 7 digits
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_training_lowers_the_loss_in_every_form(checkpoint: Path, form: RelativeTo) -> None:
     block, context = setting(checkpoint)
