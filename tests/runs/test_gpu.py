@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -15,9 +15,9 @@ from lsiq.errors import ConfigError
 from lsiq.experiment.run import run
 from lsiq.formats.activation import Activation
 from lsiq.formats.integer import Integer
-from lsiq.learning.learner import _power
+from lsiq.learning.measure import measure
+from lsiq.learning.schedule import RelativeTo
 from lsiq.methods.gptq.columns import choose_kernels, factorise, round_with_feedback
-from lsiq.models.context import Context
 from lsiq.models.result import BlockResult
 from lsiq.results.store import BlockStore
 from lsiq.runtime.device import find_device
@@ -30,6 +30,7 @@ METHODS = {
     "qera": ["method=qera-exact", "method.rank=4"],
     "lsi": ["method=lsi", "method.training.epochs=2"],
     "ahead": ["method=sde", "method.training.epochs=1", "method.training.ahead.blocks=1"],
+    "relative": ["method=sde", "method.training.epochs=1", "method.training.relative_to=both"],
     "best": ["method=best", "method.weight_only.start.training.epochs=1", "method.weight_only.training.epochs=1"],
 }
 
@@ -133,10 +134,10 @@ def test_a_gpu_named_without_its_number_gets_one(name: str, monkeypatch: pytest.
     assert find_device(name) == torch.device("cuda", 0)  # set_device refuses one without a number
 
 
-def test_the_power_of_a_stream_is_found_where_the_stream_lies() -> None:
+@pytest.mark.parametrize("form", get_args(RelativeTo))
+def test_levels_of_a_stream_are_found_where_the_stream_lies(form: RelativeTo) -> None:
     stream = torch.empty(3, 4, 5, device="meta")  # a device that does not mix with the host's memory
-    context = Context(stream, stream, torch.Generator(), 1, lambda values: None)
-    assert _power(context).device.type == "meta"
+    assert measure(stream, form, 3, stream.device).power.device.type == "meta"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
