@@ -124,8 +124,8 @@ class Training(TrainingSchedule):
     )
     relative_to: RelativeTo = Field(
         "stream",
-        description="what an error counts relative to: stream (the mean square of the block's outputs), channel (of "
-        "each channel, if it is loud), token (of each token), or both",
+        description="what an error counts relative to: stream (the mean square of the block's outputs), channel (its "
+        "channel's level, so that loud channels weigh less), token (its token's mean square), or both",
     )
     aug_loss: bool = Field(False, description="true adds the loss against the float block on the quantised stream")
     keep: Literal["last", "best", "held"] = Field(
