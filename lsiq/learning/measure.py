@@ -44,10 +44,11 @@ class Measure:
 
 def mean_square(out: Tensor, target: Tensor, channels: Tensor | None = None, tokens: bool = False) -> Tensor:
     """Return `mean(channels · (out - target)²)`, with `tokens` of each token's over its target's level; in float32."""
-    error = (out.float() - target.float()).square()
+    target = target.float()
+    error = (out.float() - target).square()
     if channels is not None:
         error = error * channels
-    return (error / _level(target.float()) if tokens else error).mean()
+    return (error / _level(target) if tokens else error).mean()
 
 
 def measure(target: Tensor, relative_to: RelativeTo, samples: int, device: torch.device) -> Measure:
