@@ -68,7 +68,7 @@ def measure_scales(
     Raises:
         NumericalError: a key or value is not finite.
     """
-    device = next(iter(block.weights.values())).device
+    device = block.device
     watching = _Watching(activation, cache)
     function = block.with_result(result, watching)
     micro = MicroBatch(batch, f"measuring keys and values of block {block.index}")

@@ -43,7 +43,7 @@ def visit_inputs(
         activation: the format in force inside the block; inputs are shown rotated, where the block rotates them, and as
             they are before the format rounds them.
     """
-    device = next(iter(block.weights.values())).device
+    device = block.device
     function = block.with_weights(weights, activation)  # before the hooks: it runs the prefix, which is not shown
     micro = MicroBatch(batch, f"gathering the inputs of block {block.index}")
 

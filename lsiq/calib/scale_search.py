@@ -99,7 +99,7 @@ class BlockError:
         return processes.add_number(error)
 
     def _run(self, weights: Mapping[str, Tensor]) -> Tensor:
-        device = next(iter(self.block.weights.values())).device
+        device = self.block.device
         return run_stream(self.block.with_weights(weights), self.inputs, self.batch, device).float()
 
 

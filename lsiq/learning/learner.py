@@ -139,7 +139,7 @@ class Attempt:
         self.good, self.good_epochs, self.first_epoch = self.trained.snapshot(), 0, 0
         self.first_loss = math.inf
         self.hardening = max((part.hardening for part in self.trained.parts), default=0.0)
-        self.device = next(iter(trained.block.weights.values())).device
+        self.device = trained.block.device
         self._divide()
         self.stepper = None
         if any(state.parameters for state in trained.states):

@@ -90,7 +90,7 @@ def look_ahead(
             function = _fixed(running, quant, training.ahead.later == "rtn")
             later.append(lambda function=function: function)
         targets.append(context.ahead.stream(block.index + distance))
-    device = next(iter(block.weights.values())).device
+    device = block.device
     if training.relative_to == "stream":  # of the block itself, for the later ones too
         measures = [measure(context.targets, "stream", context.samples, device)] * len(targets)
     else:

@@ -73,7 +73,7 @@ class TrainingSchedule:
         if name == "auto":
             from lsiq.runtime.precision import fastest
 
-            name = fastest(next(iter(block.weights.values())).device, block.dtype, cache).chosen
+            name = fastest(block.device, block.dtype, cache).chosen
         return block if name == "model" else block.in_dtype(getattr(torch, "float32" if name == "tf32" else name))
 
 

@@ -41,7 +41,7 @@ class Stepper:
         slow: float,
     ) -> None:
         self.trained, self.training, self.feed, self.window = trained, training, feed, window
-        self.device = next(iter(trained.block.weights.values())).device
+        self.device = trained.block.device
         cuda = self.device.type == "cuda"
         states = [trained.states, *(companion.states for companion in window.companions)]
         self.descent = Optimizers(

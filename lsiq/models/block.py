@@ -78,6 +78,11 @@ class Block:
     cache_scales: CacheScales | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights lie, and so where it computes."""
+        return next(iter(self.weights.values())).device
+
+    @property
     def linears(self) -> tuple[str, ...]:
         """Dotted names of the weights to quantise, in the order in which a token meets them."""
         return tuple(name for linear in self.spec.linears if (name := f"{linear}.weight") not in self.untouched)
@@ -141,7 +146,7 @@ class Block:
         Args:
             rotations: named as in the attribute; what is rotated already is rotated again.
         """
-        device = next(iter(self.weights.values())).device
+        device = self.device
         weights, all_rotations = dict(self.weights), dict(self.rotations)
         for place, rotation in rotations.items():
             rotation = rotation.to(device)
@@ -228,7 +233,7 @@ class Block:
 
     def with_result(self, result: BlockResult, activation: ActivationFormat | None = None) -> BlockFunction:
         """Return, as a function, the block with all that a result stands for, side branches among it."""
-        device = next(iter(self.weights.values())).device
+        device = self.device
         factors = {name: branch.decode() for name, branch in result.branches.items()}
         branches = {name: (up.to(device), down.to(device)) for name, (up, down) in factors.items()}
         return self.holding(result).with_weights({}, activation, branches)
@@ -243,7 +248,7 @@ class Block:
 
         Where the scales of keys and values are not measured yet, those of the block stay.
         """
-        device = next(iter(self.weights.values())).device
+        device = self.device
         rotations = {place: rotation.to(device) for place, rotation in result.rotations.items()}
         scales = result.cache_scales or self.cache_scales
         return replace(self, rotations={**self.rotations, **rotations}, cache_scales=scales)
@@ -296,7 +301,7 @@ class FloatStream:
         """Return what leaves the block `index`, `(N, T, d)`; a look ahead has computed it already."""
         if index not in self._streams:
             before, block = self.after(index - 1), self._block(index)
-            device = next(iter(block.weights.values())).device
+            device = block.device
             self._streams[index] = run_stream(block.with_weights({}), before, self._batch, device)
         return self._streams[index]
 

@@ -98,7 +98,7 @@ class Singular(PartTraits):
         decompositions = {}
         if self.directions == "singular":
             sizes = {name: block.weights[name].numel() for name in names}
-            device = next(iter(block.weights.values())).device
+            device = block.device
             decompositions = divided(sizes, lambda name: factors(block.weights[name], context.cache), device)
         for name in names:
             u, s, vh = decompositions.get(name) or random_directions(block.weights[name], context.generator)

@@ -121,7 +121,7 @@ def _output_errors(
 
 
 def _on(block: Block, tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
-    device = next(iter(block.weights.values())).device
+    device = block.device
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 

@@ -55,7 +55,7 @@ class TunedBlock:
         recomputes: bool = True,
     ) -> None:
         self.recomputes = recomputes
-        self.device = device = next(iter(block.weights.values())).device
+        self.device = device = block.device
         self.settings, self.initial, self.quant, self.context = settings, initial, quant, context
         block = block.with_rotations_of(initial)
         self.place = place or device

@@ -104,7 +104,7 @@ class _Tuner:
         self.hidden, self.reached = context.inputs, 0  # what the quantised model feeds the block `reached`
         self.sequences = processes.share(context.samples)
         block = self._block(0)
-        self.device = next(iter(block.weights.values())).device
+        self.device = block.device
         self.dtype = settings.training.in_precision(block, context.cache).dtype
         self.micro = MicroBatch(settings.training.batch, "fine-tuning", smaller(settings))
         with torch.no_grad():
