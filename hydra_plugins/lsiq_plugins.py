@@ -123,18 +123,31 @@ class Grid(BasicSweeper):
 class Search(Grid):
     """Lets Optuna propose the values; see `lsiq.sweeps.search`."""
 
-    def __init__(self, params: dict[str, str] | None = None, **values: Any) -> None:
-        super().__init__(params)
+    def __init__(
+        self,
+        params: dict[str, str] | None = None,
+        variants: Mapping[str, Sequence[str]] | None = None,
+        only: Sequence[str] | None = None,
+        **values: Any,
+    ) -> None:
+        # A study that names this class in its file still has the keys of the grid, which is the default.
+        super().__init__(params, variants, only)
         self._values = values
 
     def sweep(self, arguments: list[str]) -> Any:
         """Try values, going on with what an earlier call tried; raises where some failed."""
+        from lsiq.errors import ConfigError
         from lsiq.experiment.identity import NOT_IDENTITY
         from lsiq.settings import fill
         from lsiq.sweeps.jobs import raise_failures
         from lsiq.sweeps.search import SearchSettings, search
 
         assert self.config is not None
+        if self._variants or self._only:
+            raise ConfigError(
+                "hydra.sweeper.variants, hydra.sweeper.only: a search has no variants; "
+                "give values in hydra.sweeper.params"
+            )
         settings = fill(
             SearchSettings, {"folder": f"{self.config.paths.runs}/searches", **self._values}, "hydra.sweeper"
         )

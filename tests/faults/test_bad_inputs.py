@@ -55,6 +55,8 @@ CONFIG_ERRORS = {
     "search-of-one-run": (["hydra/sweeper=tpe"], ["hydra/sweeper=tpe", "-m", "sweep="]),
     "ray-retries": (["-m", "hydra/launcher=ray", "hydra.launcher.retries=-1"], ["hydra.launcher.retries=-1", "from 0"]),
     "no-trials": (["-m", "hydra/sweeper=tpe", "hydra.sweeper.trials=0"], ["hydra.sweeper.trials=0", "at least 1"]),
+    "no-trials-of-a-study": (["sweep=search-lsi", "hydra.sweeper.trials=0"], ["hydra.sweeper.trials=0", "at least 1"]),
+    "search-with-variants": (["sweep=search-lsi", "hydra.sweeper.only=[a]"], ["hydra.sweeper.only", "has no variants"]),
     "unknown-study": (["sweep=everything"], ["sweep=everything", "baselines"]),
     "negative-seed": (["seed=-1"], ["seed=-1"]),
     "no-samples": (["calib.samples=0"], ["calib.samples=0", "at least 1"]),

@@ -121,3 +121,16 @@ def test_a_search_from_the_command_line(checkpoints: dict[str, Path], text_file:
     assert said[0][0].startswith("2 trials in runs/searches/search_")
     assert said[0][2].startswith("python run.py method=rtn ")
     assert "quantize" not in done[1].stderr
+
+
+@pytest.mark.slow
+def test_a_study_that_searches(checkpoints: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, str(CONF.parent / "run.py"), "sweep=search-lsi", "hydra.sweeper.trials=1", "tracker=none"),
+        *(f"model.path={checkpoints['llama']}", "quant.weight.group=32", "calib.samples=1", "calib.seqlen=32"),
+        *("method.training.epochs=1", f"eval.path={text_file}", "eval.seqlen=64", "eval.windows=1"),
+        "method.parts.singular.corner=4,8",  # a list on the command line takes the place of the study's
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 trials in runs/searches/search-lsi_" in done.stderr

@@ -32,7 +32,7 @@ CORNER = ("lsi-corner",)
 AXES = (
     Axis(
         "ablation-width",
-        "Width of SDE's band (0: lsi-corner)",
+        "Width of SDE's band beside a corner of 300 (0: lsi-corner)",
         "method.parts.expansion.width",
         (0, 1, 2, 8),
         ("sde",),
