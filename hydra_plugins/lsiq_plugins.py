@@ -123,15 +123,9 @@ class Grid(BasicSweeper):
 class Search(Grid):
     """Lets Optuna propose the values; see `lsiq.sweeps.search`."""
 
-    def __init__(
-        self,
-        params: dict[str, str] | None = None,
-        variants: Mapping[str, Sequence[str]] | None = None,
-        only: Sequence[str] | None = None,
-        **values: Any,
-    ) -> None:
+    def __init__(self, **values: Any) -> None:
         # A study that names this class in its file still has the keys of the grid, which is the default.
-        super().__init__(params, variants, only)
+        super().__init__(**{key: values.pop(key, None) for key in ("params", "variants", "only")})
         self._values = values
 
     def sweep(self, arguments: list[str]) -> Any:
