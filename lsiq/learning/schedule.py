@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 HELD = 0.125
 
 # What an error of a block's outputs counts relative to; see `lsiq.learning.measure`.
-RelativeTo = Literal["stream", "loud", "channel", "token", "both"]
+RelativeTo = Literal["stream", "channel", "token", "both"]
 
 
 @settings
@@ -124,9 +124,8 @@ class Training(TrainingSchedule):
     )
     relative_to: RelativeTo = Field(
         "stream",
-        description="what an error counts relative to: stream (the mean square of the block's outputs), loud (its "
-        "token's, where that is far louder than the others), channel (its channel's level, so that loud channels weigh "
-        "less), token (its token's mean square), or both of these two",
+        description="what an error counts relative to: stream (the mean square of the block's outputs), channel (its "
+        "channel's level, so that loud channels weigh less), token (its token's mean square), or both",
     )
     aug_loss: bool = Field(False, description="true adds the loss against the float block on the quantised stream")
     keep: Literal["last", "best", "held"] = Field(

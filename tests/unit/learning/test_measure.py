@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lsiq.experiment.config import parse
 from lsiq.learning.learner import learn
-from lsiq.learning.measure import LOUD, Measure, measure
+from lsiq.learning.measure import Measure, measure
 from lsiq.learning.schedule import LookAhead, RelativeTo
 from lsiq.methods.learned import Learned
 from lsiq.parts.clip import Clip
@@ -49,10 +49,6 @@ def test_the_formula_of_each_form(form: RelativeTo) -> None:
     normed = target / token.sqrt()
     v = normed.abs().mean((0, 1)).square()
     channel = 1 / (v + v.mean()) if form in ("channel", "both") else torch.ones(16)
-    if form == "loud":
-        token = target.square().mean(-1, keepdim=True)
-        token = token + LOUD * token.sqrt().mean().square()
-        normed = target / token.sqrt()
     expected = (channel * (out - target).square() / token).sum() / (channel * normed.square()).sum()
     assert error(measure(target, form, 4, CPU), out, target) == pytest.approx(expected.item(), rel=1e-5)
 
@@ -71,16 +67,8 @@ def test_errors_in_a_loud_channel_and_in_a_loud_token_count_less() -> None:
     assert over_elsewhere("stream", in_channel) == pytest.approx(1, rel=1e-4)
     assert over_elsewhere("channel", in_channel) < 0.1
     assert over_elsewhere("both", in_channel) < 0.1
-    for form in ("token", "both", "loud"):
+    for form in ("token", "both"):
         assert over_elsewhere(form, in_token) < 0.01 * over_elsewhere("stream", in_token)
-
-
-def test_tokens_that_are_alike_count_as_in_the_stream() -> None:
-    target = stream() * torch.linspace(0.7, 1.5, 32)[:, None]
-    out = target + 0.1 * torch.randn(target.shape, generator=fresh())
-    loud, plain, own = (error(measure(target, form, 4, CPU), out, target) for form in ("loud", "stream", "token"))
-    assert loud == pytest.approx(plain, rel=0.03)
-    assert own > 1.1 * plain
 
 
 def test_one_loud_token_leaves_its_channel_its_weight() -> None:
