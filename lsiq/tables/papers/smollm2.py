@@ -35,7 +35,8 @@ VARIANTS = {
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate+gptq", "omniquant", VARIANTS["oq3e-1"], "sde", "lsi-diagonal",
            VARIANTS["diag-cl"], VARIANTS["corner34"], VARIANTS["corner34-cl"], VARIANTS["sde1"], VARIANTS["sde1-cl"],
            "autoround", PACKAGE, PACKAGE_LONGER, "lsi", "best", VARIANTS["best-before"], VARIANTS["best-1e-2"],
-           VARIANTS["best-again"], VARIANTS["best-both"], VARIANTS["best-2"], "best-10", "best-float32", "best-let", "l2qer")  # fmt: skip
+           VARIANTS["best-again"], VARIANTS["best-both"], VARIANTS["best-2"], "best-10", "best-float32", "best-let",
+           "l2qer")  # fmt: skip
 # The package's checkpoints were evaluated as models of their own: by name, the setting and the row.
 PACKAGES = {
     f"ar-w{bits}-{iterations}": (f"w{bits}a16g64", row)

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers.marks import slow_but
@@ -18,6 +19,7 @@ from lsiq.bundle.tokenizer import Source, encode_documents, load_tokenizer, toke
 from lsiq.bundle.train import main
 from lsiq.bundle.training import Plan, Run, Windows, train
 from lsiq.errors import InputError
+from lsiq.runtime import processes
 
 TEXT = "the a small river runs past old stone houses where people read long books about stars and salt"
 FAMILIES = ("llama", "opt")
@@ -175,12 +177,10 @@ def test_two_processes_take_the_steps_of_one(trained, folder, tmp_path):
     assert ours["valid"] == pytest.approx(theirs["valid"], abs=1e-4)
 
 
-@pytest.mark.slow
-def test_a_batch_that_does_not_divide_among_the_processes_is_refused(folder, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "-m", "lsiq.bundle.train", *arguments(folder, "opt", tmp_path, 8), "--batch", "3"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True)
-    assert "--batch 3: does not divide among 2 processes" in done.stderr
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(processes, "_group", processes._Group(rank=0, size=2))
+    with pytest.raises(InputError, match="--batch 3: does not divide among 2 processes"):
+        Windows(np.zeros(200, np.uint16), plan(batch=3), torch.device("cpu"))
 
 
 def test_an_epoch_takes_every_window_once(folder):

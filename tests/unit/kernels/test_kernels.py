@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.configuration import compose_run
 from helpers.learned import W2, fresh, schedule_of, setting
-from helpers.marks import product, slow, slow_but
+from helpers.marks import product, slow_but
 from helpers.models import SHAPES, load_small, save_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -344,7 +344,7 @@ def test_an_unknown_way_to_make_weights_is_refused() -> None:
         parse(compose_run("method=lsi", "method.training.kernels=fast"))
 
 
-@pytest.mark.parametrize(("family", "activation"), [slow("llama", Activation(bits=4)), product("opt", A16)])
+@pytest.mark.parametrize(("family", "activation"), [product("llama", Activation(bits=4)), product("opt", A16)])
 def test_a_compiled_block_equals_the_plain_one_and_is_compiled_once(
     small: dict[str, Path], family: str, activation: Activation
 ) -> None:
