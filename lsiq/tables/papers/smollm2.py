@@ -27,8 +27,8 @@ VARIANTS = {
     "oq3e-1": "omniquant, clipping at 3e-1",
     **beside_lsi(34),
     "best-1e-2": "best, blocks at 1e-2",
-    "best-again": "best, another cut",
-    "best-both": "best, another cut, relative to both",
+    "best-again": "best, newer cut",
+    "best-both": "best, newer cut, relative to both",
     "best-2": "best, two epochs",
     "best-before": "best before",
 }
